@@ -1,0 +1,184 @@
+"""The starting point w0: a snapshot of a model's weights by value, saved and verified."""
+
+import collections.abc
+import hashlib
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from l2sp_tf.errors import InputError
+from l2sp_tf.files import atomic_path
+from l2sp_tf.variables import keyed_weights, match_keys
+
+FORMAT = "l2sp_tf.anchors.v1"
+
+
+class Anchors(collections.abc.Mapping):
+    """The pre-trained weights w0 of section 3, a read-only mapping from key to array.
+
+    Keys are those of `l2sp_tf.variables.keyed_weights`, such as "conv1_conv/kernel". All
+    weights are kept, trainable or not, so that the pre-trained model can be restored from
+    its anchors: the original head and the source's batch-norm statistics are in them.
+    """
+
+    def __init__(self, arrays):
+        self._arrays = {}
+        for key, value in arrays.items():
+            array = np.array(value)  # a copy: an anchor that aliased a live weight would penalise nothing
+            array.flags.writeable = False
+            self._arrays[key] = array
+        self._digest = digest_of(self.manifest)
+
+    @classmethod
+    def of(cls, model):
+        """Copies the weights of a built model by value; later training does not change them."""
+        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
+
+    def __getitem__(self, key):
+        return self._arrays[key]
+
+    def __iter__(self):
+        return iter(self._arrays)
+
+    def __len__(self):
+        return len(self._arrays)
+
+    def __repr__(self):
+        return f"Anchors({len(self)} arrays, {sum(a.size for a in self.values()):,} numbers, digest {self.digest[:12]})"
+
+    @property
+    def digest(self):
+        """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal weights."""
+        return self._digest
+
+    @property
+    def manifest(self):
+        """For each array its name, shape, dtype and sha256."""
+        return manifest_of(self)
+
+    def save(self, path):
+        """Writes the arrays and their manifest to a safetensors file, atomically.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        save_arrays(path, self._arrays, {"format": FORMAT, "digest": self.digest})
+
+    @classmethod
+    def load(cls, path):
+        """Reads anchors that `save` wrote, and verifies each array against the manifest.
+
+        Raises:
+            InputError: the file is missing, is no such file, or differs from its manifest.
+        """
+        arrays, metadata = load_arrays(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path} is no file of anchors (its format is {metadata.get('format')!r}): give one that Anchors.save wrote."
+            )
+        anchors = cls(arrays)
+        if anchors.digest != metadata.get("digest"):
+            raise InputError(f"The anchors in {path} are damaged: their digest is not the one in the manifest; use another copy.")
+        return anchors
+
+    def restore(self, model):
+        """Assigns these values to the weights of `model` that have the same key.
+
+        Args:
+            model: a built model of the same architecture.
+
+        Raises:
+            InputError: a weight of the model is missing here or has another shape, or the
+                other way round; both sides are listed, and the model is left as it was.
+        """
+        weights = keyed_weights(model)
+        pairs = match_keys(weights, self)
+        wrong = [
+            f"{key} {tuple(weight.variable.shape)} / {self[pairs[key]].shape if key in pairs else 'missing'}"
+            for key, weight in weights.items()
+            if key not in pairs or self[pairs[key]].shape != tuple(weight.variable.shape)
+        ]
+        wrong += [f"missing / {key} {self[key].shape}" for key in self if key not in pairs.values()]
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise InputError(
+                f"These weights are not of the architecture of the model {model.name!r} "
+                f"(model / weights: {'; '.join(wrong[:5])}{more}): choose the architecture they were made with."
+            )
+        for key, weight in weights.items():
+            weight.variable.assign(self[pairs[key]])
+
+
+def manifest_of(arrays):
+    """The manifest of a mapping of arrays: a list of name, shape, dtype and sha256."""
+    return [
+        {"name": key, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
+        for key, array in arrays.items()
+    ]
+
+
+def digest_of(manifest):
+    """The sha256 over a manifest, whatever the order of its entries."""
+    entries = sorted(manifest, key=lambda entry: entry["name"])
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def save_arrays(path, arrays, metadata):
+    """Writes arrays to a safetensors file with a manifest in its header, atomically.
+
+    Args:
+        path: the file.
+        arrays: a mapping from name to NumPy array of any dtype of NumPy or ml_dtypes.
+        metadata: a dict of strings kept in the header beside the manifest.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    stored = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    # safetensors' NumPy reader knows no bfloat16 and no 8-bit floats: keep their bits.
+    stored = {key: a if a.dtype.kind in "fiub" else a.view(f"u{a.dtype.itemsize}") for key, a in stored.items()}
+    header = {**metadata, "manifest": json.dumps(manifest_of(arrays))}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(stored, header))
+
+
+def load_arrays(path):
+    """Reads what `save_arrays` wrote: (arrays, metadata), each array verified.
+
+    Raises:
+        InputError: the file is missing, is not such a file, or an array differs from its
+            shape, dtype or sha256 in the manifest.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give the path of a saved safetensors file.")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            manifest = json.loads(metadata.pop("manifest", "null"))
+            raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
+        arrays = {entry["name"]: _decode(raw.pop(entry["name"]), entry) for entry in manifest}
+    except OSError:
+        raise
+    except Exception as error:  # the reader raises exceptions of many kinds for a damaged file
+        raise InputError(f"{path} is damaged or not a file that this project wrote ({error}): use another copy.") from error
+    if raw:
+        raise InputError(f"{path} holds arrays that its manifest does not list ({', '.join(sorted(raw)[:5])}): use another copy.")
+    return arrays, metadata
+
+
+def _decode(array, entry):
+    """Restores the dtype of one stored array and checks it against its manifest entry."""
+    if array.dtype.name != entry["dtype"]:
+        array = array.view(np.dtype(getattr(ml_dtypes, entry["dtype"], entry["dtype"])))
+    if list(array.shape) != entry["shape"] or _sha256(array) != entry["sha256"]:
+        raise ValueError(f"the array {entry['name']!r} does not have the shape and sha256 of the manifest")
+    return array
+
+
+def _sha256(array):
+    return hashlib.sha256(array.tobytes()).hexdigest()

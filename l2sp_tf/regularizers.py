@@ -1,0 +1,286 @@
+"""The penalties of section 3 as Keras regularizers, one class for each equation.
+
+Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength,
+`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size.
+"""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from l2sp_tf.errors import InputError
+
+
+class UnboundPenaltyError(RuntimeError):
+    """A penalty that has lost its anchors (as after loading a model) was asked for its value."""
+
+
+class Penalty(keras.regularizers.Regularizer):
+    """What the penalties share: a strength alpha, and the key of the weight they are bound to.
+
+    Args:
+        alpha: strength, finite and not negative.
+        key: the key of the weight, set by `attach`.
+
+    Raises:
+        InputError: the strength is not a finite number that is at least 0.
+    """
+
+    symbol = ""
+
+    def __init__(self, alpha, *, key=None):
+        self.alpha = check_strength(alpha, "alpha")
+        self.key = key
+
+    @property
+    def is_bound(self):
+        """Whether the penalty has all it needs to be computed."""
+        return True
+
+    def bind(self, key, **_):
+        """Returns a copy of this penalty for the weight named `key`."""
+        return type(self)(**{**self.get_config(), "key": key})
+
+    def get_config(self):
+        """The strength and the key: small enough to live in a `.keras` file."""
+        return {"alpha": self.alpha, "key": self.key}
+
+    def __repr__(self):
+        return f"{type(self).__name__}(alpha={self.alpha:g})"
+
+
+class AnchoredPenalty(Penalty):
+    """A penalty on w - w0.
+
+    Args:
+        alpha: strength, finite and not negative.
+        anchor: w0, an array of the weight's shape, copied by value. Without it the penalty
+            is a template for `attach`, and raises when its value is asked for.
+        key, digest: the weight's key and the digest of its anchors, set by `attach`.
+
+    Raises:
+        InputError: a bad strength, or an anchor that is not finite.
+    """
+
+    def __init__(self, alpha, anchor=None, *, key=None, digest=None):
+        super().__init__(alpha, key=key)
+        self.digest = digest
+        self._anchor = None if anchor is None else _constant(anchor, f"the anchor of {key or type(self).__name__}")
+
+    @property
+    def is_bound(self):
+        return self._anchor is not None
+
+    def bind(self, key, *, anchor, digest, **_):
+        """Returns a copy of this penalty for one weight, bound to its anchor."""
+        return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor)
+
+    def get_config(self):
+        return {**super().get_config(), "digest": self.digest}
+
+    def _difference(self, w):
+        """w - w0, in float32 at least."""
+        if not self.is_bound:
+            of = f" of digest {self.digest[:12]}" if self.digest else ""
+            raise UnboundPenaltyError(
+                f"{type(self).__name__} on {self.key or 'a weight'} is not bound to its anchors{of}: "
+                "call l2sp_tf.attach(model, ...) with the saved anchors "
+                "before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
+            )
+        _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
+        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
+        return ops.subtract(ops.cast(w, dtype), ops.cast(self._anchor, dtype))
+
+
+class FisherPenalty(AnchoredPenalty):
+    """A penalty on w - w0 in the metric of the Fisher diagonal.
+
+    Args:
+        fisher: F_jj, finite and not negative, an array of the weight's shape.
+
+    Raises:
+        InputError: an entry of `fisher` is negative or not finite, or its shape is not the
+            anchor's.
+    """
+
+    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, **kwargs):
+        super().__init__(alpha, anchor, key=key, **kwargs)
+        self._fisher = None
+        if fisher is not None:
+            what = f"the Fisher diagonal of {key or type(self).__name__}"
+            if np.any(np.asarray(fisher) < 0):
+                raise InputError(f"T{what[1:]} has negative entries, but it is a mean of squares: give one that is at least 0.")
+            self._fisher = _constant(fisher, what)
+            if self._anchor is not None:
+                _check_shapes(self, anchor=self._anchor.shape, fisher=self._fisher.shape)
+
+    @property
+    def is_bound(self):
+        return super().is_bound and self._fisher is not None
+
+    def bind(self, key, *, anchor, digest, fisher=None):
+        """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
+        return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor, fisher=fisher)
+
+    def _weighted_square(self, w):
+        """F_jj (w_j - w0_j)^2 for each j."""
+        difference = self._difference(w)
+        return ops.multiply(ops.cast(self._fisher, difference.dtype), ops.square(difference))
+
+
+class _Grouped:
+    """Groups of weights: the fan-in of each output channel (section 3, Group-Lasso-SP).
+
+    `group_axes` are the axes summed inside a group; the default is every axis but the last,
+    and `attach` sets those of depthwise and other kernels. `epsilon` is added inside the
+    root, which smooths the kink at w0 (the authors' code has 1e-16).
+    """
+
+    def __init__(self, *args, group_axes=None, epsilon=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group_axes = None if group_axes is None else tuple(group_axes)
+        self.epsilon = check_strength(epsilon, "epsilon")
+
+    def bind(self, key, *, group_axes=None, **kwargs):
+        bound = super().bind(key, **kwargs)
+        if self.group_axes is None and group_axes is not None:
+            bound.group_axes = tuple(group_axes)
+        return bound
+
+    def get_config(self):
+        return {**super().get_config(), "group_axes": self.group_axes, "epsilon": self.epsilon}
+
+    def _group_norms(self, squares):
+        """sum_g sqrt(p_g) sqrt(sum over g of squares + epsilon)."""
+        axes = tuple(range(len(squares.shape) - 1)) if self.group_axes is None else self.group_axes
+        p_g = math.prod(squares.shape[axis] for axis in axes)
+        norms = _safe_sqrt(ops.sum(squares, axis=axes) if axes else squares, self.epsilon)
+        return ops.multiply(math.sqrt(p_g), ops.sum(norms))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2(Penalty):
+    """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
+
+    symbol = "l2"
+
+    def __call__(self, w):
+        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
+        return ops.multiply(self.alpha / 2, ops.sum(ops.square(ops.cast(w, dtype))))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2SP(AnchoredPenalty):
+    """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
+
+    symbol = "l2_sp"
+
+    def __call__(self, w):
+        return ops.multiply(self.alpha / 2, ops.sum(ops.square(self._difference(w))))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2SPFisher(FisherPenalty):
+    """Eq. (4): L2-SP-Fisher. alpha / 2 * sum_j F_jj (w_j - w0_j)^2."""
+
+    symbol = "l2_sp_fisher"
+
+    def __call__(self, w):
+        return ops.multiply(self.alpha / 2, ops.sum(self._weighted_square(w)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L1SP(AnchoredPenalty):
+    """Eq. (5): L1-SP. alpha * sum_j |w_j - w0_j|, with the subgradient 0 at w0.
+
+    Args:
+        epsilon: replaces |x| by sqrt(x^2 + epsilon), which smooths the kink at w0 (the
+            authors' code has 1e-16); 0 by default.
+    """
+
+    symbol = "l1_sp"
+
+    def __init__(self, alpha, anchor=None, *, epsilon=0.0, **kwargs):
+        super().__init__(alpha, anchor, **kwargs)
+        self.epsilon = check_strength(epsilon, "epsilon")
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+    def __call__(self, w):
+        difference = self._difference(w)
+        if self.epsilon:
+            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(difference) + self.epsilon)))
+        return ops.multiply(self.alpha, ops.sum(ops.absolute(difference)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class GroupLassoSP(_Grouped, AnchoredPenalty):
+    """Eq. (6): GL-SP. alpha * sum_g sqrt(p_g) ||w_g - w0_g||_2, with the subgradient 0 at w0."""
+
+    symbol = "gl_sp"
+
+    def __call__(self, w):
+        return ops.multiply(self.alpha, self._group_norms(ops.square(self._difference(w))))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class GroupLassoSPFisher(_Grouped, FisherPenalty):
+    """Eq. (7): GL-SP-Fisher. alpha * sum_g sqrt(p_g) (sum_{j in g} F_jj (w_j - w0_j)^2)^(1/2)."""
+
+    symbol = "gl_sp_fisher"
+
+    def __call__(self, w):
+        return ops.multiply(self.alpha, self._group_norms(self._weighted_square(w)))
+
+
+PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
+
+
+def check_strength(value, name):
+    """Returns a strength as a float.
+
+    Raises:
+        InputError: it is not a finite number that is at least 0.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
+    return float(value)
+
+
+def _safe_sqrt(x, epsilon):
+    """sqrt(x + epsilon), with gradient 0 instead of infinity where the argument is 0."""
+    x = ops.add(x, epsilon) if epsilon else x
+    positive = ops.greater(x, 0)
+    return ops.where(positive, ops.sqrt(ops.where(positive, x, 1)), 0)
+
+
+def _constant(value, what):
+    """A tensor that holds a copy of `value`: captured, not embedded, by a traced function."""
+    array = np.array(ops.convert_to_numpy(value))  # twice over, since a conversion may share memory
+    if not np.all(np.isfinite(array.astype("float32"))):
+        raise InputError(f"T{what[1:]} has entries that are not finite: give finite numbers.")
+    # Without the scope, a penalty made while a function is traced would hold a symbolic tensor.
+    with _eager_scope():
+        return ops.convert_to_tensor(array)
+
+
+def _eager_scope():
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.init_scope()
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def _check_shapes(penalty, **shapes):
+    (first, a), (second, b) = ((name, tuple(shape)) for name, shape in shapes.items())
+    if a != b:
+        on = f" on {penalty.key}" if penalty.key else ""
+        raise InputError(f"{type(penalty).__name__}{on}: the {first} has the shape {a}, but the {second} has {b}.")

@@ -1,0 +1,102 @@
+"""The weights of a Keras model, each under one key."""
+
+import dataclasses
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A weight of a model: its key, the Keras variable, and the layer that owns it."""
+
+    key: str
+    variable: keras.Variable
+    layer: keras.Layer
+
+
+def keyed_weights(model):
+    """Lists each weight of a model once, under the key "<layer>/.../<weight>".
+
+    A key joins the names of the layers from the model's children down to the owner of the
+    weight, and the weight's own name; the model's name is not part of it, so that a model and
+    its clone agree. A shared layer is listed once, under the first place it is met. Seeds of
+    random layers are state, not weights, and are not listed.
+
+    Args:
+        model: a built Keras model or layer.
+
+    Returns:
+        A dict from key to `Weight`, in the order in which Keras tracks the layers.
+
+    Raises:
+        ValueError: the model has no weights yet, because it was never built or called.
+    """
+    found, seen = {}, set()
+
+    def walk(layer, prefix):
+        children = layer._flatten_layers(include_self=False, recursive=False)
+        inner = {id(v) for child in children for v in child.weights}
+        for variable in layer.weights:
+            if id(variable) in seen or id(variable) in inner:
+                continue
+            seen.add(id(variable))
+            key = _unused("/".join((*prefix, variable.name)), found)
+            found[key] = Weight(key, variable, layer)
+        for child in children:
+            walk(child, (*prefix, child.name))
+
+    walk(model, ())
+    if not found:
+        raise ValueError(f"The model {model.name!r} has no weights: build it, or call it on an input, first.")
+    return found
+
+
+def match_keys(keys, known):
+    """Finds for each key the known key that names the same weight.
+
+    Two keys name the same weight if they are equal, or if one ends with the other at a "/"
+    and no other key does: so the anchors of a backbone fit a model in which the backbone is
+    nested, and the other way round.
+
+    Args:
+        keys: keys of a model's weights.
+        known: keys of the anchors (or of another model).
+
+    Returns:
+        A dict from key to known key; keys without a partner are not in it.
+    """
+    keys, known = list(keys), set(known)
+    matched = {key: key for key in keys if key in known}
+    free = known - set(matched.values())
+    suffixes = {}
+    for other in free:
+        for suffix in _suffixes(other):
+            suffixes.setdefault(suffix, []).append(other)
+    claims = {}
+    for key in keys:
+        if key in matched:
+            continue
+        # An anchor that is a suffix of the key (the longest wins), or has the key as a suffix.
+        shorter = next((s for s in _suffixes(key) if s in free), None)
+        longer = suffixes.get(key, [])
+        if shorter is not None:
+            claims.setdefault(shorter, []).append(key)
+        elif len(longer) == 1:
+            claims.setdefault(longer[0], []).append(key)
+    matched.update({claimants[0]: other for other, claimants in claims.items() if len(claimants) == 1})
+    return matched
+
+
+def _suffixes(key):
+    """The proper suffixes of a key that still name a layer and a weight, longest first."""
+    parts = key.split("/")
+    return ["/".join(parts[i:]) for i in range(1, len(parts) - 1)]
+
+
+def _unused(key, taken):
+    """The key itself, or with "#2", "#3", ... behind it where layers share a name."""
+    number, candidate = 1, key
+    while candidate in taken:
+        number += 1
+        candidate = f"{key}#{number}"
+    return candidate

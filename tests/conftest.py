@@ -1,0 +1,33 @@
+"""Shared set-up: two virtual CPU devices, a seed for each test, and tiny models."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+import tensorflow as tf
+
+_CPU = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def small_network():
+    """Returns a maker of small functional networks with a convolution, batch norm and a head of 3 classes."""
+
+    def make(classes=3, name="small"):
+        inputs = keras.Input((6, 6, 3))
+        x = keras.layers.Conv2D(4, 3, name="conv1_conv")(inputs)
+        x = keras.layers.BatchNormalization(name="conv1_bn")(x)
+        x = keras.layers.Activation("relu", name="conv1_relu")(x)
+        x = keras.layers.Conv2D(5, 3, name="conv2_conv")(x)
+        x = keras.layers.GlobalAveragePooling2D(name="pool")(x)
+        return keras.Model(inputs, keras.layers.Dense(classes, name="predictions")(x), name=name)
+
+    return make
