@@ -121,7 +121,7 @@ class FisherPenalty(AnchoredPenalty):
     def is_bound(self):
         return super().is_bound and self._fisher is not None
 
-    def bind(self, key, *, anchor, digest, fisher=None):
+    def bind(self, key, *, anchor, digest, fisher=None, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
         return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor, fisher=fisher)
 

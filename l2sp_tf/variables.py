@@ -87,6 +87,28 @@ def match_keys(keys, known):
     return matched
 
 
+def set_regularizer(weight, regularizer, *, only=object):
+    """Sets a regularizer on the variable, which Keras reads, and on the layer, which Keras saves.
+
+    Args:
+        weight: a `Weight`.
+        regularizer: a Keras regularizer, or None.
+        only: leaves the weight as it is unless its regularizer is of this class.
+
+    Returns:
+        Whether the weight was changed.
+    """
+    if not isinstance(weight.variable.regularizer, only):
+        return False
+    weight.variable.regularizer = regularizer
+    name = weight.variable.name
+    for attribute in (f"{name}_regularizer", f"{name.removesuffix('_kernel')}_regularizer", "depthwise_regularizer"):
+        if hasattr(weight.layer, attribute):
+            setattr(weight.layer, attribute, regularizer)
+            break
+    return True
+
+
 def _suffixes(key):
     """The proper suffixes of a key that still name a layer and a weight, longest first."""
     parts = key.split("/")

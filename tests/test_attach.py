@@ -1,0 +1,316 @@
+"""Eq. (3): who is in S and in S-bar, and that no training runs un-anchored, on every kind of model."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from reference import penalty as reference
+
+import l2sp_tf as l2sp
+from l2sp_tf.regularizers import PENALTIES
+from l2sp_tf.variables import keyed_weights
+
+
+def dense(units, name):
+    return keras.layers.Dense(units, name=name)
+
+
+def subclassed():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__(name="net")
+            self.flatten = keras.layers.Flatten()
+            self.a, self.b = dense(4, "a"), dense(3, "new")
+
+        def call(self, x):
+            return self.b(self.a(self.flatten(x)))
+
+    model = Net()
+    model(np.zeros((1, 6, 6, 3)))
+    return model
+
+
+def sequential():
+    return keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Flatten(), dense(4, "a"), dense(3, "new")])
+
+
+def nested():
+    base = keras.Sequential([keras.Input((6, 6, 3)), keras.layers.Flatten(), dense(4, "a")], name="base")
+    inputs = keras.Input((6, 6, 3))
+    return keras.Model(inputs, dense(3, "new")(base(inputs)))
+
+
+def shared():
+    inputs, layer = keras.Input((6, 6, 3)), dense(108, "a")
+    x = keras.layers.Flatten()(inputs)
+    return keras.Model(inputs, dense(3, "new")(layer(layer(x))))
+
+
+def mixed():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        return sequential()
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+KINDS = {f.__name__: f for f in (subclassed, sequential, nested, shared, mixed)}
+
+
+def anchors_and_key(model):
+    """Anchors that know all but the layer called new, moved off the weights; and the key of the kernel in S."""
+    rng = np.random.default_rng(0)
+    weights = l2sp.Anchors.of(model)
+    known = {key: (a + rng.normal(size=a.shape)).astype(a.dtype) for key, a in weights.items() if "new" not in key}
+    return l2sp.Anchors(known), next(key for key in known if key.endswith("a/kernel"))
+
+
+def batch():
+    rng = np.random.default_rng(1)
+    return rng.normal(size=(4, 6, 6, 3)).astype("float32"), rng.integers(3, size=4)
+
+
+def train(model, *callbacks, optimizer="sgd", **kwargs):
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model.fit(*batch(), verbose=0, callbacks=list(callbacks), **kwargs)
+
+
+@pytest.mark.parametrize("params", ["kernels", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_penalty_of_a_model_is_eq_3(kind, params):
+    model = KINDS[kind]()
+    anchors, _ = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors, beta=0.05, params=params)
+    expected = 0.0
+    for key, w in l2sp.Anchors.of(model).items():
+        if params == "all" or key.endswith("kernel"):
+            w0 = None if "new" in key else anchors[key]
+            expected += reference("l2", 0.05, w)[0] if w0 is None else reference("l2_sp", 0.3, w, w0)[0]
+    np.testing.assert_allclose(float(sum(model.losses)), expected, rtol=1e-5)
+    each = 1 if params == "kernels" else 2
+    assert {name: n for name, (n, _) in coverage.counts.items()} == {"S": each, "S-bar": each, "left out": 4 - 2 * each}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_towards_its_anchors(kind):
+    model = KINDS[kind]()
+    anchors, key = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(100.0), anchors)
+    kernel = keyed_weights(model)[key].variable
+    before = np.linalg.norm(kernel.numpy() - anchors[key])
+    train(model, l2sp.AnchorGuard(coverage), optimizer=keras.optimizers.SGD(0.005))
+    assert np.linalg.norm(kernel.numpy() - anchors[key]) < 0.8 * before
+
+
+@pytest.mark.parametrize("name", list(PENALTIES))
+def test_one_step_of_sgd_is_the_step_of_the_reference(name):
+    """Against a model without penalty: the difference of the steps is -rate * gradient of the penalty."""
+    rng = np.random.default_rng(2)
+    model = sequential()
+    start = model.get_weights()
+    anchors, key = anchors_and_key(model)
+    fisher = {k: rng.gamma(1.0, size=a.shape).astype("float32") for k, a in anchors.items()}
+    train(model, optimizer=keras.optimizers.SGD(0.1))
+    plain = keyed_weights(model)[key].variable.numpy()
+    model.set_weights(start)
+    w = keyed_weights(model)[key].variable.numpy()
+    l2sp.attach(model, PENALTIES[name](0.02), anchors, fisher=fisher if name.endswith("fisher") else None)
+    train(model, optimizer=keras.optimizers.SGD(0.1))
+    _, gradient = reference(name, 0.02, w, None if name == "l2" else anchors[key], fisher[key] if "fisher" in name else None)
+    np.testing.assert_allclose(keyed_weights(model)[key].variable.numpy() - plain, -0.1 * gradient, atol=2e-6)
+
+
+def test_mirrored_training_equals_training_on_one_device():
+    results = []
+    for strategy in (tf.distribute.OneDeviceStrategy("CPU:0"), tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])):
+        with strategy.scope():
+            keras.utils.set_random_seed(3)
+            model = sequential()
+            anchors, _ = anchors_and_key(model)
+            coverage = l2sp.attach(model, l2sp.L2SP(0.5), anchors)
+            train(model, l2sp.AnchorGuard(coverage), batch_size=4, epochs=3, shuffle=False)
+        results.append(model.get_weights())
+    for one, two in zip(*results, strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_the_coverage_prints_every_trainable_weight_and_the_counts(small_network):
+    pretrained = small_network()
+    anchors = l2sp.Anchors.of(pretrained)
+    text = str(l2sp.attach(l2sp.with_new_head(pretrained, 7), l2sp.L2SP(0.1), anchors))
+    for word in ("conv1_conv/kernel", "3x3x3x4", "L2SP alpha=0.1", "new_head/kernel", "L2 beta=0.01", "not a kernel"):
+        assert word in text
+    assert "S: 2 tensors, 288 numbers, S-bar: 1 tensors, 35 numbers, left out: 5 tensors" in text
+    assert text.endswith("distance to the anchors when attached: 0")
+
+
+@pytest.mark.slow
+def test_resnet101_has_104_kernels_in_s_and_one_in_s_bar():
+    pretrained = keras.applications.ResNet101(weights=None)
+    coverage = l2sp.attach(l2sp.with_new_head(pretrained, 120), l2sp.L2SP(0.1), l2sp.Anchors.of(pretrained))
+    assert coverage.counts["S"][0] == 104
+    assert coverage.counts["S-bar"][0] == 1
+
+
+def test_an_anchor_of_another_shape_is_new_and_says_so(small_network):
+    coverage = l2sp.attach(small_network(classes=5), l2sp.L2SP(0.1), l2sp.Anchors.of(small_network()))
+    row = next(w for w in coverage.weights if w.key == "predictions/kernel")
+    assert row.group == "S-bar"
+    assert "(5, 3)" in row.reason
+
+
+def test_a_layer_named_new_is_new_though_its_shape_fits(small_network):
+    model = small_network()
+    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["predictions"])
+    assert [w.key for w in coverage.group("S-bar")] == ["predictions/kernel"]
+    with pytest.raises(l2sp.InputError, match="does not have"):
+        l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["missing"])
+
+
+def test_frozen_weights_are_neither_penalised_nor_listed(small_network):
+    model = small_network()
+    model.get_layer("conv1_conv").trainable = False
+    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
+    assert [w.key for w in coverage.group("S")] == ["conv2_conv/kernel", "predictions/kernel"]
+
+
+BAD_CALLS = [
+    (lambda m, a: l2sp.attach(m, "l2", a), "penalty is 'l2'"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1)), "needs anchors"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SPFisher(0.1), a), "needs the Fisher diagonal"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SPFisher(0.1), a, fisher={}), "no entry for conv1_conv/kernel"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SPFisher(0.1), a, fisher={**a, "conv1_conv/kernel": np.ones(3)}), r"\(3,\)|negative"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), a, beta=-1), "beta is -1"),
+    (lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), a, params="some"), "params is 'some'"),
+    (
+        lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), {"x/kernel": np.ones(3)}),
+        r"No trainable weight .*\(conv1_conv/kernel.*\(x/kernel",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD_CALLS)
+def test_bad_calls_say_what_is_wrong_and_change_nothing(small_network, call, message):
+    model = small_network()
+    with pytest.raises(l2sp.InputError, match=message):
+        call(model, l2sp.Anchors.of(model))
+    assert not model.losses
+
+
+def test_lora_and_quantized_layers_are_refused_by_name():
+    lora, quantized = sequential(), sequential()
+    anchors = l2sp.Anchors.of(lora)
+    lora.get_layer("a").enable_lora(2)
+    quantized.get_layer("a").quantize("int8")
+    with pytest.raises(l2sp.InputError, match="'a' is LoRA-enabled"):
+        l2sp.attach(lora, l2sp.L2SP(0.1), anchors)
+    with pytest.raises(l2sp.InputError, match="'a' is quantized"):
+        l2sp.attach(quantized, l2sp.L2SP(0.1), anchors)
+
+
+def test_groups_follow_the_fan_in_of_each_kind_of_layer():
+    inputs = keras.Input((6, 6, 4))
+    x = keras.layers.DepthwiseConv2D(3, depth_multiplier=2, name="depthwise")(inputs)
+    x = keras.layers.Conv2DTranspose(5, 3, name="transposed")(x)
+    x = keras.layers.EinsumDense("abcd,def->abcef", (6, 6, 2, 3), name="einsum")(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="top")(keras.layers.Flatten()(x)))
+    rng = np.random.default_rng(0)
+    anchors = l2sp.Anchors({k: (a + rng.normal(size=a.shape)).astype("float32") for k, a in l2sp.Anchors.of(model).items()})
+    l2sp.attach(model, l2sp.GroupLassoSP(0.1), anchors)
+    axes = {"depthwise/kernel": (0, 1), "transposed/kernel": (0, 1, 3), "einsum/kernel": (0,), "top/kernel": (0,)}
+    for key, expected in axes.items():
+        variable = keyed_weights(model)[key].variable
+        value = reference("gl_sp", 0.1, variable.numpy(), anchors[key], group_axes=expected)[0]
+        np.testing.assert_allclose(float(variable.regularizer(variable)), value, rtol=1e-5)
+
+
+def test_attaching_to_a_compiled_model_traces_its_step_again():
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    plain = train(model, optimizer=keras.optimizers.SGD(0.0)).history["loss"][0]
+    l2sp.attach(model, l2sp.L2SP(1.0), anchors)
+    penalised = model.fit(*batch(), verbose=0).history["loss"][0]
+    np.testing.assert_allclose(penalised - plain, float(sum(model.losses)), rtol=1e-4)
+    assert l2sp.detach(model) == 2
+    np.testing.assert_allclose(model.fit(*batch(), verbose=0).history["loss"][0], plain, rtol=1e-5)
+
+
+def test_other_regularizers_are_replaced_or_kept_and_reported():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, kernel_regularizer="l2", bias_regularizer="l1", name="a")])
+    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
+    assert "replaces L2" in str(coverage)
+    assert "keeps L1" in str(coverage)
+    l2sp.detach(model)
+    assert [type(v.regularizer).__name__ for v in model.trainable_weights] == ["NoneType", "L1"]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "nested", "mixed"])
+def test_a_saved_model_predicts_but_does_not_train_until_bound_again(kind, tmp_path):
+    model = KINDS[kind]()
+    anchors, _ = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.save(tmp_path / "model.keras")
+    assert (tmp_path / "model.keras").stat().st_size < 100_000
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x, y = batch()
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5)
+    with pytest.raises(l2sp.UnboundPenaltyError, match="not bound to its anchors"):
+        loaded.fit(x, y, verbose=0)
+    with pytest.raises(l2sp.InputError, match="attached to anchors of digest"):
+        l2sp.attach(loaded, l2sp.L2SP(0.3), l2sp.Anchors.of(loaded))
+    assert l2sp.attach(loaded, l2sp.L2SP(0.3), anchors).digest == coverage.digest
+    loaded.fit(x, y, verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
+
+
+def test_a_cloned_model_does_not_train_un_anchored():
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
+    with pytest.raises(l2sp.UnboundPenaltyError):
+        train(keras.models.clone_model(model), l2sp.AnchorGuard(coverage))
+
+
+def lose_penalty(model):
+    keyed_weights(model)["a/kernel"].variable.regularizer = None
+
+
+def weaken(model):
+    keyed_weights(model)["a/kernel"].variable.regularizer = l2sp.L2(0.3, key="a/kernel")
+
+
+@pytest.mark.parametrize("harm", [lose_penalty, weaken, lambda m: m.get_layer("a").enable_lora(2)])
+def test_the_guard_stops_training_that_would_run_un_anchored(harm):
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
+    harm(model)
+    before = model.get_weights()
+    with pytest.raises(l2sp.UnboundPenaltyError, match="a/kernel|'a' is LoRA"):
+        train(model, l2sp.AnchorGuard(coverage))
+    for one, two in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_guard_sees_a_layer_unfrozen_later():
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    model.get_layer("a").trainable = False
+    anchors = l2sp.Anchors({**anchors, "new/kernel": model.get_layer("new").kernel.numpy()})
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
+    model.get_layer("a").trainable = True
+    with pytest.raises(l2sp.UnboundPenaltyError, match="a/kernel is trainable now"):
+        train(model, l2sp.AnchorGuard(coverage))
+
+
+def test_the_guard_warns_of_a_hidden_decay_to_zero():
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    guard = l2sp.AnchorGuard(l2sp.attach(model, l2sp.L2SP(0.3), anchors))
+    with pytest.warns(UserWarning, match="AdamW has weight_decay=0.004"):
+        train(model, guard, optimizer="adamw")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, guard, optimizer="sgd")

@@ -1,0 +1,147 @@
+"""Backbones, heads, freezing, and weights files that do not fit."""
+
+import keras
+import numpy as np
+import pytest
+
+import l2sp_tf as l2sp
+from l2sp_tf import models
+
+
+def tiny(classes=3, **kwargs):
+    return models.small_resnet((8, 8, 3), classes, **{"widths": (4, 8), "depths": (1, 2), **kwargs})
+
+
+@pytest.mark.parametrize(("block", "kernels"), [("basic", 1 + 2 + 3 + 2 + 1), ("bottleneck", 1 + 4 + 4 + 3 + 1)])
+def test_small_resnet_has_the_layers_it_should(block, kernels):
+    model = tiny(block=block)
+    assert sum(w.name == "kernel" for w in model.weights) == kernels
+    assert model(np.zeros((2, 8, 8, 3))).shape == (2, 3)
+    assert model.layers[-1].activation is keras.activations.linear
+    assert model.get_layer("conv3_block2_out").output.shape == (None, 4, 4, 8 if block == "basic" else 32)
+
+
+def test_bad_small_resnets_are_refused():
+    with pytest.raises(l2sp.InputError, match="block 'wide' is unknown"):
+        tiny(block="wide")
+    with pytest.raises(l2sp.InputError, match="2 widths but 1 depths"):
+        tiny(depths=(1,))
+    with pytest.raises(l2sp.InputError, match="backbone 'vgg' is unknown"):
+        models.backbone("vgg", 3)
+
+
+def test_resnet50_returns_logits_and_counts_17_units():
+    model = models.backbone("resnet50", 10, image_size=32)
+    assert model.layers[-1].activation is keras.activations.linear
+    assert len(models.units(model)) == 1 + 3 + 4 + 6 + 3
+
+
+def test_imagenet_weights_need_1000_classes_at_224():
+    with pytest.raises(l2sp.InputError, match="1000 classes"):
+        models.backbone("resnet50", 10, weights="imagenet")
+    with pytest.raises(l2sp.InputError, match="no ImageNet weights for the backbone small"):
+        models.backbone("small", 10, weights="imagenet")
+
+
+def test_a_new_head_shares_nothing_and_keeps_the_features(small_network):
+    pretrained = small_network()
+    model = l2sp.with_new_head(pretrained, 7, seed=1)
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 3))
+    assert model(x).shape == (2, 7)
+    features = [keras.Model(m.inputs, m.get_layer("pool").output)(x) for m in (pretrained, model)]
+    np.testing.assert_array_equal(*features)
+    before = pretrained.get_weights()
+    for weight in model.weights:
+        weight.assign(weight + 1)
+    for one, two in zip(before, pretrained.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_head_follows_its_seed(small_network):
+    heads = [l2sp.with_new_head(small_network(), 7, seed=s).get_layer("new_head").kernel.numpy() for s in (1, 1, 2)]
+    np.testing.assert_array_equal(heads[0], heads[1])
+    assert not np.allclose(heads[0], heads[2])
+
+
+def test_a_head_of_as_many_classes_is_still_new(small_network):
+    pretrained = small_network()
+    once = l2sp.with_new_head(pretrained, 3)
+    twice = l2sp.with_new_head(once, 3)
+    for start, model, name in ((pretrained, once, "new_head"), (once, twice, "new_head_2")):
+        coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(start))
+        assert [w.key for w in coverage.group("S-bar")] == [f"{name}/kernel"]
+        l2sp.detach(model)
+
+
+def test_heads_of_other_shapes():
+    x = np.zeros((2, 8, 8, 3))
+    no_top = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(4, 3)])
+    assert l2sp.with_new_head(no_top, 5)(x).shape == (2, 5)
+    base = tiny()
+    softmax_after = keras.Model(base.inputs, keras.layers.Softmax()(base.outputs[0]))
+    new = l2sp.with_new_head(softmax_after, 5)
+    assert new(x).shape == (2, 5)
+    assert not any(isinstance(layer, keras.layers.Softmax) for layer in new.layers)
+    attached = tiny()
+    l2sp.attach(attached, l2sp.L2SP(0.1), l2sp.Anchors.of(attached))
+    assert not l2sp.with_new_head(attached, 5).losses
+
+
+def test_models_that_cannot_get_a_head_are_refused():
+    class Net(keras.Model):
+        pass
+
+    with pytest.raises(l2sp.InputError, match="functional or Sequential model with one input, not Net"):
+        l2sp.with_new_head(Net(), 3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 4])
+def test_freezing_counts_units_and_includes_batch_norm(n):
+    model = tiny()
+    assert l2sp.freeze_first(model, n) == 4
+    units = ["conv1", "conv2_block1", "conv3_block1", "conv3_block2"]
+    for layer in model.layers:
+        unit = next((number for number, name in enumerate(units) if layer.name.startswith(f"{name}_")), None)
+        if layer.weights:
+            assert layer.trainable == (unit is None or unit >= n)
+    frozen = {w.path: w.numpy() for layer in model.layers if not layer.trainable for w in layer.weights}
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.fit(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), np.zeros(4), verbose=0)
+    for weight in model.weights:
+        if weight.path in frozen:
+            np.testing.assert_array_equal(weight.numpy(), frozen[weight.path])
+
+
+def test_freezing_what_is_not_there_is_refused():
+    for n in (-1, 5, 1.0):
+        with pytest.raises(l2sp.InputError, match="has 4 units"):
+            l2sp.freeze_first(tiny(), n)
+    with pytest.raises(l2sp.InputError, match="has no layers named"):
+        l2sp.freeze_first(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), 1)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
+def test_weights_files_round_trip_and_misfits_are_refused(ending, tmp_path):
+    model, path = tiny(), tmp_path / f"m{ending}"
+    {
+        ".safetensors": lambda: l2sp.Anchors.of(model).save(path),
+        ".weights.h5": lambda: model.save_weights(path),
+        ".keras": lambda: model.save(path),
+    }[ending]()
+    other = models.backbone("small", 3, image_size=8, weights=str(path), widths=(4, 8), depths=(1, 2))
+    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    for misfit in (tiny(classes=4), tiny(depths=(1, 1))):
+        with pytest.raises(l2sp.InputError, match="architecture"):
+            models.load_weights(misfit, path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(l2sp.InputError):
+        models.load_weights(tiny(), path)
+
+
+def test_missing_and_unknown_weights_files_are_refused(tmp_path):
+    with pytest.raises(l2sp.InputError, match="no weights file"):
+        models.load_weights(tiny(), tmp_path / "none.safetensors")
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    with pytest.raises(l2sp.InputError, match="unknown kind"):
+        models.load_weights(tiny(), tmp_path / "weights.bin")
