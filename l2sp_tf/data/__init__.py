@@ -1,0 +1,25 @@
+"""Data: sets and splits (Table 1), image operations and the tf.data pipeline (sections 4.1 and 4.2)."""
+
+from l2sp_tf.data.datasets import Dataset, Split, load_dataset
+from l2sp_tf.data.images import central_crop, random_blur, random_crop, random_mirror, resize, to_three_channels
+from l2sp_tf.data.pipeline import Images, Preprocessing, Task, channel_mean, decode, prepare, test_batches, training_batches
+
+__all__ = [
+    "Dataset",
+    "Images",
+    "Preprocessing",
+    "Split",
+    "Task",
+    "central_crop",
+    "channel_mean",
+    "decode",
+    "load_dataset",
+    "prepare",
+    "random_blur",
+    "random_crop",
+    "random_mirror",
+    "resize",
+    "test_batches",
+    "to_three_channels",
+    "training_batches",
+]

@@ -1,0 +1,346 @@
+"""Data sets and their splits: the embedded digits, a folder of images, or a zip of one."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import stat
+import tempfile
+import zipfile
+import zlib
+
+import numpy as np
+
+from l2sp_tf.errors import InputError
+
+SPLITS = ("train", "test")
+ENDINGS = (".jpg", ".jpeg", ".png")
+ACCEPTED = (
+    "digits/source, digits/target, a folder <split>/<class>/<image> with the splits train and test, "
+    "or a zip of such a folder, with or without the path of a folder in it (objects.zip/target)"
+)
+HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+# digits/source and digits/target take these many images of each digit, the second's test split what is left
+SOURCE_TRAIN, SOURCE_TEST, TARGET_TRAIN = 80, 30, 15
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split and their labels.
+
+    Attributes:
+        names: what to call each image in a message: its path, or a label.
+        labels: int32 [n].
+        pixels: uint8 [n, h, w, c] of a set held in memory, otherwise None.
+        files: the paths of a set on disk, otherwise None.
+    """
+
+    names: tuple
+    labels: np.ndarray
+    pixels: np.ndarray | None = None
+    files: tuple | None = None
+
+    def __post_init__(self):
+        if (self.pixels is None) == (self.files is None):
+            raise InputError("a split has either pixels or files")
+        images = self.files if self.pixels is None else self.pixels
+        if not len(self.names) == len(self.labels) == len(images):
+            raise InputError(f"a split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images")
+
+    def __len__(self):
+        return len(self.names)
+
+    def take(self, positions):
+        """The split of the images at `positions` alone, in that order."""
+        return Split(
+            names=tuple(self.names[i] for i in positions),
+            labels=self.labels[positions],
+            pixels=None if self.pixels is None else self.pixels[positions],
+            files=None if self.files is None else tuple(self.files[i] for i in positions),
+        )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification task: the names of its classes and its two splits."""
+
+    name: str
+    classes: tuple
+    train: Split
+    test: Split
+
+    @functools.cached_property
+    def digest(self):
+        """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, wherever it lies.
+
+        Of images on disk their bytes and their places <class>/<file> count. They are read
+        when the digest is first asked for.
+        """
+        sha = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.train, self.test):
+            sha.update(f"{len(split)}".encode() + np.asarray(split.labels, "<i4").tobytes())
+            if split.pixels is not None:
+                sha.update(repr(split.pixels.shape).encode() + np.ascontiguousarray(split.pixels).tobytes())
+            else:
+                for path in split.files:
+                    content = path.read_bytes()
+                    sha.update(repr((path.parts[-2:], len(content), hashlib.sha256(content).hexdigest())).encode())
+        return sha.hexdigest()
+
+    def subset(self, per_class, seed=None):
+        """The same task with `per_class` training images of each class; the test split stays whole.
+
+        Args:
+            per_class: how many.
+            seed: None for the first ones in sorted order. A number draws them at random: what is
+                drawn of a class depends on the seed and on that class alone, and a larger
+                subset contains the smaller one.
+
+        Raises:
+            InputError: a class has fewer training images.
+        """
+        if per_class < 1:
+            raise InputError(f"{per_class} training images a class were asked for: it must be at least 1")
+        chosen = []
+        for label, name in enumerate(self.classes):
+            positions = np.flatnonzero(self.train.labels == label)
+            if len(positions) < per_class:
+                raise InputError(
+                    f"{per_class} training images a class were asked for, but class {name!r} of {self.name} has {len(positions)}"
+                )
+            if seed is not None:
+                positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
+            chosen.append(positions[:per_class])
+        return dataclasses.replace(self, train=self.train.take(np.sort(np.concatenate(chosen))))
+
+
+def load_dataset(spec, *, cache_dir=None):
+    """Finds a data set and checks its layout; of files on disk no image is decoded yet.
+
+    Args:
+        spec: "digits/source" or "digits/target"; the path of a folder <split>/<class>/<image>
+            with the splits train and test; or the path of a zip of such a folder, followed by
+            the folder's path inside the zip where there is one ("objects.zip/target").
+        cache_dir: where zips are unpacked, once each; by default a folder of the user's
+            among the temporary files.
+
+    Returns:
+        A Dataset. Classes and files are sorted by name.
+
+    Raises:
+        InputError: there is no such data set, its layout is not the one above, or the zip is
+            damaged or unsafe.
+        OSError: a file cannot be read, or the cache cannot be written.
+    """
+    if str(spec) in ("digits/source", "digits/target"):
+        return _digits(str(spec))
+    if not str(spec):
+        raise InputError(f"no data set was named: give {ACCEPTED}")
+    path = pathlib.Path(spec).expanduser()
+    if path.is_dir():
+        return _from_files(str(spec), path, _layout(_folder_entries(path), path))
+    archive = next((part for part in (*reversed(path.parents), path) if part.is_file()), None)
+    if archive is None or not (zipfile.is_zipfile(archive) or archive.suffix.lower() == ".zip"):
+        raise InputError(f"no data set {str(spec)!r}: give {ACCEPTED}")
+    return _zip(str(spec), archive, path, default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir))
+
+
+def default_cache_dir():
+    """Makes the user's own folder among the temporary files, and returns its path."""
+    user = os.getuid() if hasattr(os, "getuid") else None  # None on Windows, where that place is the user's already
+    folder = pathlib.Path(tempfile.gettempdir()) / f"l2sp_tf-cache-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if user is not None and folder.stat().st_uid != user:
+        raise InputError(f"{folder} belongs to another user: give a cache folder of your own")
+    return folder
+
+
+def _digits(name):
+    """scikit-learn's 1797 handwritten digits, cut once and for all into two tasks that share no image."""
+    from sklearn.datasets import load_digits  # half a second to import, and only these two sets need it
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    order = np.random.default_rng(0).permutation(len(pixels))
+    source = name == "digits/source"
+    cuts = np.cumsum([0, SOURCE_TRAIN, SOURCE_TEST, TARGET_TRAIN, len(pixels)])
+    train, test = (cuts[0:2], cuts[1:3]) if source else (cuts[2:4], cuts[3:5])
+
+    def split(first, last):
+        chosen = np.sort(np.concatenate([order[bunch.target[order] == digit][first:last] for digit in range(10)]))
+        labels = bunch.target[chosen] if source else bunch.target[chosen] % 2
+        return Split(tuple(f"digits image {i}" for i in chosen), labels.astype(np.int32), pixels=pixels[chosen])
+
+    classes = tuple("0123456789") if source else ("even", "odd")
+    return Dataset(name, classes, split(*train), split(*test))
+
+
+def _folder_entries(root):
+    """The paths below `root`, relative to it, as deep as a layout goes; those of folders end in "/"."""
+    for top in root.iterdir():
+        if not top.is_dir():
+            yield top.name
+            continue
+        yield f"{top.name}/"
+        for path in top.iterdir():
+            yield f"{top.name}/{path.name}" + "/" * path.is_dir()
+            if path.is_dir() and top.name in SPLITS:
+                # a listing without a stat of each file: class folders may be large
+                with os.scandir(path) as entries:
+                    yield from (f"{top.name}/{path.name}/{e.name}" + "/" * e.is_dir() for e in entries)
+
+
+def _layout(entries, where):
+    """Sorts relative paths into {split: {class: [file, ...]}}, or says what is wrong with them."""
+    entries = sorted(entry for entry in entries if not _is_hidden(entry))
+    _check_splits(entries, where)
+    layout = {split: {} for split in SPLITS}
+    for entry in entries:
+        split, *rest = entry.rstrip("/").split("/")
+        if split not in SPLITS or not rest:
+            continue
+        if len(rest) == 1 and not entry.endswith("/"):
+            raise InputError(f"{where}/{entry} lies in no class folder: the layout is <split>/<class>/<image>")
+        files = layout[split].setdefault(rest[0], [])
+        if len(rest) > 1:
+            if len(rest) > 2 or entry.endswith("/") or not entry.lower().endswith(ENDINGS):
+                raise InputError(f"{where}/{entry} is not an image: class folders hold {', '.join(ENDINGS)} files only")
+            files.append(rest[1])
+    _check_classes(layout, where)
+    return layout
+
+
+def _is_hidden(entry):
+    return any(part.startswith(".") or part in HIDDEN for part in entry.rstrip("/").split("/"))
+
+
+def _check_splits(entries, where):
+    tops = sorted({entry.split("/")[0] for entry in entries if "/" in entry})
+    missing = [split for split in SPLITS if split not in tops]
+    if not any(entry.lower().endswith(ENDINGS) or "/" in entry for entry in entries):
+        raise InputError(f"{where} holds no images: give {ACCEPTED}")
+    if len(missing) == 2 and any(re.fullmatch(r"([^/]+/)?[^/]+", e) and e.lower().endswith(ENDINGS) for e in entries):
+        raise InputError(f"{where} has images without splits: put the classes into {where}/train and {where}/test")
+    if missing:
+        found = f"found there: {_some(tops)}" if tops else "no folder is there"
+        raise InputError(f"{where} has no {' and no '.join(f'{split}/' for split in missing)}: {found}")
+    others = [top for top in tops if top not in SPLITS]
+    if others:
+        raise InputError(f"{where} has folders other than train and test: {_some(others)}")
+
+
+def _check_classes(layout, where):
+    train, test = (layout[split] for split in SPLITS)
+    for split in SPLITS:
+        if not any(layout[split].values()):
+            raise InputError(f"{where}/{split} holds no images")
+    if train.keys() != test.keys():
+        raise InputError(
+            f"the classes of {where}/train and {where}/test differ: only in train: {_some(train.keys() - test.keys())}; "
+            f"only in test: {_some(test.keys() - train.keys())}"
+        )
+    for split in SPLITS:
+        for name, files in layout[split].items():
+            if not files:
+                raise InputError(f"{where}/{split}/{name} holds no images: add some, or remove the class from both splits")
+
+
+def _some(names, limit=5):
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "none") + more
+
+
+def _from_files(name, root, layout, shown=None):
+    """The data set of a checked layout whose files lie under `root`; messages say `shown` for it."""
+    shown = root if shown is None else shown
+    classes = tuple(sorted(layout["train"]))
+
+    def split(which):
+        places = [(label, c, file) for label, c in enumerate(classes) for file in sorted(layout[which][c])]
+        return Split(
+            names=tuple(f"{shown}/{which}/{c}/{file}" for _, c, file in places),
+            labels=np.array([label for label, _, _ in places], np.int32),
+            files=tuple(root / which / c / file for _, c, file in places),
+        )
+
+    return Dataset(name, classes, split("train"), split("test"))
+
+
+def _zip(name, archive, path, cache_dir):
+    """The data set in the zip `archive`, `path` being its own path or that of a folder in it."""
+    inside = path.relative_to(archive).as_posix()
+    prefix = "" if inside == "." else f"{inside}/"
+    with _zip_errors(archive), zipfile.ZipFile(archive) as file:
+        members = file.infolist()
+        _check_members(members, archive)
+        members = {m.filename[len(prefix) :]: m for m in members if m.filename.startswith(prefix)}
+        members.pop("", None)
+        if not members:
+            raise InputError(f"{archive} has no folder {inside!r}")
+        layout = _layout(_with_folders(members), path)
+        folder = cache_dir / _cache_name(archive, prefix)
+        if not folder.is_dir():
+            _extract(file, members, layout, folder)
+    return _from_files(name, folder, layout, shown=path)
+
+
+@contextlib.contextmanager
+def _zip_errors(archive):
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{archive} is damaged or not a zip file ({error}): copy it again") from error
+    except (NotImplementedError, RuntimeError) as error:  # what zipfile raises for encrypted members and odd compressions
+        raise InputError(f"{archive} cannot be unpacked ({error}): pack it again without encryption") from error
+
+
+def _check_members(members, archive):
+    """Raises InputError for a member that could be written elsewhere, and for a zip that would fill the disk."""
+    for member in members:
+        parts = re.split(r"[/\\]", member.filename)
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was made on a system without modes
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise InputError(f"{archive} holds {member.filename!r}, which leads out of the folder it is unpacked to")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(f"{archive} holds {member.filename!r}, which is a link or a device: only files are unpacked")
+    size, limit = sum(member.file_size for member in members), 100 * archive.stat().st_size + 2**30
+    if size > limit:
+        raise InputError(f"{archive} would unpack to {size:,} bytes, more than the {limit:,} allowed for its size")
+
+
+def _with_folders(names):
+    """Zips may leave folders out: the names, and above each the folders that it lies in."""
+    folders = {"/".join(name.split("/")[:depth]) + "/" for name in names for depth in range(1, name.count("/") + 1)}
+    return folders | set(names)
+
+
+def _cache_name(archive, prefix):
+    status = archive.stat()
+    identity = repr((str(archive.resolve()), status.st_size, status.st_mtime_ns, prefix))
+    return f"{archive.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def _extract(file, members, layout, folder):
+    """Writes the images of a layout beside `folder`, and gives them its name once all are there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
+    try:
+        for split, classes in layout.items():
+            for name, files in classes.items():
+                (temporary / split / name).mkdir(parents=True)
+                for image in files:
+                    place = f"{split}/{name}/{image}"
+                    (temporary / place).write_bytes(file.read(members[place]))
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process has unpacked the same zip meanwhile
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
