@@ -1,0 +1,117 @@
+"""Section 4.2's numbers: one frozen dataclass, the schedule, and the two protocols."""
+
+import dataclasses
+
+import keras
+
+from l2sp_tf.errors import InputError
+
+# The authors' code publishes these; the paper chooses alpha by cross-validation.
+PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a fine-tuning runs; the defaults are section 4.2's.
+
+    Attributes:
+        iterations: number of SGD steps.
+        decay_at: the step after which the rate is divided by 10; None for two thirds of the
+            iterations (6000 of 9000).
+        learning_rate: the initial rate; the paper has 0.005, 0.01 or 0.02 by task.
+        momentum, batch_size: of SGD.
+        alpha: strengths by the penalty's symbol, for those that a run does not name itself.
+        beta: strength of L2 on the new layers.
+        params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
+        resize, crop: pixels on a side.
+        blur: "gaussian" or "none"; blur_kernel: pixels; blur_sigma: range, in pixels.
+        mirror: whether images are mirrored at random.
+        log_every: steps between two rows of the log; None for a twentieth of the iterations.
+
+    Raises:
+        InputError: a number is out of its range.
+    """
+
+    iterations: int = 9000
+    decay_at: int | None = None
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    batch_size: int = 64
+    alpha: dict = dataclasses.field(default_factory=lambda: dict(PUBLISHED_ALPHA))
+    beta: float = 0.01
+    params: str = "all"
+    resize: int = 256
+    crop: int = 224
+    blur: str = "gaussian"
+    blur_kernel: int = 5
+    blur_sigma: tuple = (0.1, 2.0)
+    mirror: bool = True
+    log_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("iterations", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give at least 1.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}: give a finite number above 0.")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"momentum is {self.momentum}: give a number from 0 to below 1.")
+        if self.decay_at is not None and self.decay_at < 1:
+            raise InputError(f"decay_at is {self.decay_at}: give a step of at least 1.")
+        if self.log_every is not None and self.log_every < 1:
+            raise InputError(f"log_every is {self.log_every}: give at least 1.")
+
+    @property
+    def decay_step(self):
+        """The number of steps taken at the initial rate."""
+        return self.decay_at if self.decay_at is not None else max(1, round(self.iterations * 2 / 3))
+
+    @property
+    def log_interval(self):
+        """Steps between two rows of the log."""
+        return self.log_every or max(1, self.iterations // 20)
+
+    def schedule(self):
+        """The learning rate by step: the initial one for `decay_step` steps, then a tenth of it."""
+        # Keras keeps the first value up to and including the boundary, and counts steps from 0.
+        rates = [self.learning_rate, self.learning_rate / 10]
+        return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
+
+    def optimizer(self):
+        """A new SGD optimizer with momentum and the schedule."""
+        return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
+
+    def alpha_for(self, symbol):
+        """The strength of a penalty that was given none.
+
+        Raises:
+            InputError: neither the recipe nor the authors publish one.
+        """
+        if symbol not in self.alpha:
+            raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
+        return self.alpha[symbol]
+
+    def replace(self, **changes):
+        """A copy with other numbers."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def paper(cls):
+        """What the paper's text says."""
+        return cls()
+
+    @classmethod
+    def authors(cls):
+        """What the authors' code did where it differs: 9001 steps, decay after 5000, kernels only."""
+        return cls(iterations=9001, decay_at=5000, params="kernels")
+
+    @classmethod
+    def digits(cls):
+        """For the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur."""
+        alpha = {**PUBLISHED_ALPHA, "l2_sp": 1.0}
+        return cls(iterations=200, learning_rate=0.01, alpha=alpha, resize=10, crop=8, blur="none", mirror=False)
+
+    @classmethod
+    def source(cls, like):
+        """For training a source model from scratch on images prepared as in the recipe `like`."""
+        return like.replace(iterations=like.iterations * 4, decay_at=None, learning_rate=0.05, alpha={"l2": 1e-4}, log_every=None)

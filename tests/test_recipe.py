@@ -1,0 +1,41 @@
+"""Section 4.2's numbers and the schedule."""
+
+import pytest
+
+import l2sp_tf as l2sp
+
+
+def test_the_defaults_are_the_papers():
+    r = l2sp.Recipe.paper()
+    assert (r.iterations, r.decay_step, r.momentum, r.batch_size, r.beta) == (9000, 6000, 0.9, 64, 0.01)
+    assert (r.resize, r.crop, r.mirror, r.blur, r.params) == (256, 224, True, "gaussian", "all")
+    assert r.learning_rate in (0.005, 0.01, 0.02)
+    a = l2sp.Recipe.authors()
+    assert (a.iterations, a.decay_step, a.params) == (9001, 5000, "kernels")
+
+
+@pytest.mark.parametrize(("iterations", "first_low"), [(9000, 6000), (3, 2), (200, 133), (1, 1)])
+def test_the_rate_is_divided_by_ten_after_two_thirds(iterations, first_low):
+    r = l2sp.Recipe(iterations=iterations)
+    rates = [float(r.schedule()(step)) for step in (0, first_low - 1, first_low, first_low + 1)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_optimizer_is_sgd_with_momentum_and_no_decay_of_its_own():
+    optimizer = l2sp.Recipe().optimizer()
+    assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, False, None)
+
+
+BAD = [("iterations", 0), ("batch_size", 0), ("learning_rate", float("nan")), ("learning_rate", 0), ("momentum", 1.0)]
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD, ("decay_at", 0), ("log_every", 0)])
+def test_bad_numbers_are_refused(name, value):
+    with pytest.raises(l2sp.InputError, match=f"{name} is"):
+        l2sp.Recipe(**{name: value})
+
+
+def test_strengths_that_nobody_published_must_be_given():
+    assert l2sp.Recipe().alpha_for("l2_sp") == 0.1
+    with pytest.raises(l2sp.InputError, match="no published strength for the penalty l1_sp"):
+        l2sp.Recipe().alpha_for("l1_sp")
