@@ -3,8 +3,11 @@
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach, detach
 from l2sp_tf.errors import InputError
+from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.models import freeze_first, with_new_head
+from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import L1SP, L2, L2SP, GroupLassoSP, GroupLassoSPFisher, L2SPFisher, UnboundPenaltyError
+from l2sp_tf.training import Run, finetune, train_source
 
 __all__ = [
     "AnchorGuard",
@@ -17,9 +20,15 @@ __all__ = [
     "L2",
     "L2SP",
     "L2SPFisher",
+    "Recipe",
+    "Run",
     "UnboundPenaltyError",
     "attach",
     "detach",
+    "evaluate",
+    "finetune",
     "freeze_first",
+    "retention",
+    "train_source",
     "with_new_head",
 ]

@@ -1,0 +1,107 @@
+"""Accuracy with central crops, and what fine-tuning cost on the source task (Table 3)."""
+
+import keras
+import tensorflow as tf
+
+from l2sp_tf.anchors import Anchors
+from l2sp_tf.data import Task, test_batches
+from l2sp_tf.errors import InputError
+from l2sp_tf.models import detached_copy
+from l2sp_tf.variables import keyed_weights, match_keys
+
+STATISTICS = ("moving_mean", "moving_variance")
+
+
+def evaluate(model, data, *, batch_size=64):
+    """Top-1 accuracy over every test image, once each, with central crops (section 4.2).
+
+    Args:
+        model: a Keras classifier; logits and probabilities do alike.
+        data: a `Task`, or a finite iterable of (images [b, h, w, 3], labels [b]).
+        batch_size: images a step, for a `Task`.
+
+    Returns:
+        {"accuracy": in [0, 1], "correct": count, "total": count}.
+
+    Raises:
+        InputError: there is no image.
+    """
+    is_task = isinstance(data, Task)
+    batches = test_batches(data.test, data.preprocessing, data.mean, batch_size=batch_size) if is_task else data
+
+    correct = total = 0
+    count_correct = None
+    for x, y in batches:
+        if count_correct is None:
+            count_correct = _counter(model, x)
+        correct += int(count_correct(tf.cast(x, tf.float32), tf.cast(y, tf.int64)))
+        total += len(y)
+    if not total:
+        raise InputError("There are no test images to evaluate on.")
+    return {"accuracy": correct / total, "correct": correct, "total": total}
+
+
+def _counter(model, x):
+    """A traced function of images and labels, for any number of them, that counts the right answers."""
+
+    def count(images, labels):
+        return tf.math.count_nonzero(tf.argmax(model(images, training=False), axis=-1) == labels)
+
+    specs = tf.TensorSpec([None, *x.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64)
+    return tf.function(count).get_concrete_function(*specs)
+
+
+def retention(finetuned, pretrained, source, *, before=None, batch_size=64):
+    """What a fine-tuned model still knows of its source task (Table 3).
+
+    The fine-tuned backbone gets the original head back, without any retraining. Table 3
+    does not say whose batch-norm statistics it takes, so the accuracy is given both ways:
+    with those of the fine-tuned model ("target statistics") and of the pre-trained one
+    ("source statistics").
+
+    Args:
+        finetuned: the fine-tuned model.
+        pretrained: the functional or Sequential model it started from, unchanged since.
+        source: the source task, as `evaluate` takes it.
+        before: what `evaluate(pretrained, source)` returned, if it is known.
+        batch_size: images a step, for a `Task`.
+
+    Returns:
+        {"before": ..., "target_statistics": ..., "source_statistics": ...}, accuracies as
+        `evaluate` returns them, and under "drop_target_statistics" and
+        "drop_source_statistics" the accuracy lost, in [-1, 1].
+
+    Raises:
+        InputError: the two models share no weights.
+    """
+    before = before or evaluate(pretrained, source, batch_size=batch_size)
+    result = {"before": before}
+    for name in ("target_statistics", "source_statistics"):
+        model = transplant(finetuned, pretrained, statistics=name == "target_statistics")
+        result[name] = evaluate(model, source, batch_size=batch_size)
+        result[f"drop_{name}"] = before["accuracy"] - result[name]["accuracy"]
+    return result
+
+
+def transplant(finetuned, pretrained, *, statistics=True):
+    """A copy of `pretrained`, with its head, that has the fine-tuned values of all shared weights.
+
+    Args:
+        finetuned, pretrained: two models that share weights by key and shape.
+        statistics: whether the moving statistics of batch norm are taken over too.
+
+    Raises:
+        InputError: the two models share no weights.
+    """
+    model = detached_copy(pretrained)
+    weights, tuned = keyed_weights(model), Anchors.of(finetuned)
+    matches = match_keys(weights, tuned)
+    shared = {key: other for key, other in matches.items() if tuned[other].shape == tuple(weights[key].variable.shape)}
+    if not shared:
+        raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
+    for key, other in shared.items():
+        weight = weights[key]
+        is_statistic = isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS
+        if statistics or not is_statistic:
+            weight.variable.assign(tuned[other])
+    return model

@@ -1,0 +1,105 @@
+"""What a training shows while it runs: TensorBoard scalars and a CSV log, kept apart from the loss."""
+
+import csv
+import math
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.variables import keyed_weights, match_keys
+
+
+class Monitor(keras.callbacks.Callback):
+    """Logs cross-entropy, penalty, accuracy, learning rate and the distance to the anchors.
+
+    Every `log_every` steps it writes one row to `<folder>/log.csv` and the same scalars, with
+    the distance of each layer besides, to `<folder>/tensorboard`. Cross-entropy and accuracy
+    are means over the steps since the row before; penalty and distances are of that moment.
+
+    Args:
+        folder: where to write; None writes nothing, and keeps the rows in `rows`.
+        anchors: the pre-trained weights, or None for a training from scratch.
+        log_every: steps between two rows.
+        iterations: the last step, which is always logged.
+    """
+
+    def __init__(self, folder, anchors, *, log_every, iterations):
+        super().__init__()
+        self.folder = None if folder is None else pathlib.Path(folder)
+        self.anchors, self.log_every, self.iterations = anchors, log_every, iterations
+        self.rows, self._step = [], 0
+
+    def on_train_begin(self, logs=None):
+        weights = {key: weight for key, weight in keyed_weights(self.model).items() if weight.variable.trainable}
+        matches = match_keys(weights, self.anchors or {})
+        self._anchored = {
+            key: (weights[key].variable, self.anchors[other])
+            for key, other in matches.items()
+            if self.anchors[other].shape == tuple(weights[key].variable.shape)
+        }
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / "log.csv").open("w", newline="", encoding="utf-8")
+            self._csv = None
+            self._writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._step += 1
+        if self._step % self.log_every and self._step != self.iterations:
+            return
+        layers = self._distances()
+        row = {
+            "step": self._step,
+            **{name: float(value) for name, value in (logs or {}).items() if name != "loss"},
+            "penalty": float(sum(self.model.losses)) if self.model.losses else 0.0,
+            "learning_rate": float(self.model.optimizer.learning_rate),
+            "distance": math.sqrt(sum(d * d for d in layers.values())),
+        }
+        self.rows.append(row)
+        if self.folder is not None:
+            self._write(row, layers)
+        self.model.reset_metrics()
+
+    def on_train_end(self, logs=None):
+        if self.folder is not None:
+            self._file.close()
+            self._writer.close()
+
+    def _write(self, row, layers):
+        if self._csv is None:
+            self._csv = csv.DictWriter(self._file, list(row))
+            self._csv.writeheader()
+        self._csv.writerow(row)
+        self._file.flush()
+        with self._writer.as_default(step=self._step):
+            for name, value in row.items():
+                if name != "step":
+                    tf.summary.scalar(name, value)
+            for layer, value in layers.items():
+                tf.summary.scalar(f"distance_by_layer/{layer}", value)
+        self._writer.flush()
+
+    def _distances(self):
+        """||w - w0|| of each layer."""
+        squares = {}
+        for key, (variable, anchor) in self._anchored.items():
+            layer = key.rsplit("/", 1)[0]
+            squares[layer] = squares.get(layer, 0.0) + float(np.sum(np.square(variable.numpy() - anchor), dtype="float64"))
+        return {layer: math.sqrt(square) for layer, square in squares.items()}
+
+
+class FiniteLoss(keras.callbacks.Callback):
+    """Stops a training whose loss is not finite, and says at which step.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+
+    def on_train_batch_end(self, batch, logs=None):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {float(loss)} after step {batch + 1}: lower the learning rate or the strength."
+            )

@@ -1,0 +1,150 @@
+"""One run: what it leaves behind, that it repeats, and that it does what the penalty says."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import l2sp_tf as l2sp
+from l2sp_tf import models
+from l2sp_tf.data import Dataset, Split, prepare
+from l2sp_tf.evaluation import transplant
+from l2sp_tf.training import preprocessing_of
+from l2sp_tf.variables import keyed_weights
+
+RECIPE = l2sp.Recipe(iterations=12, batch_size=8, resize=8, crop=6, blur="none", mirror=False, log_every=5, params="kernels")
+
+
+def task(classes=3, count=20, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def split(n):
+        labels = np.arange(n, dtype=np.int32) % classes
+        pixels = (rng.uniform(0, 60, size=(n, 8, 8, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
+        return Split(tuple(map(str, range(n))), labels, pixels=pixels)
+
+    dataset = Dataset("made", tuple("abcdef"[:classes]), split(count), split(17))
+    return prepare(dataset, preprocessing_of(RECIPE))
+
+
+@pytest.fixture
+def pretrained():
+    return models.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))
+
+
+def test_a_run_leaves_log_tensorboard_anchors_and_model(pretrained, tmp_path):
+    anchors = l2sp.Anchors.of(pretrained)
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert [int(row["step"]) for row in rows] == [5, 10, 12]
+    assert set(rows[0]) == {"step", "cross_entropy", "accuracy", "penalty", "learning_rate", "distance"}
+    assert float(rows[0]["learning_rate"]) == pytest.approx(0.01) and float(rows[2]["learning_rate"]) == pytest.approx(0.001)
+    assert l2sp.Anchors.load(tmp_path / "anchors.safetensors").digest == anchors.digest == l2sp.Anchors.of(pretrained).digest
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["tensors"]
+    for tag in ("cross_entropy", "penalty", "accuracy", "learning_rate", "distance", "distance_by_layer/conv1_conv"):
+        assert tag in tags
+    logged = [float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors("distance")]
+    np.testing.assert_allclose(logged, [float(row["distance"]) for row in rows], rtol=1e-5)
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    assert not saved.losses
+    for one, two in zip(saved.get_weights(), run.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_penalty_and_distance_of_the_log_are_those_of_the_weights(pretrained):
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.3), RECIPE.replace(beta=0.0, params="all"), verbose=0)
+    squares = sum(
+        float(np.sum((w.variable.numpy() - run.anchors[key]) ** 2))
+        for key, w in keyed_weights(run.model).items()
+        if w.variable.trainable and key in run.anchors
+    )
+    np.testing.assert_allclose(run.history[-1]["distance"], squares**0.5, rtol=1e-5)
+    np.testing.assert_allclose(run.history[-1]["penalty"], 0.3 / 2 * squares, rtol=1e-4)
+    assert squares > 0
+
+
+def test_cross_entropy_is_logged_without_the_penalty(pretrained):
+    rates = RECIPE.replace(learning_rate=1e-12, iterations=1)
+    strong = l2sp.finetune(pretrained, task(), l2sp.L2(100.0), rates, verbose=0).history[-1]
+    weak = l2sp.finetune(pretrained, task(), l2sp.L2(0.0), rates, verbose=0).history[-1]
+    assert strong["cross_entropy"] == pytest.approx(weak["cross_entropy"], rel=1e-6)
+    assert strong["penalty"] > 100 * weak["penalty"]
+
+
+def test_a_stronger_pull_stays_closer(pretrained):
+    distances = [
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(alpha), RECIPE.replace(iterations=40), verbose=0).history[-1]["distance"]
+        for alpha in (0.0, 0.3, 3.0)
+    ]
+    assert distances[0] > distances[1] > distances[2] > 0
+
+
+def test_a_seed_repeats_a_run_and_another_does_not(pretrained):
+    weights = [
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, seed=s, verbose=0).model.get_weights() for s in (3, 3, 4)
+    ]
+    for one, two in zip(weights[0], weights[1], strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-6)
+    assert not np.allclose(weights[0][0], weights[2][0])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pretrained):
+    with pytest.raises(FloatingPointError, match="loss is (nan|inf) after step"):
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE.replace(learning_rate=1e20), verbose=0)
+
+
+def test_anchors_given_are_those_pulled_to(pretrained):
+    zero = l2sp.Anchors({key: np.zeros_like(a) for key, a in l2sp.Anchors.of(pretrained).items()})
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, anchors=zero, verbose=0)
+    same = l2sp.finetune(pretrained, task(), l2sp.L2(0.1), RECIPE, verbose=0)
+    for one, two in zip(run.model.get_weights(), same.model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-5)
+
+
+def test_evaluation_counts_every_image_once(pretrained):
+    t = task(classes=4)
+    result = l2sp.evaluate(pretrained, t, batch_size=5)
+    central = t.test.pixels[:, 1:7, 1:7].astype("float32") - t.mean
+    expected = int(np.sum(np.argmax(pretrained.predict(central, verbose=0), axis=-1) == t.test.labels))
+    assert result == {"accuracy": expected / 17, "correct": expected, "total": 17}
+    with pytest.raises(l2sp.InputError, match="no test images"):
+        l2sp.evaluate(pretrained, [])
+
+
+def test_retention_of_an_untouched_copy_loses_nothing(pretrained):
+    t = task(classes=4)
+    copy = l2sp.with_new_head(pretrained, 2)
+    result = l2sp.retention(copy, pretrained, t)
+    assert result["before"] == result["target_statistics"] == result["source_statistics"] == l2sp.evaluate(pretrained, t)
+    assert result["drop_target_statistics"] == 0
+
+
+def test_transplant_takes_the_backbone_and_keeps_the_head(pretrained):
+    tuned = l2sp.with_new_head(pretrained, 2)
+    for weight in tuned.weights:
+        weight.assign(weight + 1)
+    start = l2sp.Anchors.of(pretrained)
+    for statistics in (True, False):
+        model = l2sp.Anchors.of(transplant(tuned, pretrained, statistics=statistics))
+        for key in start:
+            moves = not key.startswith("predictions") and (statistics or "moving" not in key)
+            np.testing.assert_allclose(model[key], start[key] + (1 if moves else 0), rtol=1e-6)
+    with pytest.raises(l2sp.InputError, match="share no weights"):
+        transplant(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="other")]), pretrained)
+
+
+def test_source_training_penalises_everything_with_l2(pretrained):
+    run = l2sp.train_source(pretrained, task(classes=4), RECIPE, verbose=0)
+    assert run.anchors is None
+    assert {row.penalty["config"]["alpha"] for row in run.coverage.group("S-bar")} == {1e-4}
+    assert run.coverage.counts["S"] == (0, 0)
+
+
+def test_data_of_another_kind_is_refused(pretrained):
+    with pytest.raises(l2sp.InputError, match="data is a list"):
+        l2sp.finetune(pretrained, [1, 2], l2sp.L2SP(0.1))
