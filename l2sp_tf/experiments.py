@@ -1,0 +1,232 @@
+"""From a plan to records: every penalty, strength and seed is run once, and each run leaves a run.json."""
+
+import dataclasses
+import json
+import pathlib
+
+import keras
+
+from l2sp_tf import models, records
+from l2sp_tf.anchors import Anchors
+from l2sp_tf.data import load_dataset, prepare
+from l2sp_tf.errors import InputError
+from l2sp_tf.evaluation import evaluate, retention
+from l2sp_tf.files import link_or_copy
+from l2sp_tf.recipe import Recipe
+from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+from l2sp_tf.training import finetune, preprocessing_of, train_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: the product of penalties, strengths and seeds on one pair of tasks.
+
+    Attributes:
+        workdir: the folder that gets anchors/, sources/ and runs/.
+        source, target: data sets, as `load_dataset` takes them; source may be None if the
+            weights come from elsewhere, and then nothing is measured on the source task.
+        backbone: as `models.backbone` takes it, with widths, depths and block.
+        weights: "none" to train the source model from scratch, "imagenet", or a file.
+        penalties: symbols of PENALTIES.
+        alphas: strengths; empty for the recipe's own of each penalty.
+        seeds: one run for each.
+        recipe, source_recipe: of fine-tuning and of training from scratch.
+        per_class: training images a class of the target; None for all.
+        subset_seed: draws them at random; None takes the first in order of name.
+        skip_bad_images: leave out images that cannot be decoded.
+        save_models: keep each fine-tuned model beside its record.
+    """
+
+    workdir: pathlib.Path
+    source: str | None
+    target: str
+    backbone: str
+    weights: str
+    penalties: tuple
+    alphas: tuple
+    seeds: tuple
+    recipe: Recipe
+    source_recipe: Recipe
+    widths: tuple = (16, 32, 64)
+    depths: tuple = (1, 1, 1)
+    block: str = "basic"
+    per_class: int | None = None
+    subset_seed: int | None = None
+    skip_bad_images: bool = False
+    save_models: bool = True
+
+    def __post_init__(self):
+        for symbol in self.penalties:
+            if symbol not in PENALTIES:
+                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
+            if issubclass(PENALTIES[symbol], FisherPenalty):
+                raise InputError(f"The penalty {symbol} needs a Fisher diagonal, which train.py cannot estimate yet: use attach.")
+        if not self.penalties or not self.seeds:
+            raise InputError("There is nothing to run: give at least one penalty and one seed.")
+        if self.weights == "none" and self.source is None:
+            raise InputError("weights=none trains a source model from scratch: give its data with --source.")
+
+    def runs(self):
+        """The penalties of the product, each with its seed."""
+        for symbol in dict.fromkeys(self.penalties):
+            for alpha in dict.fromkeys(self.alphas or (self.recipe.alpha_for(symbol),)):
+                for seed in dict.fromkeys(self.seeds):
+                    yield PENALTIES[symbol](alpha), seed
+
+
+def run_plan(plan, *, say=print, verbose=0):
+    """Runs what of a plan is not yet recorded, and returns all its records.
+
+    Args:
+        plan: a `Plan`.
+        say: called with a line of text for each step of the work.
+        verbose: of Keras `fit`.
+
+    Returns:
+        A list of records, in the order of the plan.
+
+    Raises:
+        InputError: bad data, weights or settings; finished runs stay.
+        OSError: the workdir cannot be written.
+    """
+    runs = list(plan.runs())  # a bad strength is told before any work is done
+    plan.workdir.mkdir(parents=True, exist_ok=True)
+    order = "bgr" if plan.weights == "imagenet" else "rgb"  # the ImageNet weights of Keras were trained on BGR images
+    target = _task(plan, load_dataset(plan.target, cache_dir=plan.workdir / "cache"), plan.recipe, order, say, subset=True)
+    source = None
+    if plan.source is not None:
+        source = _task(plan, load_dataset(plan.source, cache_dir=plan.workdir / "cache"), plan.source_recipe, order, say)
+    pretrained, origin = _pretrained(plan, source, say, verbose)
+    anchors, anchors_path = _stored_anchors(plan, pretrained)
+    before = None if source is None else _source_accuracy(pretrained, source)
+    if before is not None:
+        say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
+    done = []
+    for number, (penalty, seed) in enumerate(runs, start=1):
+        settings = _settings(plan, penalty, seed, target, source, origin, anchors)
+        folder = plan.workdir / "runs" / f"{penalty.symbol}-{penalty.alpha:g}-seed{seed}-{records.run_key(settings)}"
+        title = f"[{number}/{len(runs)}] {penalty}, seed {seed}"
+        if (folder / "run.json").exists():
+            done.append(records.read_record(folder / "run.json"))
+            say(f"{title}: already finished, target accuracy {done[-1]['results']['accuracy']:.1%}")
+            continue
+        say(f"{title}: {plan.recipe.iterations} iterations")
+        link_or_copy(anchors_path, folder / "anchors.safetensors")
+        run = finetune(
+            pretrained,
+            target,
+            penalty,
+            plan.recipe,
+            anchors=anchors,
+            seed=seed,
+            run_dir=folder,
+            verbose=verbose,
+            save=plan.save_models,
+        )
+        results = evaluate(run.model, target)
+        if source is not None:
+            results["source"] = retention(run.model, pretrained, source, before=before)
+        done.append(_write(folder, settings, run, results))
+        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}" if source is not None else ""
+        say(f"{title}: target accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
+        keras.utils.clear_session(free_memory=True)
+    return done
+
+
+def _task(plan, dataset, recipe, order, say, subset=False):
+    if subset and plan.per_class is not None:
+        dataset = dataset.subset(plan.per_class, plan.subset_seed)
+    say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
+    options = {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+    task = prepare(dataset, preprocessing_of(recipe, order), **options)
+    skipped = task.train.skipped + task.test.skipped
+    if skipped:
+        say(f"{dataset.name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
+    return task
+
+
+def _pretrained(plan, source, say, verbose):
+    """The pre-trained model, and what tells it from others: trained from scratch, downloaded or read."""
+    if plan.weights.endswith(".keras"):
+        return models.load_model(plan.weights), "file"
+    classes = len(source.classes) if source is not None else 1000
+    shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+    if plan.weights != "none":
+        model = models.backbone(plan.backbone, classes, weights=plan.weights, **shape)
+        return model, "imagenet" if plan.weights == "imagenet" else "file"
+    keras.utils.set_random_seed(0)
+    model = models.backbone(plan.backbone, classes, **shape)
+    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": _plain(plan.source_recipe)}
+    key = records.run_key({**identity, "backbone": plan.backbone, **_plain(shape), "versions": records.versions()})
+    folder = plan.workdir / "sources" / key
+    path = folder / "weights.safetensors"
+    if path.exists():
+        models.load_weights(model, path)
+        say(f"source model: trained before, read from {path}")
+    else:
+        say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
+        run = train_source(model, source, plan.source_recipe, run_dir=folder, verbose=verbose, save=False)
+        Anchors.of(model).save(path)
+        say(f"source model: trained in {run.seconds:.1f} s")
+    return models.detached_copy(model), "scratch"
+
+
+def _stored_anchors(plan, pretrained):
+    """The anchors of the pre-trained model, and the file under the workdir that all runs share."""
+    anchors = Anchors.of(pretrained)
+    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}.safetensors"
+    if path.exists():
+        return Anchors.load(path), path
+    anchors.save(path)
+    return anchors, path
+
+
+def _source_accuracy(pretrained, source):
+    classes = pretrained.output_shape[-1]
+    if classes != len(source.classes):
+        raise InputError(
+            f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
+            "give the source data it was trained on, or no --source."
+        )
+    return evaluate(pretrained, source)
+
+
+def _settings(plan, penalty, seed, target, source, origin, anchors):
+    """What a run's result depends on; the key of the run is made of it."""
+    return {
+        "source": source.name if source is not None else plan.weights,
+        "target": target.name,
+        "target_digest": target.digest,
+        "source_digest": source.digest if source is not None else None,
+        "skipped": [len(target.train.skipped), len(target.test.skipped)],
+        "per_class": plan.per_class,
+        "anchors": anchors.digest,
+        "weights": origin,
+        "backbone": plan.backbone,
+        "penalty": penalty.symbol,
+        "alpha": penalty.alpha,
+        "beta": plan.recipe.beta,
+        "seed": seed,
+        "recipe": _plain(plan.recipe),
+    }
+
+
+def _write(folder, settings, run, results):
+    record = {
+        "settings": settings,
+        "versions": records.versions(),
+        "coverage": {
+            "digest": run.coverage.digest,
+            "counts": {name: list(counts) for name, counts in run.coverage.counts.items()},
+        },
+        "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
+        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
+        "seconds": run.seconds,
+    }
+    records.write_record(folder / "run.json", record)
+    return records.read_record(folder / "run.json")
+
+
+def _plain(value):
+    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))

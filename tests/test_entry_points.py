@@ -1,0 +1,163 @@
+"""train.py and eval.py as a user runs them: what they leave, and one sentence for a mistake."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+QUICK = ["--iterations=6", "--source_iterations=6", "--widths=4,8", "--depths=1,1", "--seeds=0,1"]
+
+
+def run(script, *arguments, cwd=ROOT):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def refused(script, *arguments, status=2, **kwargs):
+    """Runs a command that must fail, and returns its one sentence."""
+    result = run(script, *arguments, **kwargs)
+    assert result.returncode == status, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]
+
+
+def make_folder(root, classes=("cat", "dog"), splits=("train", "test"), count=4):
+    rng = np.random.default_rng(0)
+    for split in splits:
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 100, size=(12, 10, 3)).astype("uint8") + np.uint8(80 * label)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("work")
+    return workdir, run("train.py", f"--workdir={workdir}", *QUICK)
+
+
+def test_train_writes_a_record_for_each_run_and_prints_the_table(finished):
+    workdir, result = finished
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(path.read_text()) for path in sorted(workdir.glob("runs/*/run.json"))]
+    assert sorted((r["settings"]["penalty"], r["settings"]["seed"]) for r in records) == [
+        ("l2", 0), ("l2", 1), ("l2_sp", 0), ("l2_sp", 1),
+    ]  # fmt: skip
+    for r in records:
+        assert r["results"]["total"] == 547 and r["results"]["source"]["before"]["total"] == 300
+        assert r["anchors"]["digest"] == records[0]["anchors"]["digest"]
+    assert "| L2-SP " in result.stdout and "| L2 " in result.stdout
+    assert len(list(workdir.glob("runs/*/model.keras"))) == len(list(workdir.glob("runs/*/log.csv"))) == 4
+
+
+def test_a_second_command_runs_only_what_is_new(finished):
+    workdir, first = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/run.json")}
+    result = run("train.py", f"--workdir={workdir}", *QUICK, "--penalty=l2,l2_sp,l1_sp", "--alpha=0.0001")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("already finished") == 2
+    assert "trained before" in result.stdout
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(list(workdir.glob("runs/*/run.json"))) == 8
+
+
+def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
+    workdir, first = finished
+    result = run("eval.py", f"--workdir={workdir}", f"--output={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.csv", "summary.md", "summary.png"]
+    rows = [line for line in first.stdout.splitlines() if line.startswith("| digits")]
+    assert rows
+    squeezed = " ".join(result.stdout.split())
+    assert all(" ".join(row.split()) in squeezed for row in rows)
+
+
+def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path):
+    workdir, _ = finished
+    weights = next(workdir.glob("runs/l2_sp*/model.keras"))
+    folder = make_folder(tmp_path / "images")
+    (folder / "train/cat/0.png").write_bytes((folder / "train/cat/0.png").read_bytes()[:60])
+    arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", f"--weights={weights}", "--resize=10", "--crop=8", *QUICK]
+    message = refused("train.py", *arguments)
+    assert "train/cat/0.png" in message and "--skip_bad_images" in message
+    result = run("train.py", *arguments, "--skip_bad_images", "--penalty=l2_sp", "--seeds=0")
+    assert result.returncode == 0, result.stderr
+    assert "1 images left out" in result.stdout
+    record = json.loads(next((tmp_path / "w").glob("runs/*/run.json")).read_text())
+    assert record["results"]["total"] == 8 and "source" not in record["results"]
+
+
+def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch, capsys):
+    workdir, _ = finished
+    weights = next(workdir.glob("sources/*/weights.safetensors"))
+    folder = make_folder(tmp_path / "images")
+    uneven = make_folder(tmp_path / "uneven")
+    (uneven / "test/dog").rename(uneven / "test/wolf")
+    at = f"--workdir={tmp_path / 'w'}"
+    cases = [
+        (["--penalty=l3"], "penalty 'l3' is unknown"),
+        (["--penalty=l1_sp"], "no published strength"),
+        (["--alpha=-1"], "alpha is -1"),
+        (["--alpha=much"], "no list of numbers"),
+        (["--seeds=x"], "no list of numbers"),
+        (["--iterations=0"], "iterations is 0"),
+        (["--backbone=vgg"], "backbone 'vgg' is unknown"),
+        (["--target=nowhere", "--source=digits/source"], "nowhere"),
+        ([f"--target={uneven}", f"--weights={weights}"], "wolf"),
+        ([f"--target={folder}"], "give its data with --source"),
+        (["--crop=99"], "crop is 99"),
+        ([f"--weights={weights}"], "architecture"),
+        (["--weights=missing.keras"], "no model file missing.keras"),
+    ]
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train
+    from l2sp_tf import cli
+
+    for arguments, message in cases:
+        with flagsaver.flagsaver():
+            train.FLAGS(["train.py", at, *arguments])
+            assert cli.status_of(train.main, ["train.py"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.glob("w/runs/*"))
+
+
+def test_flags_that_do_not_exist_and_folders_that_cannot_be_written(tmp_path):
+    assert "Unknown command line flag" in refused("train.py", "--penlaty=l2")
+    (tmp_path / "file").write_text("x")
+    assert "file" in refused("train.py", f"--workdir={tmp_path / 'file' / 'w'}", *QUICK, status=1)
+    assert "There is no folder" in refused("eval.py", f"--workdir={tmp_path / 'none'}")
+
+
+def test_a_full_disk_stops_with_a_sentence_and_keeps_finished_runs(finished, tmp_path):
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("there is no /dev/full here")
+    workdir, _ = finished
+    count = len(list(workdir.glob("runs/*/run.json")))
+    import resource
+
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, str(ROOT / "train.py"), f"--workdir={workdir}", *QUICK, "--seeds=7"]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, preexec_fn=limit)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr and "error: " in result.stderr
+    assert len(list(workdir.glob("runs/*/run.json"))) == count
+
+
+def test_help_lists_the_flags():
+    text = run("train.py", "--help").stdout
+    for flag in ("--penalty", "--alpha", "--seeds", "--workdir", "--weights", "--[no]mirror", "--protocol"):
+        assert flag in text

@@ -1,0 +1,107 @@
+"""Fine-tunes a pre-trained network under each penalty and seed, and prints what was gained and lost.
+
+Without flags: trains a small network on scikit-learn's digits (which digit), fine-tunes it on
+few images (even or odd) with L2 and with L2-SP over several seeds, and prints the table.
+"""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import app, flags
+
+from l2sp_tf.cli import run_main
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("workdir", "runs/digits", "Folder for the records, logs, models and cached source models.")
+flags.DEFINE_string("source", "", "Source task: digits/source, a folder <split>/<class>/<file>, or a zip of one (X.zip/PREFIX).")
+flags.DEFINE_string("target", "digits/target", "Target task, given like --source.")
+flags.DEFINE_integer("per_class", None, "Training images a class of the target; by default all (digits: 25).", lower_bound=1)
+flags.DEFINE_integer("subset_seed", None, "Draws the --per_class images at random; by default the first by name are taken.")
+flags.DEFINE_string("backbone", "small", "small, resnet50, resnet101 or resnet152.")
+flags.DEFINE_list("widths", "16,32,64", "Channels of each stage of the small backbone.")
+flags.DEFINE_list("depths", "1,1,1", "Blocks of each stage of the small backbone.")
+flags.DEFINE_enum("block", "basic", ["basic", "bottleneck"], "Kind of block of the small backbone.")
+flags.DEFINE_string("weights", "none", "none (train the source model), imagenet, or a .safetensors, .weights.h5 or .keras file.")
+flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l1_sp, gl_sp; several run one after the other.")
+flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each penalty.")
+flags.DEFINE_float("beta", 0.01, "Strength of L2 on the new layer.")
+flags.DEFINE_list("seeds", "0,1,2,3,4", "Seeds, a run for each.")
+flags.DEFINE_enum(
+    "protocol", "paper", ["paper", "authors"], "Whose numbers are the defaults: the paper's or the authors' code's."
+)
+flags.DEFINE_enum("params", None, ["kernels", "all"], "What is penalised; by default as the protocol says.")
+flags.DEFINE_integer("iterations", None, "Steps of fine-tuning.")
+flags.DEFINE_integer("source_iterations", None, "Steps of training the source model; by default four times --iterations.")
+flags.DEFINE_float("learning_rate", None, "Initial rate of fine-tuning, divided by 10 after two thirds of the steps.")
+flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
+flags.DEFINE_integer("batch_size", None, "Images a step.")
+flags.DEFINE_integer("resize", None, "Both sides of an image are squashed to this many pixels.")
+flags.DEFINE_integer("crop", None, "Side of the crop, in pixels.")
+flags.DEFINE_enum("blur", None, ["gaussian", "none"], "Random blur.")
+flags.DEFINE_bool("mirror", None, "Random mirror; off for the digits.")
+flags.DEFINE_bool("skip_bad_images", False, "Leave out images that cannot be decoded, and count them, instead of stopping.")
+flags.DEFINE_bool("save_models", True, "Keep each fine-tuned model beside its record.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
+    from l2sp_tf import report
+    from l2sp_tf.experiments import run_plan
+
+    records = run_plan(plan_from_flags(), verbose=1 if sys.stdout.isatty() else 0)
+    print("\n" + report.table(records))
+
+
+def plan_from_flags():
+    """The plan that the flags describe."""
+    from l2sp_tf.experiments import Plan
+    from l2sp_tf.recipe import Recipe
+
+    is_digits = FLAGS.target == "digits/target"
+    recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
+    names = ("params", "iterations", "learning_rate", "batch_size", "resize", "crop", "blur", "mirror")
+    given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    recipe = recipe.replace(**given, beta=FLAGS.beta)
+    if FLAGS.iterations is not None:
+        recipe = recipe.replace(decay_at=None)
+    source_recipe = Recipe.source(recipe).replace(learning_rate=FLAGS.source_learning_rate)
+    if FLAGS.source_iterations is not None:
+        source_recipe = source_recipe.replace(iterations=FLAGS.source_iterations)
+    return Plan(
+        workdir=pathlib.Path(FLAGS.workdir),
+        source=FLAGS.source or ("digits/source" if is_digits else None),
+        target=FLAGS.target,
+        backbone=FLAGS.backbone,
+        weights=FLAGS.weights,
+        penalties=tuple(FLAGS.penalty),
+        alphas=_numbers("alpha", float),
+        seeds=_numbers("seeds", int),
+        recipe=recipe,
+        source_recipe=source_recipe,
+        widths=_numbers("widths", int),
+        depths=_numbers("depths", int),
+        block=FLAGS.block,
+        per_class=25 if is_digits and FLAGS.per_class is None else FLAGS.per_class,
+        subset_seed=FLAGS.subset_seed,
+        skip_bad_images=FLAGS.skip_bad_images,
+        save_models=FLAGS.save_models,
+    )
+
+
+def _numbers(name, kind):
+    from l2sp_tf.errors import InputError
+
+    try:
+        return tuple(kind(value) for value in FLAGS[name].value if value)
+    except ValueError:
+        raise InputError(
+            f"--{name}={','.join(FLAGS[name].value)} is no list of numbers: give them with commas between."
+        ) from None
+
+
+if __name__ == "__main__":
+    run_main(main)
