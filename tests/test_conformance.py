@@ -1,0 +1,130 @@
+"""What holds for the whole project: the floors of the house, and every row of the README's tables."""
+
+import ast
+import inspect
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import l2sp_tf as l2sp
+from l2sp_tf.regularizers import PENALTIES
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLOORS = [
+    {"errors", "files", "variables"},
+    {"regularizers", "anchors", "theory", "data", "recipe", "records"},
+    {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor"},
+    {"evaluation"},
+    {"training"},
+    {"experiments", "report", "cli"},
+]
+
+
+def floor_of(module):
+    return next((number for number, names in enumerate(FLOORS) if module in names), None)
+
+
+def modules():
+    for path in sorted((ROOT / "l2sp_tf").rglob("*.py")):
+        name = path.relative_to(ROOT / "l2sp_tf").parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield name, path
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("l2sp_tf"):
+            first = node.module.split(".")[1:2]
+            yield from first or [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("l2sp_tf."))
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value).rpartition("l2sp_tf/")[2])
+def test_imports_point_down_only(name, path):
+    assert floor_of(name) is not None, f"{name} has no floor"
+    for other in imported(path):
+        # A package's own modules, and two that the floor lets stand on each other, are one room.
+        same_room = other == name or (name, other) == ("fisher", "fisher_rules")
+        assert same_room or floor_of(other) < floor_of(name), f"{name} imports {other}"
+
+
+@pytest.mark.parametrize(("name", "path"), modules(), ids=lambda value: str(value).rpartition("l2sp_tf/")[2])
+def test_the_library_reads_no_flags_and_asserts_nothing(name, path):
+    tree = ast.parse(path.read_text())
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(tree))
+    if name != "cli":
+        assert "absl" not in path.read_text()
+
+
+def test_public_names_have_docstrings_and_are_all_listed():
+    for name in l2sp.__all__:
+        assert inspect.getdoc(getattr(l2sp, name)), name
+    assert sorted(l2sp.__all__) == l2sp.__all__
+    equations = {"l2": 1, "l2_sp": 2, "l2_sp_fisher": 4, "l1_sp": 5, "gl_sp": 6, "gl_sp_fisher": 7}
+    assert set(equations) == set(PENALTIES)
+    for symbol, number in equations.items():
+        assert PENALTIES[symbol].__doc__.startswith(f"Eq. ({number})")
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("symbol", list(PENALTIES))
+def test_every_penalty_trains_under_every_policy_and_strategy(symbol, precision):
+    keras.config.set_dtype_policy(precision)
+    try:
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            layers = [keras.Input((4,)), keras.layers.Dense(3, name="a"), keras.layers.Dense(2, dtype="float32", name="b")]
+            model = keras.Sequential(layers)
+            anchors = l2sp.Anchors.of(model)
+            fisher = {key: np.ones(a.shape, "float32") for key, a in anchors.items()} if "fisher" in symbol else None
+            coverage = l2sp.attach(model, PENALTIES[symbol](0.1), anchors, fisher=fisher, params="all")
+            model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        x, y = np.random.default_rng(0).normal(size=(8, 4)), np.arange(8) % 2
+        history = model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
+        assert np.all(np.isfinite(history.history["loss"]))
+        assert all(np.all(np.isfinite(a.astype("float32"))) for a in l2sp.Anchors.of(model).values())
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def readme_rows():
+    text = (ROOT / "README.md").read_text()
+    section = text.split("## Where each equation is")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| ")][2:]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_every_row_of_the_equation_table_resolves():
+    rows = readme_rows()
+    assert len(rows) >= 7
+    for equation, symbol, test in rows:
+        module, _, name = symbol.strip("`").rpartition(".")
+        found = __import__(module, fromlist=[name])
+        assert hasattr(found, name), symbol
+        path, _, function = test.strip("`").partition("::")
+        assert f"def {function}(" in (ROOT / path).read_text(), test
+        assert equation
+
+
+def test_the_readme_and_ci_give_the_same_test_command():
+    commands = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    test_command = next(line for block in commands for line in block.splitlines() if "pytest" in line)
+    assert test_command in (ROOT / ".ci/run").read_text()
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    monkeypatch.setattr(keras.applications, "ResNet50", lambda weights: _stand_in())
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(8, 32, 32, 3)).astype("float32"), rng.integers(120, size=8)
+    exec(compile(block, "README.md", "exec"), {"images": images, "labels": labels})  # noqa: S102
+
+
+def _stand_in():
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="conv1_conv")(inputs))
+    return keras.Model(inputs, keras.layers.Dense(10, "softmax", name="predictions")(x))
