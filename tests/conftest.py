@@ -17,6 +17,12 @@ def _seeded():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(scope="session")
+def mirrored():
+    """One MirroredStrategy over the two devices for all tests: TensorFlow's collectives hang when several come and go."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
+
+
 @pytest.fixture
 def small_network():
     """Returns a maker of small functional networks with a convolution, batch norm and a head of 3 classes."""
