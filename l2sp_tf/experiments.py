@@ -194,8 +194,8 @@ def _source_accuracy(pretrained, source):
 def _settings(plan, penalty, seed, target, source, origin, anchors):
     """What a run's result depends on; the key of the run is made of it."""
     return {
-        "source": source.name if source is not None else plan.weights,
-        "target": target.name,
+        "source": _short(source.name if source is not None else plan.weights),
+        "target": _short(target.name),
         "target_digest": target.digest,
         "source_digest": source.digest if source is not None else None,
         "skipped": [len(target.train.skipped), len(target.test.skipped)],
@@ -209,6 +209,11 @@ def _settings(plan, penalty, seed, target, source, origin, anchors):
         "seed": seed,
         "recipe": _plain(plan.recipe),
     }
+
+
+def _short(path):
+    """The last two parts of a path: enough to tell tasks apart in a table, and no record of a machine."""
+    return "/".join(pathlib.Path(path).parts[-2:])
 
 
 def _write(folder, settings, run, results):
