@@ -4,6 +4,7 @@ from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach, detach
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
+from l2sp_tf.fisher import Fisher, fisher_diagonal
 from l2sp_tf.models import freeze_first, with_new_head
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import L1SP, L2, L2SP, GroupLassoSP, GroupLassoSPFisher, L2SPFisher, UnboundPenaltyError
@@ -13,6 +14,7 @@ __all__ = [
     "AnchorGuard",
     "Anchors",
     "Coverage",
+    "Fisher",
     "GroupLassoSP",
     "GroupLassoSPFisher",
     "InputError",
@@ -27,6 +29,7 @@ __all__ = [
     "detach",
     "evaluate",
     "finetune",
+    "fisher_diagonal",
     "freeze_first",
     "retention",
     "train_source",
