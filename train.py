@@ -25,7 +25,7 @@ flags.DEFINE_list("widths", "16,32,64", "Channels of each stage of the small bac
 flags.DEFINE_list("depths", "1,1,1", "Blocks of each stage of the small backbone.")
 flags.DEFINE_enum("block", "basic", ["basic", "bottleneck"], "Kind of block of the small backbone.")
 flags.DEFINE_string("weights", "none", "none (train the source model), imagenet, or a .safetensors, .weights.h5 or .keras file.")
-flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l1_sp, gl_sp; several run one after the other.")
+flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l2_sp_fisher, l1_sp, gl_sp, gl_sp_fisher.")
 flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each penalty.")
 flags.DEFINE_float("beta", 0.01, "Strength of L2 on the new layer.")
 flags.DEFINE_list("seeds", "0,1,2,3,4", "Seeds, a run for each.")
@@ -44,6 +44,12 @@ flags.DEFINE_enum("blur", None, ["gaussian", "none"], "Random blur.")
 flags.DEFINE_bool("mirror", None, "Random mirror; off for the digits.")
 flags.DEFINE_bool("skip_bad_images", False, "Leave out images that cannot be decoded, and count them, instead of stopping.")
 flags.DEFINE_bool("save_models", True, "Keep each fine-tuned model beside its record.")
+flags.DEFINE_enum("fisher_mode", "rademacher", ["rademacher", "mc", "exact"], "How F_jj is estimated on the source images.")
+flags.DEFINE_integer("fisher_samples", 1, "Draws for each image, in the modes rademacher and mc.", lower_bound=1)
+flags.DEFINE_integer("fisher_images", None, "Source images for F_jj; by default all training images.", lower_bound=1)
+flags.DEFINE_integer("fisher_batch", 64, "Images a batch of that pass; one that does not fit is split.", lower_bound=1)
+flags.DEFINE_float("fisher_tolerance", None, "Stop that pass when the relative error of every layer is at most this.")
+flags.DEFINE_list("fisher_transforms", "", "Applied to F_jj in this order: clip=MAX, epsilon=VALUE, normalise (to mean 1).")
 
 
 def main(argv):
@@ -58,7 +64,7 @@ def main(argv):
 
 def plan_from_flags():
     """The plan that the flags describe."""
-    from l2sp_tf.experiments import Plan
+    from l2sp_tf.experiments import FisherPlan, Plan
     from l2sp_tf.recipe import Recipe
 
     is_digits = FLAGS.target == "digits/target"
@@ -89,7 +95,27 @@ def plan_from_flags():
         subset_seed=FLAGS.subset_seed,
         skip_bad_images=FLAGS.skip_bad_images,
         save_models=FLAGS.save_models,
+        fisher=FisherPlan(
+            mode=FLAGS.fisher_mode,
+            samples=FLAGS.fisher_samples,
+            images=FLAGS.fisher_images,
+            batch=FLAGS.fisher_batch,
+            tolerance=FLAGS.fisher_tolerance,
+            transforms=_transforms(),
+        ),
     )
+
+
+def _transforms():
+    """The pairs of name and value that --fisher_transforms lists."""
+    from l2sp_tf.errors import InputError
+
+    pairs = [text.partition("=") for text in FLAGS.fisher_transforms if text]
+    try:
+        return tuple((name, float(value) if equals else None) for name, equals, value in pairs)
+    except ValueError:
+        given = ",".join(FLAGS.fisher_transforms)
+        raise InputError(f"--fisher_transforms={given} is not understood: give clip=MAX, epsilon=VALUE or normalise.") from None
 
 
 def _numbers(name, kind):

@@ -5,16 +5,43 @@ import json
 import pathlib
 
 import keras
+import numpy as np
 
 from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
-from l2sp_tf.data import load_dataset, prepare
+from l2sp_tf.data import Task, load_dataset, prepare, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
+from l2sp_tf.fisher import Fisher, fisher_diagonal
+from l2sp_tf.monitor import write_histograms
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.training import finetune, preprocessing_of, train_source
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherPlan:
+    """How the Fisher diagonal is estimated, on central crops of the source's training images in random order.
+
+    Attributes:
+        mode, samples, tolerance: as `fisher_diagonal` takes them.
+        images: how many images; None for all.
+        batch: images a batch.
+        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None.
+    """
+
+    mode: str = "rademacher"
+    samples: int = 1
+    images: int | None = None
+    batch: int = 64
+    tolerance: float | None = None
+    transforms: tuple = ()
+
+    def __post_init__(self):
+        for name, value in self.transforms:
+            if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
+                raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +62,7 @@ class Plan:
         subset_seed: draws them at random; None takes the first in order of name.
         skip_bad_images: leave out images that cannot be decoded.
         save_models: keep each fine-tuned model beside its record.
+        fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
     """
 
     workdir: pathlib.Path
@@ -54,13 +82,14 @@ class Plan:
     subset_seed: int | None = None
     skip_bad_images: bool = False
     save_models: bool = True
+    fisher: FisherPlan = FisherPlan()
 
     def __post_init__(self):
         for symbol in self.penalties:
             if symbol not in PENALTIES:
                 raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
-            if issubclass(PENALTIES[symbol], FisherPenalty):
-                raise InputError(f"The penalty {symbol} needs a Fisher diagonal, which train.py cannot estimate yet: use attach.")
+            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
+                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
         if not self.penalties or not self.seeds:
             raise InputError("There is nothing to run: give at least one penalty and one seed.")
         if self.weights == "none" and self.source is None:
@@ -90,47 +119,65 @@ def run_plan(plan, *, say=print, verbose=0):
         OSError: the workdir cannot be written.
     """
     runs = list(plan.runs())  # a bad strength is told before any work is done
+    start = _prepare_start(plan, any(isinstance(penalty, FisherPenalty) for penalty, _ in runs), say, verbose)
+    done = []
+    for number, (penalty, seed) in enumerate(runs, start=1):
+        title = f"[{number}/{len(runs)}] {penalty}, seed {seed}"
+        done.append(_run(plan, start, penalty, seed, lambda text, title=title: say(f"{title}: {text}"), verbose))
+    return done
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Start:
+    """What all runs of a plan start from."""
+
+    target: Task
+    source: Task | None
+    pretrained: keras.Model
+    origin: str
+    anchors: Anchors
+    anchors_path: pathlib.Path
+    before: dict | None
+    fisher: Fisher | None
+
+
+def _prepare_start(plan, needs_fisher, say, verbose):
     plan.workdir.mkdir(parents=True, exist_ok=True)
     order = "bgr" if plan.weights == "imagenet" else "rgb"  # the ImageNet weights of Keras were trained on BGR images
     target = _task(plan, load_dataset(plan.target, cache_dir=plan.workdir / "cache"), plan.recipe, order, say, subset=True)
-    source = None
+    source = before = None
     if plan.source is not None:
         source = _task(plan, load_dataset(plan.source, cache_dir=plan.workdir / "cache"), plan.source_recipe, order, say)
     pretrained, origin = _pretrained(plan, source, say, verbose)
     anchors, anchors_path = _stored_anchors(plan, pretrained)
-    before = None if source is None else _source_accuracy(pretrained, source)
-    if before is not None:
+    if source is not None:
+        before = _source_accuracy(pretrained, source)
         say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
-    done = []
-    for number, (penalty, seed) in enumerate(runs, start=1):
-        settings = _settings(plan, penalty, seed, target, source, origin, anchors)
-        folder = plan.workdir / "runs" / f"{penalty.symbol}-{penalty.alpha:g}-seed{seed}-{records.run_key(settings)}"
-        title = f"[{number}/{len(runs)}] {penalty}, seed {seed}"
-        if (folder / "run.json").exists():
-            done.append(records.read_record(folder / "run.json"))
-            say(f"{title}: already finished, target accuracy {done[-1]['results']['accuracy']:.1%}")
-            continue
-        say(f"{title}: {plan.recipe.iterations} iterations")
-        link_or_copy(anchors_path, folder / "anchors.safetensors")
-        run = finetune(
-            pretrained,
-            target,
-            penalty,
-            plan.recipe,
-            anchors=anchors,
-            seed=seed,
-            run_dir=folder,
-            verbose=verbose,
-            save=plan.save_models,
-        )
-        results = evaluate(run.model, target)
-        if source is not None:
-            results["source"] = retention(run.model, pretrained, source, before=before)
-        done.append(_write(folder, settings, run, results))
-        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}" if source is not None else ""
-        say(f"{title}: target accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
-        keras.utils.clear_session(free_memory=True)
-    return done
+    fisher = _fisher(plan, pretrained, source, anchors, say, verbose) if needs_fisher else None
+    return _Start(target, source, pretrained, origin, anchors, anchors_path, before, fisher)
+
+
+def _run(plan, start, penalty, seed, say, verbose):
+    """One fine-tuning with its evaluation, or its record if it has one."""
+    fisher = start.fisher if isinstance(penalty, FisherPenalty) else None
+    settings = _settings(plan, start, penalty, seed, fisher)
+    folder = plan.workdir / "runs" / f"{penalty.symbol}-{penalty.alpha:g}-seed{seed}-{records.run_key(settings)}"
+    if (folder / "run.json").exists():
+        record = records.read_record(folder / "run.json")
+        say(f"already finished, target accuracy {record['results']['accuracy']:.1%}")
+        return record
+    say(f"{plan.recipe.iterations} iterations")
+    link_or_copy(start.anchors_path, folder / "anchors.safetensors")
+    options = {"fisher": fisher, "seed": seed, "run_dir": folder, "verbose": verbose, "save": plan.save_models}
+    run = finetune(start.pretrained, start.target, penalty, plan.recipe, anchors=start.anchors, **options)
+    results, kept = evaluate(run.model, start.target), ""
+    if start.source is not None:
+        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before)
+        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}"
+    record = _write(folder, settings, run, results, fisher)
+    say(f"target accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
+    keras.utils.clear_session(free_memory=True)
+    return record
 
 
 def _task(plan, dataset, recipe, order, say, subset=False):
@@ -191,23 +238,50 @@ def _source_accuracy(pretrained, source):
     return evaluate(pretrained, source)
 
 
-def _settings(plan, penalty, seed, target, source, origin, anchors):
+def _fisher(plan, pretrained, source, anchors, say, verbose):
+    """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
+    f = plan.fisher
+    count = len(source.train) if f.images is None else min(f.images, len(source.train))
+    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
+    identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
+    key = records.run_key({**identity, "preprocessing": _plain(source.preprocessing)})
+    path = plan.workdir / "fisher" / f"{key}.safetensors"
+    if path.exists():
+        fisher = Fisher.load(path)
+        say(f"Fisher diagonal: estimated before, read from {path}")
+    else:
+        say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
+        order = np.random.default_rng(0).permutation(len(source.train))[:count]  # so that any part is a fair sample
+        batches = test_batches(source.train, source.preprocessing, source.mean, batch_size=f.batch, order=order)
+        options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": _short(source.name)}
+        fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
+        fisher.save(path)
+        write_histograms(path.parent / "tensorboard" / key, fisher)
+    worst = max(fisher.standard_error().values())
+    say(f"Fisher diagonal: {fisher.provenance['images']} images, relative standard error of a layer at most {worst:.1%}")
+    for name, value in f.transforms:
+        fisher = getattr(fisher, name)(*([] if value is None else [value]))
+    return fisher
+
+
+def _settings(plan, start, penalty, seed, fisher):
     """What a run's result depends on; the key of the run is made of it."""
     return {
-        "source": _short(source.name if source is not None else plan.weights),
-        "target": _short(target.name),
-        "target_digest": target.digest,
-        "source_digest": source.digest if source is not None else None,
-        "skipped": [len(target.train.skipped), len(target.test.skipped)],
+        "source": _short(start.source.name if start.source is not None else plan.weights),
+        "target": _short(start.target.name),
+        "target_digest": start.target.digest,
+        "source_digest": start.source.digest if start.source is not None else None,
+        "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
         "per_class": plan.per_class,
-        "anchors": anchors.digest,
-        "weights": origin,
+        "anchors": start.anchors.digest,
+        "weights": start.origin,
         "backbone": plan.backbone,
         "penalty": penalty.symbol,
         "alpha": penalty.alpha,
         "beta": plan.recipe.beta,
         "seed": seed,
         "recipe": _plain(plan.recipe),
+        **({"fisher": fisher.digest} if fisher is not None else {}),
     }
 
 
@@ -216,7 +290,7 @@ def _short(path):
     return "/".join(pathlib.Path(path).parts[-2:])
 
 
-def _write(folder, settings, run, results):
+def _write(folder, settings, run, results, fisher):
     record = {
         "settings": settings,
         "versions": records.versions(),
@@ -227,6 +301,7 @@ def _write(folder, settings, run, results):
         "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
         "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
         "seconds": run.seconds,
+        **({"fisher": fisher.provenance} if fisher is not None else {}),
     }
     records.write_record(folder / "run.json", record)
     return records.read_record(folder / "run.json")

@@ -90,6 +90,20 @@ class Monitor(keras.callbacks.Callback):
         return {layer: math.sqrt(square) for layer, square in squares.items()}
 
 
+def write_histograms(folder, arrays):
+    """Writes a TensorBoard histogram of log10 of each array's positive entries, under "fisher/<key>".
+
+    Args:
+        folder: where to write.
+        arrays: a mapping from key to non-negative array, such as a `Fisher`.
+    """
+    writer = tf.summary.create_file_writer(str(folder))
+    with writer.as_default(step=0):
+        for key, array in arrays.items():
+            tf.summary.histogram(f"fisher/{key}", np.log10(array[array > 0]))
+    writer.close()
+
+
 class FiniteLoss(keras.callbacks.Callback):
     """Stops a training whose loss is not finite, and says at which step.
 

@@ -33,7 +33,7 @@ def summary(records):
     groups = collections.defaultdict(list)
     for record in records:
         s = record["settings"]
-        rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe"))
+        rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe", "fisher"))
         groups[(s["source"], s["target"], s["penalty"], s["alpha"], s["beta"], rest)].append(record["results"])
     rows = []
     for (source, target, penalty, alpha, beta, _), results in groups.items():

@@ -101,8 +101,8 @@ def _as_task(data, recipe):
 
 def _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbose, save):
     """Compiles and fits `model`, which carries the penalties of `coverage`."""
-    if run_dir is not None and anchors is not None and not (pathlib.Path(run_dir) / "anchors.safetensors").exists():
-        anchors.save(pathlib.Path(run_dir) / "anchors.safetensors")
+    if run_dir is not None and anchors is not None:
+        _keep_anchors(anchors, pathlib.Path(run_dir) / "anchors.safetensors")
     model.compile(
         optimizer=recipe.optimizer(),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -130,3 +130,13 @@ def _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbo
         with atomic_path(pathlib.Path(run_dir) / "model.keras") as temporary:
             detached_copy(model).save(temporary)
     return Run(model, coverage, anchors, monitor.rows, seconds)
+
+
+def _keep_anchors(anchors, path):
+    """Saves the anchors beside the run, or stops if the folder holds those of another start."""
+    if not path.exists():
+        anchors.save(path)
+    elif Anchors.load(path).digest != anchors.digest:
+        raise InputError(
+            f"{path} holds other anchors than this run starts from: load them with Anchors.load, or give another run_dir."
+        )

@@ -73,6 +73,28 @@ def test_a_second_command_runs_only_what_is_new(finished):
     assert len(list(workdir.glob("runs/*/run.json"))) == 8
 
 
+def test_fisher_penalties_estimate_once_and_record_how(finished):
+    workdir, _ = finished
+    fisher = [
+        "--penalty=l2_sp_fisher,gl_sp_fisher",
+        "--alpha=1",
+        "--seeds=0",
+        "--fisher_images=200",
+        "--fisher_transforms=normalise",
+    ]
+    first = run("train.py", f"--workdir={workdir}", *QUICK, *fisher)
+    assert first.returncode == 0, first.stderr
+    assert "200 images, relative standard error" in first.stdout
+    second = run("train.py", f"--workdir={workdir}", *QUICK, *fisher, "--alpha=2", "--penalty=l2_sp_fisher")
+    assert second.returncode == 0, second.stderr
+    assert "estimated before" in second.stdout
+    record = json.loads(next(workdir.glob("runs/l2_sp_fisher-1-*/run.json")).read_text())
+    assert record["fisher"]["images"] == 200 and record["fisher"]["mode"] == "rademacher"
+    assert [t["name"] for t in record["fisher"]["transforms"]] == ["normalise"]
+    assert record["fisher"]["model"] == record["anchors"]["digest"]
+    assert len(list(workdir.glob("fisher/*.safetensors"))) == len(list(workdir.glob("fisher/tensorboard/*"))) == 1
+
+
 def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     workdir, first = finished
     result = run("eval.py", f"--workdir={workdir}", f"--output={tmp_path}")
@@ -109,6 +131,9 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
     cases = [
         (["--penalty=l3"], "penalty 'l3' is unknown"),
         (["--penalty=l1_sp"], "no published strength"),
+        (["--penalty=l2_sp_fisher", "--alpha=1", f"--target={folder}", f"--weights={weights}"], "needs source images"),
+        (["--fisher_transforms=clip"], "Fisher transform clip"),
+        (["--fisher_transforms=clip=x"], "is not understood"),
         (["--alpha=-1"], "alpha is -1"),
         (["--alpha=much"], "no list of numbers"),
         (["--seeds=x"], "no list of numbers"),

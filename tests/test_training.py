@@ -148,3 +148,11 @@ def test_source_training_penalises_everything_with_l2(pretrained):
 def test_data_of_another_kind_is_refused(pretrained):
     with pytest.raises(l2sp.InputError, match="data is a list"):
         l2sp.finetune(pretrained, [1, 2], l2sp.L2SP(0.1))
+
+
+def test_a_folder_with_other_anchors_stops_the_run(pretrained, tmp_path):
+    first = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
+    with pytest.raises(l2sp.InputError, match="holds other anchors"):
+        l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
+    again = l2sp.Anchors.load(tmp_path / "anchors.safetensors")
+    l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, anchors=again, run_dir=tmp_path, verbose=0)

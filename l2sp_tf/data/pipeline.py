@@ -214,7 +214,7 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     return batches.rebatch(batch_size, drop_remainder=True).prefetch(2)
 
 
-def test_batches(images, preprocessing, mean, *, batch_size):
+def test_batches(images, preprocessing, mean, *, batch_size, order=None):
     """Every image once, in order, cropped at its centre; the last batch may be smaller.
 
     Args:
@@ -222,6 +222,7 @@ def test_batches(images, preprocessing, mean, *, batch_size):
         preprocessing: a Preprocessing; of it only the crop and the order of channels count.
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
         batch_size: images a batch.
+        order: int64 [n], the indices of the images to show; None for all from first to last.
 
     Returns:
         A tf.data.Dataset of float32 [b, crop, crop, 3] and int32 [b].
@@ -237,7 +238,8 @@ def test_batches(images, preprocessing, mean, *, batch_size):
         x = tf.cast(ops.central_crop(read(indices), preprocessing.crop), tf.float32) - mean
         return _ordered(x, preprocessing), tf.gather(labels, indices)
 
-    indices = tf.data.Dataset.range(len(images)).batch(batch_size)
+    order = np.arange(len(images)) if order is None else np.asarray(order, np.int64)
+    indices = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
     return indices.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
