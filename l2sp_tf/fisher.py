@@ -22,7 +22,9 @@ from l2sp_tf.variables import keyed_weights
 
 FORMAT = "l2sp_tf.fisher.v1"
 MODES = ("rademacher", "mc", "exact")
-COLUMNS = 3  # cotangents that go through the backward pass side by side, sharing what depends on the input alone
+# Cotangents go through the backward pass side by side, sharing what depends on the input alone: 3 of them, or up to 9 as
+# long as their gradients take no more than so many bytes.
+COLUMNS, MOST_COLUMNS, GRADIENT_BYTES = 3, 9, 2**30
 MIN_BATCHES = 8  # before `tolerance` may stop a pass: the spread of fewer batches is itself too uncertain
 
 
@@ -211,7 +213,7 @@ def fisher_diagonal(
 
     Peak memory beside the model is about 4 (B (A + max_l(P C + c (2 P K + 2 C K))) + 4 N) bytes: B
     images a batch, A floats of layer outputs for each image, N weights, c backward passes side by
-    side (`COLUMNS`, or fewer where there are fewer); P output positions, C input and K output
+    side (3, or up to 9 where their gradients fit into 1 GiB); P output positions, C input and K output
     channels of the layer for which this is largest. A batch that does not fit is split, with the
     same result.
 
@@ -362,6 +364,7 @@ class _Estimator:
 
     def _run(self, x, first):
         x = tf.nest.map_structure(tf.convert_to_tensor, x)
+        self._batch = _length(x)
         spec = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), x)
         if str(spec) not in self._functions:
             noise = {"rademacher": [tf.TensorSpec([None] * 3, tf.int8)], "mc": [tf.TensorSpec([None] * 2, tf.float64)]}
@@ -406,7 +409,8 @@ class _Estimator:
             return {names[name]: square for name, square in found.items() if name in names}
 
         closed = {} if head is None else {names[name]: s for name, s in _head_squares(head, p).items() if name in names}
-        sums = self._sum_over_cotangents(p, noise, squares, [key for key in self.weights if key not in closed])
+        open_keys = [key for key in self.weights if key not in closed]
+        sums = self._sum_over_cotangents(p, noise, squares, open_keys, self._columns(sites))
         return {key: (closed | sums)[key] for key in self.weights}, _are_probabilities(output, logits)
 
     def _slow_sums(self, x, noise=None):
@@ -432,7 +436,7 @@ class _Estimator:
         start = (tf.constant(0), self._zeros(self.weights), tf.constant(True))
         return tf.while_loop(lambda i, *_: i < n, one, start, parallel_iterations=1)[1:]
 
-    def _sum_over_cotangents(self, p, noise, squares, keys):
+    def _sum_over_cotangents(self, p, noise, squares, keys, columns=COLUMNS):
         """sum over the cotangents u, one column of a factor of H or one draw each, of squares(u)."""
         classes = p.shape[-1]
         if self.mode == "exact" or (self.mode == "rademacher" and classes == 2):  # H has rank 1: a sign changes no square
@@ -442,16 +446,24 @@ class _Estimator:
             count, scale, cotangent = self.samples, self.samples, lambda i: draw(p, noise[i])
 
         def step(i, sums):
-            group = [i + j for j in range(min(COLUMNS, count))]
+            group = [i + j for j in range(min(columns, count))]
             found = squares([cotangent(tf.minimum(j, count - 1)) * tf.cast(j < count, p.dtype) for j in group])
-            return i + COLUMNS, {key: total + tf.cast(found.get(key, 0), total.dtype) for key, total in sums.items()}
+            return i + columns, {key: total + tf.cast(found.get(key, 0), total.dtype) for key, total in sums.items()}
 
-        if count <= COLUMNS:
+        if count <= columns:
             sums = step(0, self._zeros(keys))[1]
         else:
             start = (tf.constant(0), self._zeros(keys))
             sums = tf.while_loop(lambda i, _: i < count, step, start, parallel_iterations=1)[1]
         return sums if scale == 1 else {key: total / scale for key, total in sums.items()}
+
+    def _columns(self, sites):
+        """How many cotangents go side by side, by the bytes of the gradients of one."""
+        shapes = [site.output.shape[1:] for site in sites]
+        if any(None in shape for shape in shapes):
+            return COLUMNS
+        size = 4 * self._batch * sum(shape.num_elements() for shape in shapes)
+        return min(MOST_COLUMNS, max(COLUMNS, GRADIENT_BYTES // max(size, 1)))
 
     def _zeros(self, keys):
         return {key: tf.zeros(self.weights[key].variable.shape, _full(self.weights[key].variable.dtype)) for key in keys}
