@@ -17,26 +17,20 @@ from l2sp_tf.variables import keyed_weights, match_keys
 FORMAT = "l2sp_tf.anchors.v1"
 
 
-class Anchors(collections.abc.Mapping):
-    """The pre-trained weights w0 of section 3, a read-only mapping from key to array.
+class Arrays(collections.abc.Mapping):
+    """A read-only mapping from the key of a weight to a read-only array, copied by value.
 
-    Keys are those of `l2sp_tf.variables.keyed_weights`, such as "conv1_conv/kernel". All
-    weights are kept, trainable or not, so that the pre-trained model can be restored from
-    its anchors: the original head and the source's batch-norm statistics are in them.
+    Args:
+        arrays: a mapping from key to array.
+        dtype: of all arrays; None keeps each one's own.
     """
 
-    def __init__(self, arrays):
+    def __init__(self, arrays, dtype=None):
         self._arrays = {}
         for key, value in arrays.items():
-            array = np.array(value)  # a copy: an anchor that aliased a live weight would penalise nothing
+            array = np.array(value, dtype)  # a copy: an anchor that aliased a live weight would penalise nothing
             array.flags.writeable = False
             self._arrays[key] = array
-        self._digest = digest_of(self.manifest)
-
-    @classmethod
-    def of(cls, model):
-        """Copies the weights of a built model by value; later training does not change them."""
-        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
 
     def __getitem__(self, key):
         return self._arrays[key]
@@ -47,6 +41,29 @@ class Anchors(collections.abc.Mapping):
     def __len__(self):
         return len(self._arrays)
 
+    @property
+    def manifest(self):
+        """For each array its name, shape, dtype and sha256."""
+        return manifest_of(self)
+
+
+class Anchors(Arrays):
+    """The pre-trained weights w0 of section 3, a read-only mapping from key to array.
+
+    Keys are those of `l2sp_tf.variables.keyed_weights`, such as "conv1_conv/kernel". All
+    weights are kept, trainable or not, so that the pre-trained model can be restored from
+    its anchors: the original head and the source's batch-norm statistics are in them.
+    """
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        self._digest = digest_of(self.manifest)
+
+    @classmethod
+    def of(cls, model):
+        """Copies the weights of a built model by value; later training does not change them."""
+        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
+
     def __repr__(self):
         return f"Anchors({len(self)} arrays, {sum(a.size for a in self.values()):,} numbers, digest {self.digest[:12]})"
 
@@ -54,11 +71,6 @@ class Anchors(collections.abc.Mapping):
     def digest(self):
         """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal weights."""
         return self._digest
-
-    @property
-    def manifest(self):
-        """For each array its name, shape, dtype and sha256."""
-        return manifest_of(self)
 
     def save(self, path):
         """Writes the arrays and their manifest to a safetensors file, atomically.

@@ -6,7 +6,6 @@ the weights, F_jj = mean over images of (Jᵀ H J)_jj, so any u with E[u uᵀ] =
 estimate (Jᵀ u)_j² from one backward pass.
 """
 
-import collections.abc
 import hashlib
 import json
 import math
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.anchors import Anchors, digest_of, load_arrays, manifest_of, save_arrays
+from l2sp_tf.anchors import Anchors, Arrays, digest_of, load_arrays, save_arrays
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher_rules import check_layers, instrumented
 from l2sp_tf.variables import keyed_weights
@@ -28,7 +27,7 @@ COLUMNS, MOST_COLUMNS, GRADIENT_BYTES = 3, 9, 2**30
 MIN_BATCHES = 8  # before `tolerance` may stop a pass: the spread of fewer batches is itself too uncertain
 
 
-class Fisher(collections.abc.Mapping):
+class Fisher(Arrays):
     """The Fisher diagonal, a read-only mapping from key to float32 array of the weight's shape.
 
     Keys are those of `l2sp_tf.variables.keyed_weights`. Made by `fisher_diagonal` or `load`.
@@ -40,22 +39,9 @@ class Fisher(collections.abc.Mapping):
     """
 
     def __init__(self, arrays, provenance, statistics):
-        self._arrays = {}
-        for key, value in arrays.items():
-            array = np.array(value, "float32")
-            array.flags.writeable = False
-            self._arrays[key] = array
+        super().__init__(arrays, "float32")
         self.provenance = json.loads(json.dumps(provenance))
         self._statistics = {layer: [float(n) for n in sums] for layer, sums in statistics.items()}
-
-    def __getitem__(self, key):
-        return self._arrays[key]
-
-    def __iter__(self):
-        return iter(self._arrays)
-
-    def __len__(self):
-        return len(self._arrays)
 
     def __repr__(self):
         size = sum(array.size for array in self.values())
@@ -64,7 +50,7 @@ class Fisher(collections.abc.Mapping):
     @property
     def digest(self):
         """The sha256 of the arrays, provenance and statistics, in hexadecimal."""
-        parts = [digest_of(manifest_of(self)), self.provenance, self._statistics]
+        parts = [digest_of(self.manifest), self.provenance, self._statistics]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save(self, path):
