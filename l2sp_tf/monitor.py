@@ -60,7 +60,8 @@ class Monitor(keras.callbacks.Callback):
         self.rows.append(row)
         if self.folder is not None:
             self._write(row, layers)
-        self.model.reset_metrics()
+        if self._step != self.iterations:  # Keras shows the metrics once more at the end
+            self.model.reset_metrics()
 
     def on_train_end(self, logs=None):
         if self.folder is not None:

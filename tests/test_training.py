@@ -156,3 +156,10 @@ def test_a_folder_with_other_anchors_stops_the_run(pretrained, tmp_path):
         l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
     again = l2sp.Anchors.load(tmp_path / "anchors.safetensors")
     l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, anchors=again, run_dir=tmp_path, verbose=0)
+
+
+def test_the_last_metrics_that_keras_shows_are_those_of_the_last_row(pretrained):
+    shown = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: shown_logs.update(logs))
+    shown_logs = {}
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[shown], verbose=0)
+    assert shown_logs["cross_entropy"] == pytest.approx(run.history[-1]["cross_entropy"]) and shown_logs["loss"] > 0
