@@ -3,7 +3,6 @@
 import keras
 import tensorflow as tf
 
-from l2sp_tf.anchors import Anchors
 from l2sp_tf.data import Task, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.models import detached_copy
@@ -94,14 +93,14 @@ def transplant(finetuned, pretrained, *, statistics=True):
         InputError: the two models share no weights.
     """
     model = detached_copy(pretrained)
-    weights, tuned = keyed_weights(model), Anchors.of(finetuned)
+    weights, tuned = keyed_weights(model), keyed_weights(finetuned)
     matches = match_keys(weights, tuned)
-    shared = {key: other for key, other in matches.items() if tuned[other].shape == tuple(weights[key].variable.shape)}
+    shared = {key: other for key, other in matches.items() if tuned[other].variable.shape == weights[key].variable.shape}
     if not shared:
         raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
     for key, other in shared.items():
         weight = weights[key]
         is_statistic = isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS
         if statistics or not is_statistic:
-            weight.variable.assign(tuned[other])
+            weight.variable.assign(tuned[other].variable)
     return model
