@@ -15,7 +15,7 @@ from l2sp_tf.regularizers import PENALTIES
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"errors", "files", "variables"},
-    {"regularizers", "anchors", "theory", "data", "recipe", "records"},
+    {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records"},
     {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor"},
     {"evaluation"},
     {"training"},
