@@ -17,7 +17,7 @@ FLOORS = [
     {"errors", "files", "variables"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records"},
     {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor"},
-    {"evaluation"},
+    {"activations", "evaluation"},
     {"training"},
     {"experiments", "report", "cli"},
 ]
