@@ -59,7 +59,7 @@ def main(argv):
     from l2sp_tf.experiments import run_plan
 
     records = run_plan(plan_from_flags(), verbose=1 if sys.stdout.isatty() else 0)
-    print("\n" + report.table(records))
+    print("\n" + report.overview(records).markdown())
 
 
 def plan_from_flags():

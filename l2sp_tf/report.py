@@ -1,11 +1,18 @@
-"""Tables and figures, drawn from records alone."""
+"""Tables 2 and 3 and the summary of any runs, from records alone."""
 
 import collections
 import csv
 import io
+import itertools
+import pathlib
 import statistics
+import typing
 
-from l2sp_tf.files import atomic_path, write_text
+import numpy as np
+
+from l2sp_tf.comparison import permutation_test, worst_beats_best
+from l2sp_tf.errors import InputError
+from l2sp_tf.files import write_text
 
 LABELS = {
     "l2": "L2",
@@ -15,141 +22,238 @@ LABELS = {
     "gl_sp": "GL-SP",
     "gl_sp_fisher": "GL-SP-Fisher",
 }
-COLUMNS = ("source", "target", "penalty", "alpha", "beta", "runs", "target accuracy", "source before", "source after", "drop")
+STATISTICS = {"target_statistics": "fine-tuned statistics", "source_statistics": "source statistics"}
+# The paper's numbers for its data sets: Table 2 (mean, standard deviation of 5 runs) and Table 3 (accuracy lost).
+PAPER_TABLE_2 = {
+    "MIT Indoors 67": {"l2": (79.6, 0.5), "l2_sp": (84.2, 0.3), "l2_sp_fisher": (84.0, 0.4)},
+    "Stanford Dogs 120": {"l2": (81.4, 0.2), "l2_sp": (85.1, 0.2), "l2_sp_fisher": (85.1, 0.2)},
+    "Caltech 256 - 30": {"l2": (83.5, 0.3), "l2_sp": (85.7, 0.1), "l2_sp_fisher": (85.7, 0.1)},
+    "Caltech 256 - 60": {"l2": (88.2, 0.2), "l2_sp": (89.6, 0.1), "l2_sp_fisher": (89.6, 0.1)},
+}
+PAPER_TABLE_3 = {
+    "MIT Indoors 67": {"l2": 24.1, "l2_sp": 5.3, "l2_sp_fisher": 4.9},
+    "Stanford Dogs 120": {"l2": 14.1, "l2_sp": 4.7, "l2_sp_fisher": 4.2},
+    "Caltech 256 - 30": {"l2": 18.2, "l2_sp": 3.6, "l2_sp_fisher": 3.0},
+    "Caltech 256 - 60": {"l2": 21.8, "l2_sp": 3.4, "l2_sp_fisher": 2.8},
+}
+PAPER_NAMES = {"mit_indoors67": "MIT Indoors 67", "stanford_dogs": "Stanford Dogs 120", "caltech256": "Caltech 256"}
+
+
+class Table(typing.NamedTuple):
+    """Columns, rows of text, and notes below."""
+
+    columns: tuple
+    rows: list
+    notes: str = ""
+
+    def markdown(self):
+        """The table in Markdown, its columns aligned, the notes in a paragraph of their own."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
+        text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        return "\n".join([*text, "", self.notes] if self.notes else text)
+
+    def csv(self):
+        """The table as comma-separated values, without the notes."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
+        return text.getvalue()
+
+    def save(self, folder, name):
+        """Writes `name`.md and `name`.csv to a folder, and returns their paths.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        paths = [pathlib.Path(folder) / f"{name}.{ending}" for ending in ("md", "csv")]
+        write_text(paths[0], self.markdown() + "\n")
+        write_text(paths[1], self.csv())
+        return paths
 
 
 def summary(records):
-    """One row for each source, target, penalty and strengths, with mean and standard deviation over seeds.
+    """One row for each source, target, penalty and setting, with mean and standard deviation over seeds.
 
     Args:
         records: a list of records.
 
     Returns:
-        A list of dicts. Accuracies are in percent: under "target" and, where the source task
+        A list of dicts. Accuracies are in percent: under "target_accuracy" and, where the source task
         was measured, "target_statistics" and "source_statistics" (see
         `evaluation.retention`), pairs of mean and sample standard deviation (None for a
-        single run); "before" is the pre-trained model's accuracy.
+        single run); "before" is the pre-trained model's accuracy. "title" names the target as the paper
+        does, "frozen" counts frozen units, "selected" tells whether cross-validation chose the
+        setting, and "records" are the row's own.
     """
     groups = collections.defaultdict(list)
     for record in records:
         s = record["settings"]
-        rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe", "fisher"))
-        groups[(s["source"], s["target"], s["penalty"], s["alpha"], s["beta"], rest)].append(record["results"])
+        rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe", "fisher", "frozen"))
+        groups[(s["source"], s["target"], s["penalty"], s["alpha"], s["beta"], rest)].append(record)
     rows = []
-    for (source, target, penalty, alpha, beta, _), results in groups.items():
+    for (source, target, penalty, alpha, beta, _), found in groups.items():
+        results, settings = [record["results"] for record in found], found[0]["settings"]
         row = {"source": source, "target": target, "penalty": penalty, "alpha": alpha, "beta": beta, "runs": len(results)}
+        row |= {"title": title(settings), "frozen": settings.get("frozen", 0), "records": found}
+        row["selected"] = all("selection" in record for record in found)
         row["target_accuracy"] = _mean_sd([r["accuracy"] for r in results])
         row["accuracies"] = [100 * r["accuracy"] for r in results]
         if all("source" in r for r in results):
             row["before"] = 100 * results[0]["source"]["before"]["accuracy"]
-            for name in ("target_statistics", "source_statistics"):
+            for name in STATISTICS:
                 row[name] = _mean_sd([r["source"][name]["accuracy"] for r in results])
         rows.append(row)
     order = list(LABELS)
-    return sorted(rows, key=lambda r: (r["source"], r["target"], order.index(r["penalty"]), r["alpha"]))
+    return sorted(rows, key=lambda r: (r["source"], r["title"], order.index(r["penalty"]), r["frozen"], r["alpha"], r["beta"]))
 
 
-def table(records):
-    """The summary as a Markdown table: what was gained on the target task and lost on the source task."""
-    lines = [COLUMNS]
+def title(settings):
+    """What to call a target: the paper's name of its data set, with the training images a class where they were limited."""
+    name, per_class = PAPER_NAMES.get(settings["target"], settings["target"]), settings.get("per_class")
+    return f"{name} - {per_class}" if per_class is not None else name
+
+
+def chosen(rows):
+    """Of the summary's rows without frozen layers, those that the paper's tables are about.
+
+    Where cross-validation chose a setting of a penalty, that one; otherwise all, so that no
+    setting is chosen by its test accuracy.
+    """
+    rows = [row for row in rows if not row["frozen"]]
+    selected = {(row["source"], row["title"], row["penalty"]) for row in rows if row["selected"]}
+    return [row for row in rows if row["selected"] or (row["source"], row["title"], row["penalty"]) not in selected]
+
+
+def overview(records):
+    """What was gained on the target task and lost on the source task, for every setting that was run."""
+    columns = ("source", "target", "penalty", "alpha", "beta", "runs", "target accuracy", "source before", "source after", "drop")
+    rows = []
     for row in summary(records):
-        lines.append(
-            (
-                row["source"],
-                row["target"],
-                LABELS[row["penalty"]],
-                f"{row['alpha']:g}",
-                f"{row['beta']:g}",
-                str(row["runs"]),
-                _show(row["target_accuracy"]),
-                f"{row['before']:.1f}" if "before" in row else "-",
-                _show(row["target_statistics"]) if "before" in row else "-",
-                f"{row['target_statistics'][0] - row['before']:+.1f}" if "before" in row else "-",
-            )
-        )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
-    text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    notes = (
+        frozen = f", {row['frozen']} units frozen" if row["frozen"] else ""
+        setting = (row["source"], row["title"], LABELS[row["penalty"]] + frozen, f"{row['alpha']:g}", f"{row['beta']:g}")
+        source = ("-", "-", "-")
+        if "before" in row:
+            after = row["target_statistics"]
+            source = (f"{row['before']:.1f}", _show(after), f"{after[0] - row['before']:+.1f}")
+        rows.append((*setting, str(row["runs"]), _show(row["target_accuracy"]), *source))
+    return Table(
+        columns,
+        rows,
         "Accuracies in percent, mean ± standard deviation over runs. Source after: the fine-tuned backbone under the original "
-        "head, with its own batch-norm statistics; eval.py writes those with the source's statistics to summary.csv."
+        "head, with its own batch-norm statistics; eval.py writes those with the source's statistics to summary.csv.",
     )
-    return "\n".join([*text, "", notes])
 
 
 def table_csv(records):
     """The summary as CSV, with both batch-norm readings of the source accuracy."""
-    names = ["source", "target", "penalty", "alpha", "beta", "runs", "target_mean", "target_sd", "source_before"]
-    names += [f"source_{name}_{kind}" for name in ("target_statistics", "source_statistics") for kind in ("mean", "sd")]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
+    names = ["source", "title", "penalty", "frozen", "alpha", "beta", "runs"]
+    columns = (*names, "target_mean", "target_sd", "source_before")
+    columns += tuple(f"source_{name}_{kind}" for name in STATISTICS for kind in ("mean", "sd"))
+    rows = []
     for row in summary(records):
-        line = {name: row[name] for name in names[:6]}
-        line |= {
-            "target_mean": row["target_accuracy"][0],
-            "target_sd": row["target_accuracy"][1],
-            "source_before": row.get("before"),
-        }
-        for name in ("target_statistics", "source_statistics"):
-            line[f"source_{name}_mean"], line[f"source_{name}_sd"] = row.get(name, (None, None))
-        writer.writerow(line)
-    return text.getvalue()
+        both = [value for name in STATISTICS for value in row.get(name, (None, None))]
+        rows.append([row[name] for name in names] + [*row["target_accuracy"], row.get("before"), *both])
+    return Table(columns, rows).csv()
 
 
-def figure(records):
-    """A figure with one panel for the target and one for the source task: points are runs, bars are means."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = summary(records)
-    names = [f"{LABELS[row['penalty']]}\n$\\alpha$={row['alpha']:g}" for row in rows]
-    panels = 2 if any("before" in row for row in rows) else 1
-    drawing, axes = pyplot.subplots(
-        1, panels, figsize=(1.5 + panels * max(3.0, 1.2 * len(rows)), 4), squeeze=False, layout="constrained"
-    )
-    target, *source = axes[0]
-    for position, row in enumerate(rows):
-        target.plot([position] * row["runs"], row["accuracies"], "o", color="tab:blue", alpha=0.6)
-        target.plot([position - 0.25, position + 0.25], [row["target_accuracy"][0]] * 2, color="black")
-        if source and "before" in row:
-            for name, color, shift in (("target_statistics", "tab:red", -0.1), ("source_statistics", "tab:green", 0.1)):
-                mean, sd = row[name]
-                label = f"after, {name.replace('_', ' ')}" if position == 0 else None
-                source[0].errorbar(position + shift, mean, yerr=sd, fmt="o", color=color, capsize=4, label=label)
-            source[0].plot(
-                [position - 0.3, position + 0.3], [row["before"]] * 2, "k--", label="before" if position == 0 else None
-            )
-    target.set_title(f"target task: {rows[0]['target']}")
-    if source:
-        source[0].set_title(f"source task: {rows[0]['source']}")
-        source[0].legend(fontsize="small")
-    for panel in axes[0]:
-        panel.set_xticks(range(len(rows)), names, fontsize="small")
-        panel.set_xlim(-0.6, len(rows) - 0.4)
-        panel.set_ylabel("test accuracy, %")
-        panel.grid(axis="y", alpha=0.3)
-    return drawing
-
-
-def write_summary(records, folder):
-    """Writes summary.md, summary.csv and summary.png to a folder, and returns their paths.
+def table_2(records):
+    """Table 2: target accuracies by penalty and data set, with the paper's numbers where the data set is the paper's.
 
     Raises:
-        OSError: the folder cannot be written.
+        InputError: no record is without frozen layers.
     """
-    from matplotlib import pyplot
+    rows = sorted(_rows_of_a_table(records), key=lambda row: list(LABELS).index(row["penalty"]))
+    names = sorted({(row["title"], row["source"]) for row in rows})
+    cells = collections.defaultdict(dict)
+    for row in rows:
+        several = sum(r["penalty"] == row["penalty"] and _place(r) == _place(row) for r in rows) > 1
+        label = LABELS[row["penalty"]] + (f", alpha {row['alpha']:g}, beta {row['beta']:g}" if several else "")
+        cells[label][_place(row)] = _show(row["target_accuracy"], row["runs"])
+    columns = ["penalty"] + [f"{target} (from {source})" for target, source in names]
+    lines = [(label, *(line.get(name, "-") for name in names)) for label, line in cells.items()]
+    if any(name in PAPER_TABLE_2 for name, _ in names):
+        for symbol in ("l2", "l2_sp", "l2_sp_fisher"):
+            found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in names)
+            lines.append((f"{LABELS[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
+    return Table(tuple(columns), lines, "Test accuracy in percent, mean ± standard deviation (number of runs).")
 
-    paths = [folder / f"summary.{ending}" for ending in ("md", "csv", "png")]
-    write_text(paths[0], table(records) + "\n")
-    write_text(paths[1], table_csv(records))
-    drawing = figure(records)
-    with atomic_path(paths[2]) as temporary:
-        drawing.savefig(temporary, dpi=150)
-    pyplot.close(drawing)
-    return paths
+
+def table_2_tests(records):
+    """Whether the differences of Table 2 are more than chance, for each pair of penalties on each data set.
+
+    The exact permutation test compares the two methods over their runs, and McNemar's test the worst
+    run of the better one with the best run of the other, as section 4.3.1 does.
+    """
+    lines = []
+    for a, b in itertools.combinations(_rows_of_a_table(records), 2):
+        if _place(a) != _place(b):
+            continue
+        better, worse = (a, b) if a["target_accuracy"][0] >= b["target_accuracy"][0] else (b, a)
+        difference = better["target_accuracy"][0] - worse["target_accuracy"][0]
+        p = permutation_test(better["accuracies"], worse["accuracies"]) if min(a["runs"], b["runs"]) > 1 else None
+        answers = [[right(record) for record in row["records"]] for row in (better, worse)]
+        criterion = "-"
+        if all(answer is not None for row in answers for answer in row):
+            higher, chance = worst_beats_best(*answers)
+            criterion = f"{'yes' if higher and chance < 0.05 else 'no'} (p = {chance:.2g})"
+        names = (LABELS[row["penalty"]] + f", alpha {row['alpha']:g}" for row in (better, worse))
+        lines.append((a["title"], a["source"], *names, f"{difference:.1f}", "-" if p is None else f"{p:.2g}", criterion))
+    return Table(
+        ("target", "source", "better", "worse", "difference", "p of the means", "worst run beats best at 5%"),
+        lines,
+        "Differences in percentage points. p of the means: exact two-sided permutation test over runs. Worst run beats best: the "
+        "better method's worst run against the other's best, McNemar's exact test on the test images.",
+    )
+
+
+def table_3(records):
+    """Table 3: accuracy lost on the source task, with both readings of the batch-norm statistics.
+
+    Raises:
+        InputError: no record has measured the source task.
+    """
+    rows = [row for row in _rows_of_a_table(records) if "before" in row]
+    if not rows:
+        raise InputError("No run has measured its source task: run train.py with --source.")
+    symbols = [symbol for symbol in LABELS if any(row["penalty"] == symbol for row in rows)]
+    lines = []
+    for place in sorted({_place(row) for row in rows}):
+        for name, reading in STATISTICS.items():
+            cells = []
+            for symbol in symbols:
+                drops = [(r["before"] - r[name][0], r[name][1]) for r in rows if _place(r) == place and r["penalty"] == symbol]
+                cells.append(", ".join(_show(drop) for drop in drops) or "-")
+            before = next(row["before"] for row in rows if _place(row) == place)
+            lines.append((place[0], place[1], reading, f"{before:.1f}", *cells))
+        if place[0] in PAPER_TABLE_3:
+            lines.append((place[0], "-", "paper", "-", *(f"{PAPER_TABLE_3[place[0]].get(s, '-')}" for s in symbols)))
+    return Table(
+        ("target", "source", "batch norm", "before", *(LABELS[symbol] for symbol in symbols)),
+        lines,
+        "Percentage points lost on the source task after fine-tuning, mean ± standard deviation over runs: the fine-tuned "
+        "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given.",
+    )
+
+
+def right(record):
+    """Which test images a run got right: bool [n], or None if the record does not hold it."""
+    text, total = record["results"].get("right"), record["results"]["total"]
+    if text is None:
+        return None
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
+    return bits[:total].astype(bool)
+
+
+def _place(row):
+    return row["title"], row["source"]
+
+
+def _rows_of_a_table(records):
+    rows = chosen(summary(records))
+    if not rows:
+        raise InputError("Every run has frozen layers, and the tables are about runs without: run train.py with --frozen=0.")
+    return rows
 
 
 def _mean_sd(accuracies):
@@ -158,6 +262,7 @@ def _mean_sd(accuracies):
     return statistics.fmean(percent), statistics.stdev(percent) if len(percent) > 1 else None
 
 
-def _show(pair):
+def _show(pair, runs=None):
     mean, sd = pair
-    return f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+    text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+    return text if runs is None else f"{text} ({runs})"

@@ -16,10 +16,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"errors", "files", "variables"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records"},
-    {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor"},
+    {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
     {"activations", "evaluation"},
     {"training"},
-    {"experiments", "report", "cli"},
+    {"experiments", "figures", "cli"},
 ]
 
 

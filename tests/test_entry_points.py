@@ -99,7 +99,7 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     workdir, first = finished
     result = run("eval.py", f"--workdir={workdir}", f"--output={tmp_path}")
     assert result.returncode == 0, result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.csv", "summary.md", "summary.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["summary.csv", "summary.md", "summary.png", "summary.svg"]
     rows = [line for line in first.stdout.splitlines() if line.startswith("| digits")]
     assert rows
     squeezed = " ".join(result.stdout.split())

@@ -1,0 +1,266 @@
+"""The figures of the paper, drawn from records alone, and the files of every table and figure."""
+
+import collections
+import pathlib
+
+import matplotlib
+
+from l2sp_tf import report
+from l2sp_tf.errors import InputError
+from l2sp_tf.files import atomic_path, write_text
+from l2sp_tf.report import LABELS, STATISTICS, chosen, summary
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+COLORS = dict(zip(LABELS, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
+BOX = ("whislo", "q1", "med", "q3", "whishi")
+MOST_BOXES = 12
+
+
+def save(drawing, folder, name):
+    """Writes a figure as `name`.png and `name`.svg to a folder, closes it, and returns the paths.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    paths = [pathlib.Path(folder) / f"{name}.{ending}" for ending in ("png", "svg")]
+    for path in paths:
+        # without the date and with a fixed salt, equal records give equal files
+        with atomic_path(path) as temporary, matplotlib.rc_context({"svg.hashsalt": name}):
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            drawing.savefig(temporary, format=path.suffix[1:], dpi=150, metadata=metadata)
+    pyplot.close(drawing)
+    return paths
+
+
+def overview(records):
+    """One panel for the target and one for the source task: points are runs, bars are means."""
+    rows = summary(records)
+    names = [f"{LABELS[row['penalty']]}\n$\\alpha$={row['alpha']:g}" for row in rows]
+    has_source = any("before" in row for row in rows)
+    drawing, axes = _panels(1, 1 + has_source, width=1.5 + max(3.0, 1.2 * len(rows)))
+    target, *source = axes[0]
+    for position, row in enumerate(rows):
+        target.plot([position] * row["runs"], row["accuracies"], "o", color="tab:blue", alpha=0.6)
+        target.plot([position - 0.25, position + 0.25], [row["target_accuracy"][0]] * 2, color="black")
+        if source and "before" in row:
+            _source_points(source[0], position, row)
+    target.set_title(f"target task: {rows[0]['title']}")
+    if source:
+        source[0].set_title(f"source task: {rows[0]['source']}")
+        source[0].legend(fontsize="small")
+    for panel in axes[0]:
+        panel.set_xticks(range(len(rows)), names, fontsize="small")
+        panel.set_xlim(-0.6, len(rows) - 0.4)
+        panel.set_ylabel("test accuracy, %")
+    return drawing
+
+
+def figure_1(records):
+    """Fig. 1: target accuracy of L2-SP over alpha and beta, a panel for each target.
+
+    Raises:
+        InputError: L2-SP was not run with two values of alpha or beta.
+    """
+    places = _by_place([row for row in summary(records) if row["penalty"] == "l2_sp" and not row["frozen"]])
+    grids = {place: rows for place, rows in places.items() if len({(row["alpha"], row["beta"]) for row in rows}) > 1}
+    _check(grids, "Fig. 1", "L2-SP with several --alpha and --beta")
+    drawing, axes = _panels(1, len(grids), width=5)
+    for panel, (place, rows) in zip(axes[0], grids.items(), strict=True):
+        alphas, betas = (sorted({row[name] for row in rows}) for name in ("alpha", "beta"))
+        cells = collections.defaultdict(list)
+        for row in rows:
+            cells[betas.index(row["beta"]), alphas.index(row["alpha"])] += row["accuracies"]
+        means = {cell: sum(values) / len(values) for cell, values in cells.items()}
+        grid = [[means.get((b, a), float("nan")) for a in range(len(alphas))] for b in range(len(betas))]
+        image = panel.imshow(grid, origin="lower", cmap="viridis", aspect="auto")
+        middle = (min(means.values()) + max(means.values())) / 2
+        for (b, a), mean in means.items():
+            panel.text(a, b, f"{mean:.1f}", ha="center", va="center", color="black" if mean > middle else "white")
+        panel.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
+        panel.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
+        panel.set(xlabel=r"$\alpha$", ylabel=r"$\beta$", title=_name(place))
+        panel.grid(visible=False)
+        drawing.colorbar(image, ax=panel, label="test accuracy of L2-SP, %")
+    return drawing
+
+
+def figure_2(records):
+    """Fig. 2: target accuracy of every penalty, a panel for each target, a colour for each source; points are runs.
+
+    Raises:
+        InputError: there is no run without frozen layers.
+    """
+    rows = chosen(summary(records))
+    _check(rows, "Fig. 2", "some penalties with --frozen=0")
+    titles, sources = (sorted({row[name] for row in rows}) for name in ("title", "source"))
+    symbols = [symbol for symbol in LABELS if any(row["penalty"] == symbol for row in rows)]
+    drawing, axes = _panels(1, len(titles), width=1.5 + 0.8 * len(symbols))
+    for panel, name in zip(axes[0], titles, strict=True):
+        for number, source in enumerate(sources):
+            here = [row for row in rows if row["title"] == name and row["source"] == source]
+            points = [(symbols.index(row["penalty"]), accuracy) for row in here for accuracy in row["accuracies"]]
+            shift = 0.2 * (number - (len(sources) - 1) / 2)
+            color = ("navy", "lightcoral", "tab:green", "tab:orange")[number % 4]
+            x, y = [x + shift for x, _ in points], [y for _, y in points]
+            panel.plot(x, y, "o", color=color, alpha=0.7, label=f"from {source}")
+        panel.set_xticks(range(len(symbols)), [LABELS[symbol] for symbol in symbols], rotation=30, ha="right")
+        panel.set(ylabel="test accuracy, %", title=name, xlim=(-0.6, len(symbols) - 0.4))
+        panel.legend(fontsize="small")
+    return drawing
+
+
+def figure_3(records):
+    """Fig. 3: target accuracy when the first n units are frozen; dashed lines are the unfrozen accuracies.
+
+    Raises:
+        InputError: no run has frozen layers.
+    """
+    rows = summary(records)
+    frozen = _by_place([row for row in rows if row["frozen"]])
+    _check(frozen, "Fig. 3", "L2 and L2-SP with several --frozen")
+    drawing, axes = _panels(len(frozen), 1, width=7)
+    for (panel,), (place, here) in zip(axes, frozen.items(), strict=True):
+        for symbol in dict.fromkeys(row["penalty"] for row in here):
+            line = sorted((row["frozen"], *row["target_accuracy"]) for row in here if row["penalty"] == symbol)
+            color, spread = COLORS[symbol], [sd or 0 for _, _, sd in line]
+            panel.errorbar([n for n, _, _ in line], [m for _, m, _ in line], spread, fmt="o-", color=color, label=LABELS[symbol])
+            settings = {(row["alpha"], row["beta"]) for row in here if row["penalty"] == symbol}
+            for row in rows:
+                same = (row["title"], row["source"], row["penalty"], row["frozen"]) == (*place, symbol, 0)
+                if same and (row["alpha"], row["beta"]) in settings:
+                    label = f"{LABELS[symbol]}, nothing frozen"
+                    panel.axhline(row["target_accuracy"][0], ls="--", color=color, label=label)
+        panel.set(xlabel="number of frozen units n", ylabel="test accuracy, %", title=_name(place))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.legend(fontsize="small")
+    return drawing
+
+
+def figure_4(records):
+    """Fig. 4: box plots of R² between activations before and after fine-tuning, by layer and penalty, the lowest seed's run.
+
+    Raises:
+        InputError: no record holds R².
+    """
+    rows = [row for row in chosen(summary(records)) if any("r2" in record["results"] for record in row["records"])]
+    places = _by_place(rows)
+    _check(places, "Fig. 4", "a backbone whose units can be told")
+    drawing, axes = _panels(len(places), 1, width=9)
+    for (panel,), (place, here) in zip(axes, places.items(), strict=True):
+        for number, row in enumerate(here):
+            boxes = _boxes(min(row["records"], key=lambda record: record["settings"]["seed"])["results"]["r2"])
+            positions = [layer + 0.8 * (number + 0.5) / len(here) - 0.4 for layer in range(len(boxes))]
+            drawn = [(box, position) for (_, box), position in zip(boxes, positions, strict=True) if box["med"] is not None]
+            color = COLORS[row["penalty"]]
+            panel.bxp(
+                [{**{name: box[name] for name in BOX}, "fliers": []} for box, _ in drawn],
+                positions=[position for _, position in drawn],
+                widths=0.7 / len(here),
+                showfliers=False,
+                patch_artist=True,
+                boxprops={"facecolor": color, "alpha": 0.6},
+                medianprops={"color": "black"},
+            )
+            panel.plot([], [], "s", color=color, alpha=0.6, label=LABELS[row["penalty"]])
+        panel.set_xticks(range(len(boxes)), [name.removesuffix("_out").removesuffix("_relu") for name, _ in boxes], rotation=30)
+        panel.set(ylabel="$R^2$ with the pre-trained activations", title=_name(place), ylim=(-0.02, 1.02))
+        panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return drawing
+
+
+def write_summary(records, folder, *, say=print):
+    """Says the overview of all settings, and writes it as summary.md, .csv, .png and .svg to a folder.
+
+    Args:
+        records: a list of records.
+        folder: where to.
+        say: called with the text of each table.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    paths = [pathlib.Path(folder) / f"summary.{ending}" for ending in ("md", "csv")]
+    text = report.overview(records).markdown()
+    say(text + "\n")
+    write_text(paths[0], text + "\n")
+    write_text(paths[1], report.table_csv(records))
+    return paths + save(overview(records), folder, "summary")
+
+
+def write_table(records, folder, number, *, say=print):
+    """Says Table 2 or 3, and writes it as Markdown and CSV; arguments and errors as `write_summary`.
+
+    Raises:
+        InputError: there are no runs for the table.
+    """
+    tables = {2: {"table_2": report.table_2, "table_2_tests": report.table_2_tests}, 3: {"table_3": report.table_3}}
+    paths = []
+    for name, make in tables[number].items():
+        made = make(records)
+        if made.rows:
+            say(made.markdown() + "\n")
+            paths += made.save(folder, name)
+    return paths
+
+
+def write_figure(records, folder, number):
+    """Writes Fig. 1, 2, 3 or 4 as PNG and SVG; errors as `write_table`."""
+    figures = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4}
+    return save(figures[number](records), folder, f"figure_{number}")
+
+
+def write_all(records, folder, *, say=print):
+    """Writes the summary and every table and figure for which there are runs; says which are left out, and why."""
+    paths = write_summary(records, folder, say=say)
+    parts = [lambda n=n: write_table(records, folder, n, say=say) for n in (2, 3)]
+    parts += [lambda n=n: write_figure(records, folder, n) for n in (1, 2, 3, 4)]
+    for part in parts:
+        try:
+            paths += part()
+        except InputError as error:
+            say(f"left out: {error}")
+    return paths
+
+
+def _boxes(r2):
+    """The layers to draw: all if they are few, otherwise evenly spread from the first to the last."""
+    boxes = list(r2.items())
+    if len(boxes) <= MOST_BOXES:
+        return boxes
+    return [boxes[round(i * (len(boxes) - 1) / (MOST_BOXES - 1))] for i in range(MOST_BOXES)]
+
+
+def _source_points(panel, position, row):
+    for name, color, shift in zip(STATISTICS, ("tab:red", "tab:green"), (-0.1, 0.1), strict=True):
+        mean, sd = row[name]
+        label = f"after, {STATISTICS[name]}" if position == 0 else None
+        panel.errorbar(position + shift, mean, yerr=sd, fmt="o", color=color, capsize=4, label=label)
+    panel.plot([position - 0.3, position + 0.3], [row["before"]] * 2, "k--", label="before" if position == 0 else None)
+
+
+def _panels(rows, columns, width, height=4):
+    drawing, axes = pyplot.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained")
+    for panel in axes.flat:
+        panel.grid(axis="y", alpha=0.3)
+    return drawing, axes
+
+
+def _by_place(rows):
+    places = collections.defaultdict(list)
+    for row in rows:
+        places[row["title"], row["source"]].append(row)
+    return dict(sorted(places.items()))
+
+
+def _name(place):
+    return f"{place[0]} (from {place[1]})"
+
+
+def _check(found, name, what):
+    if not found:
+        raise InputError(f"There are no runs for {name}: run train.py with {what} first.")
