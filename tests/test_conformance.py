@@ -19,7 +19,7 @@ FLOORS = [
     {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
     {"activations", "evaluation"},
     {"training"},
-    {"experiments", "figures", "cli"},
+    {"engines", "experiments", "figures", "cli"},
 ]
 
 
