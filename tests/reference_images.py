@@ -1,6 +1,25 @@
 """Naive NumPy loops that the image operations are compared with."""
 
+import colorsys
+
 import numpy as np
+
+
+def distort(image, brightness, saturation, contrast):
+    """[h, w, 3] through HSV pixel by pixel, then each channel about its mean, in float64."""
+    changed = np.zeros(image.shape)
+    for y in range(image.shape[0]):
+        for x in range(image.shape[1]):
+            rgb = [float(channel) + brightness for channel in image[y, x]]
+            if max(rgb) > 0:
+                hue, s, value = colorsys.rgb_to_hsv(*rgb)
+                changed[y, x] = colorsys.hsv_to_rgb(hue, min(s * saturation, 1.0), value)
+            else:
+                changed[y, x] = max(rgb)
+    for c in range(3):
+        mean = sum(changed[:, :, c].ravel()) / changed[:, :, c].size
+        changed[:, :, c] = mean + contrast * (changed[:, :, c] - mean)
+    return changed
 
 
 def blur(image, sigma, kernel_size):
@@ -20,13 +39,13 @@ def blur(image, sigma, kernel_size):
     return blurred
 
 
-def resize(image, size):
+def resize(image, height, width):
     """Bilinear resize of [h, w, c]: a tent over each new pixel's centre, as wide as the shrinking asks for, in float64."""
-    resized = np.zeros((size, size, image.shape[2]))
-    for y in range(size):
-        rows = _tent(y, image.shape[0], size)
-        for x in range(size):
-            columns = _tent(x, image.shape[1], size)
+    resized = np.zeros((height, width, image.shape[2]))
+    for y in range(height):
+        rows = _tent(y, image.shape[0], height)
+        for x in range(width):
+            columns = _tent(x, image.shape[1], width)
             for c in range(image.shape[2]):
                 resized[y, x, c] = rows @ image[:, :, c].astype(np.float64) @ columns
     return resized
@@ -45,3 +64,25 @@ def windows(image, size):
         for x in range(image.shape[1] - size + 1):
             found[y, x] = image[y : y + size, x : x + size]
     return found
+
+
+def ten_crops(image, size):
+    """Top left, top right, bottom left, bottom right and central square of [h, w, c], then their mirror images."""
+    height, width = image.shape[:2]
+    middle = ((height - size) // 2, (width - size) // 2)
+    crops = []
+    for top, left in ((0, 0), (0, width - size), (height - size, 0), (height - size, width - size), middle):
+        crops.append(image[top : top + size, left : left + size])
+    return crops + [np.fliplr(crop) for crop in crops]
+
+
+def splitmix(first, second, draw):
+    """The number in [0, 1) of one seed and draw, by Python's integers."""
+
+    def mixed(x):
+        x = (x + 0x9E3779B97F4A7C15) % 2**64
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+        return x ^ (x >> 31)
+
+    return (mixed((mixed((mixed(first) + second) % 2**64) + draw) % 2**64) >> 40) / 2**24

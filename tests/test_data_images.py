@@ -12,8 +12,10 @@ from l2sp_tf.errors import InputError
 
 OPERATIONS = {
     "resize": lambda image, seed: ops.resize(image, 5),
+    "resize_shorter_side": lambda image, seed: ops.resize(image, 5, "shorter_side"),
     "to_three_channels": lambda image, seed: ops.to_three_channels(image),
     "random_blur": lambda image, seed: ops.random_blur(image, seed),
+    "random_distortion": lambda image, seed: ops.random_distortion(image, seed),
     "random_mirror": lambda image, seed: ops.random_mirror(image, seed),
     "random_crop": lambda image, seed: ops.random_crop(image, 6, seed),
     "central_crop": lambda image, seed: ops.central_crop(image, 6),
@@ -63,7 +65,17 @@ def test_resize_matches_the_naive_tent(shape):
     image = photo(*shape)
     resized = ops.resize(image.astype(np.uint8), 6)
     assert resized.dtype == tf.uint8
-    assert np.abs(resized.numpy() - reference.resize(image, 6)).max() <= 0.501
+    assert np.abs(resized.numpy() - reference.resize(image, 6, 6)).max() <= 0.501
+
+
+@pytest.mark.parametrize(("height", "width", "sides"), [(12, 7, (10, 6)), (5, 11, (6, 13)), (6, 6, (6, 6)), (9, 40, (6, 26))])
+def test_resize_of_the_shorter_side_keeps_the_aspect(height, width, sides):
+    image = photo(height, width, 3)
+    resized = ops.resize(image.astype(np.uint8), 6, "shorter_side")
+    assert resized.shape == (*sides, 3)
+    assert np.abs(resized.numpy() - reference.resize(image, *sides)).max() <= 0.501
+    with pytest.raises(InputError, match="resize_mode is 'stretch'"):
+        ops.resize(image, 6, "stretch")
 
 
 def test_resize_to_the_same_size_changes_nothing():
@@ -112,6 +124,58 @@ def test_blur_commutes_with_subtracting_the_mean():
     image, mean = photo(9, 8, 3), np.array([120.0, 110.0, 100.0], np.float32)
     before, after = ops.random_blur(image - mean, SEEDS[3]), ops.random_blur(image, SEEDS[3]) - mean
     np.testing.assert_allclose(before, after, atol=1e-3)
+
+
+def test_draws_are_those_of_the_hash():
+    seeds = np.array([[0, 0], [7, 2**33 + 5], [2**61, 3], [1, 2**62]])
+    expected = [[reference.splitmix(*map(int, seed), draw) for draw in (1, 2, 3)] for seed in seeds]
+    np.testing.assert_array_equal(ops._uniform(tf.constant(seeds), 3), expected)
+
+
+def test_draws_are_uniform_and_those_of_neighbouring_keys_independent():
+    # as the pipeline makes them: seed and operation, epoch and index
+    def drawn(first, epoch, count=1):
+        indices = np.arange(20_000)
+        return ops._uniform(tf.constant(np.stack([np.full_like(indices, first), epoch * 2**32 + indices], axis=1)), count).numpy()
+
+    u = drawn(0, 0, 2)
+    assert u.min() >= 0 and u.max() < 1
+    for column in u.T:
+        counts = np.histogram(column, bins=100, range=(0, 1))[0]
+        assert ((counts - 200) ** 2 / 200).sum() < 99 + 5 * np.sqrt(2 * 99)  # chi2 with 99 dof
+    # next index, next draw, next operation, next epoch, next seed; and whole pairs on a grid of 10 x 10
+    neighbours = [u[1:, 0], u[:, 1], drawn(1, 0)[:, 0], drawn(0, 1)[:, 0], drawn(4, 0)[:, 0]]
+    for other in neighbours:
+        one = u[: len(other), 0]
+        z = np.corrcoef(one, other)[0, 1] * np.sqrt(len(one))
+        assert abs(z) < 4.5
+        counts, expected = np.histogram2d(one, other, bins=10, range=[[0, 1]] * 2)[0], len(one) / 100
+        assert ((counts - expected) ** 2 / expected).sum() < 99 + 5 * np.sqrt(2 * 99)
+
+
+def distortions(seeds):
+    """The brightness, saturation and contrast that belong to seeds [b, 2]."""
+    u = ops._uniform(tf.constant(seeds), 3).numpy().astype(np.float64)
+    return np.stack([(2 * u[:, 0] - 1) * 63 / 255, 0.5 + u[:, 1], 0.2 + 1.6 * u[:, 2]], axis=1)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_distortion_matches_the_loop_and_tensorflow(dark):
+    batch = photo(16, 5, 4, 3)
+    if dark:  # brightness takes such pixels below 0
+        batch = np.minimum(batch, 1) * np.float32([0, 1, 0.1])
+    batch[:, 0, 0], batch[:, 0, 1] = 0, 77  # black and grey
+    distorted = ops.random_distortion(batch, SEEDS[:16]).numpy()
+    for image, result, (brightness, saturation, contrast) in zip(batch, distorted, distortions(SEEDS[:16]), strict=True):
+        np.testing.assert_allclose(result, reference.distort(image, brightness, saturation, contrast), rtol=1e-4, atol=2e-3)
+        theirs = tf.image.adjust_saturation(tf.image.adjust_brightness(image, brightness), saturation)
+        np.testing.assert_allclose(result, tf.image.adjust_contrast(theirs, contrast), rtol=1e-4, atol=2e-3)
+
+
+def test_distortion_draws_from_the_authors_ranges():
+    factors = distortions(np.stack([np.full(1000, 3), np.arange(1000)], axis=1))
+    for drawn, low, high in zip(factors.T, (-63 / 255, 0.5, 0.2), (63 / 255, 1.5, 1.8), strict=True):
+        assert low <= drawn.min() < low + 0.02 * (high - low) and high - 0.02 * (high - low) < drawn.max() <= high
 
 
 def test_mirror_takes_half():

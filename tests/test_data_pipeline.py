@@ -105,9 +105,9 @@ def test_decode_matches_pillow_and_the_naive_resize(tmp_path):
     expected = [colour, grey, None, grey_jpeg, colour, colour, np.array(palette.convert("RGB"))]
     for result, original, tolerance in zip(images.pixels, expected, [0.51, 0.51, 0, 5, 0.51, 0.51, 0.51], strict=True):
         if original is not None:
-            assert np.abs(result - reference.resize(original, 6)).max() <= tolerance
+            assert np.abs(result - reference.resize(original, 6, 6)).max() <= tolerance
     raw = tf.io.decode_jpeg(contents["c.jpg"], channels=3).numpy()
-    assert np.abs(images.pixels[2] - reference.resize(raw, 6)).max() <= 0.51
+    assert np.abs(images.pixels[2] - reference.resize(raw, 6, 6)).max() <= 0.51
 
 
 def test_decode_of_arrays():
@@ -166,10 +166,55 @@ def test_a_large_result_lies_in_a_file(tmp_path):
 
 
 def test_a_failed_decode_leaves_no_file(tmp_path):
-    split, _ = good_and_bad(tmp_path)
+    contents = {f"{i}.png": encoded(picture(5, 5, 3), "PNG") for i in range(pipeline.DECODE_BATCH)}
+    split = split_of(tmp_path, {**contents, "bad.png": b""})  # the file is begun when the bad image is met
     with pytest.raises(InputError):
         decode(split, 4, memory_limit_bytes=0, cache_dir=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+SHAPES = [(12, 9), (7, 20), (8, 8), (30, 6), (10, 11)]
+
+
+@pytest.mark.parametrize("limit", [2**31, 5000, 400, 0], ids=["memory", "file from the last", "file from the third", "file"])
+def test_decode_keeps_the_aspect(tmp_path, limit):
+    contents = {f"{i}.png": encoded(picture(*shape, 3, seed=i), "PNG") for i, shape in enumerate(SHAPES)}
+    split = split_of(tmp_path, {**contents, "bad.png": b""})
+    options = {"mode": "shorter_side", "skip_bad_images": True, "memory_limit_bytes": limit, "cache_dir": tmp_path / "cache"}
+    images = decode(split, 6, **options)
+    assert images.sides.tolist() == [[8, 6], [6, 17], [6, 6], [30, 6], [6, 6]] and images.skipped == (str(tmp_path / "bad.png"),)
+    assert isinstance(images.pixels, np.memmap) == (limit < images.pixels.size)
+    for i, shape in enumerate(SHAPES):
+        expected = reference.resize(picture(*shape, 3, seed=i), *images.sides[i])
+        assert images[i].dtype == np.uint8 and np.abs(images[i] - expected).max() <= 0.501
+    total = sum(images[i].astype(np.float64).sum(axis=(0, 1)) for i in range(5))
+    np.testing.assert_allclose(channel_mean(images), total / images.sides.prod(axis=1).sum(), rtol=1e-6)
+
+
+def test_arrays_keep_their_aspect():
+    split = Split(tuple("abc"), np.zeros(3, np.int32), pixels=picture(3, 8, 12, 3))
+    images = decode(split, 6, mode="shorter_side")
+    np.testing.assert_array_equal(images.sides, [[6, 9]] * 3)
+    np.testing.assert_array_equal(images[1], ops.resize(split.pixels[1], 6, "shorter_side"))
+
+
+@pytest.mark.parametrize("limit", [2**31, 0], ids=["memory", "file"])
+def test_decoded_pixels_lie_in_memory_once(tmp_path, limit):
+    images = decode(load_dataset("digits/target").train, 8, memory_limit_bytes=limit, cache_dir=tmp_path)
+    read = images.reader.whole
+    np.testing.assert_array_equal(read(3), images.pixels[3])
+    images.pixels[3] = 77  # seen by the tensor, as it is the same memory
+    assert np.all(read(3).numpy() == 77)
+
+
+@pytest.mark.parametrize("offset", [1, 8, 64])
+def test_pixels_that_begin_anywhere_are_read(offset):
+    memory = picture(offset + 4 * 6 * 6 * 3)
+    for writeable in (True, False):
+        memory.flags.writeable = writeable
+        images = Images(memory[offset:].reshape(4, 6, 6, 3), np.arange(4, dtype=np.int32))
+        x, _ = collect(test_batches(images, PLAIN, MEAN, batch_size=3))
+        np.testing.assert_array_equal(np.concatenate(x), images.pixels - MEAN)
 
 
 def test_progress_is_told_up_to_the_end(tmp_path):
@@ -233,16 +278,61 @@ def test_batches_larger_than_a_piece_resume_to_the_bit(monkeypatch):
     test_a_stream_resumes_to_the_bit(5)
 
 
-def test_augmentation_is_the_operations_in_order_with_seeds_of_their_own():
-    images, batch_size, seed = some_images(7), 4, 5
-    x, labels = collect(training_batches(images, FULL, MEAN, batch_size=batch_size, seed=seed, iterations=5))
+def packed_images(sides, seed=0):
+    """Images with sides of their own."""
+    sides = np.array(sides)
+    return Images(picture(sides.prod(axis=1).sum(), 3, seed=seed), np.arange(len(sides), dtype=np.int32), sides=sides)
+
+
+@pytest.mark.parametrize("resize_mode", ["squash", "shorter_side"])
+@pytest.mark.parametrize("blur", ["gaussian", "authors", "none"])
+def test_augmentation_is_the_operations_in_order_with_seeds_of_their_own(blur, resize_mode):
+    # the pipeline draws the crop first and reads and blurs no more than it shows: here whole images go through
+    tall = [(6, 9), (6, 6), (13, 6), (6, 7), (7, 6), (6, 20), (6, 8)]
+    images, batch_size, seed = some_images(7) if resize_mode == "squash" else packed_images(tall), 4, 5
+    preprocessing = Preprocessing(resize=6, crop=4, blur=blur, resize_mode=resize_mode)
+    x, labels = collect(training_batches(images, preprocessing, MEAN, batch_size=batch_size, seed=seed, iterations=5))
     for place, (result, index) in enumerate(zip(np.concatenate(x), np.concatenate(labels), strict=True)):
         key = (place // 7) * 2**32 + int(index)
-        expected = images.pixels[index].astype(np.float32) - MEAN
-        expected = ops.random_blur(expected, np.array([4 * seed, key]))
+        expected = images[index].astype(np.float32)
+        if blur == "authors":
+            expected = ops.random_distortion(expected, np.array([4 * seed, key]))
+        expected = expected - MEAN
+        if blur == "gaussian":
+            expected = ops.random_blur(expected, np.array([4 * seed, key]))
         expected = ops.random_mirror(expected, np.array([4 * seed + 1, key]))
         expected = ops.random_crop(expected, 4, np.array([4 * seed + 2, key]))
-        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_a_kernel_wider_than_the_image_is_reflected_again():
+    images, wide = some_images(4, size=3), Preprocessing(resize=3, crop=3, blur_kernel=11, blur_sigma=(2.0, 3.0))
+    x, labels = collect(training_batches(images, wide, MEAN, batch_size=4, seed=1, iterations=1))
+    for result, index in zip(x[0], labels[0], strict=True):
+        expected = ops.random_blur(images[index].astype(np.float32) - MEAN, np.array([4, index]), 11, (2.0, 3.0))
+        expected = ops.random_mirror(expected, np.array([5, index]))
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("blur", ["gaussian", "authors"])
+def test_every_epoch_draws_anew_though_the_pixels_stay(blur):
+    images, whole = some_images(1, size=9), Preprocessing(resize=9, crop=9, blur=blur, mirror=False)
+    before = images.pixels.copy()
+    x, _ = collect(training_batches(images, whole, MEAN, batch_size=1, seed=0, iterations=6))
+    assert len({batch.tobytes() for batch in x}) == 6
+    np.testing.assert_array_equal(images.pixels, before)
+
+
+def test_crops_reach_the_whole_of_a_long_image():
+    images = packed_images([(6, 30)])
+    only_crop = Preprocessing(resize=6, crop=6, blur="none", mirror=False, resize_mode="shorter_side")
+    x, _ = collect(training_batches(images, only_crop, MEAN, batch_size=100, seed=0, iterations=4))
+    windows = reference.windows(images[0], 6)
+    counts = dict.fromkeys(windows, 0)
+    for crop in np.concatenate(x):
+        counts[next(place for place, window in windows.items() if np.array_equal(window - MEAN, crop))] += 1
+    expected = 400 / 25
+    assert sum((count - expected) ** 2 / expected for count in counts.values()) < 51.2  # chi2 with 24 dof at 0.001
 
 
 def test_every_epoch_crops_anew():
@@ -275,6 +365,19 @@ def test_test_batches_show_every_image_once_in_order(count, batch_size, sizes):
     assert [len(batch) for batch in x] == sizes and x[0].dtype == np.float32 and labels[0].dtype == np.int32
     np.testing.assert_array_equal(np.concatenate(labels), np.arange(count))
     np.testing.assert_array_equal(np.concatenate(x), images.pixels[:, 1:5, 1:5] - MEAN)
+
+
+@pytest.mark.parametrize("images", [some_images(5), packed_images([(6, 9), (11, 6), (6, 6)])], ids=["squash", "shorter_side"])
+def test_ten_crops_are_corners_centre_and_their_mirror_images(images):
+    preprocessing = Preprocessing(resize=6, crop=3, resize_mode="shorter_side")
+    x, labels = collect(test_batches(images, preprocessing, MEAN, batch_size=2, crops=10))
+    assert np.concatenate(labels).tolist() == list(range(len(images)))
+    for i, result in enumerate(np.concatenate(x)):
+        np.testing.assert_array_equal(result, np.stack(reference.ten_crops(images[i], 3)) - MEAN)
+    one, _ = collect(test_batches(images, preprocessing, MEAN, batch_size=2))
+    np.testing.assert_array_equal(np.concatenate(one), np.concatenate(x)[:, 4])
+    with pytest.raises(InputError, match="crops is 5"):
+        test_batches(images, preprocessing, MEAN, batch_size=2, crops=5)
 
 
 def test_mapped_pixels_stream_like_those_in_memory(tmp_path):
@@ -316,6 +419,8 @@ def test_streams_refuse_what_makes_no_sense():
             training_batches(images, FULL, MEAN, **{**good, **change})
     with pytest.raises(InputError, match="decoded at 6 pixels, but resize is 256"):
         training_batches(images, Preprocessing(), MEAN, **good)
+    with pytest.raises(InputError, match="kept their aspect, but resize_mode is squash"):
+        training_batches(packed_images([(6, 9)]), FULL, MEAN, **good)
     with pytest.raises(InputError, match="no images"):
         test_batches(Images(picture(0, 6, 6, 3), np.zeros(0, np.int32)), FULL, MEAN, batch_size=4)
 
@@ -326,7 +431,8 @@ def test_streams_refuse_what_makes_no_sense():
         ({"resize": 200}, "crop is 224, larger than resize, 200"),
         ({"crop": 0}, "crop is 0"),
         ({"resize": 256.0}, "resize is 256.0"),
-        ({"blur": "box"}, "blur is 'box'"),
+        ({"blur": "box"}, "blur is 'box': it must be gaussian, authors or none"),
+        ({"resize_mode": "stretch"}, "resize_mode is 'stretch'"),
         ({"channel_order": "gbr"}, "channel_order is 'gbr'"),
         ({"blur_kernel": 4}, "blur kernel is 4"),
         ({"blur_sigma": (2.0, 0.1)}, "sigma range"),

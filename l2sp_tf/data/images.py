@@ -2,25 +2,42 @@
 
 Every operation takes an image [h, w, c] or a batch [b, h, w, c]. A random operation takes
 one seed of two integers with an image, and b of them [b, 2] with a batch: each image is
-drawn by its own seed, whichever images it is batched with.
+drawn by its own seed, whichever images it is batched with. `random_places` and `blur_inside`
+are crop, mirror and blur once more, for reading and blurring no more pixels than a crop shows.
 """
+
+import functools
 
 import tensorflow as tf
 
 from l2sp_tf.errors import InputError
 
+RESIZE_MODES = ("squash", "shorter_side")
+BLURS = ("gaussian", "authors", "none")
 
-def resize(image, size):
-    """Squashes both sides to `size`: bilinear, and smoothed where it shrinks so that nothing aliases.
+
+def resize(image, size, mode="squash"):
+    """Resizes bilinearly, smoothed where it shrinks so that nothing aliases.
 
     Args:
         image: [h, w, c] or [b, h, w, c], in 0..255, of any numeric dtype.
-        size: the new height and width.
+        size: the new height and width, or the new shorter side.
+        mode: "squash" gives both sides this size; "shorter_side" keeps the aspect, and the longer
+            side becomes floor(longer * size / shorter).
 
     Returns:
         uint8 of the new size, rounded to the nearest integer.
+
+    Raises:
+        InputError: the mode is unknown.
     """
-    resized = tf.image.resize(image, [size, size], method="bilinear", antialias=True)
+    check_resize_mode(mode)
+    image = tf.convert_to_tensor(image)
+    sides = [size, size]
+    if mode == "shorter_side":
+        old = tf.cast(tf.shape(image)[-3:-1], tf.int64)
+        sides = tf.cast(old * size // tf.reduce_min(old), tf.int32)
+    resized = tf.image.resize(image, sides, method="bilinear", antialias=True)
     return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
 
 
@@ -62,10 +79,52 @@ def random_blur(image, seed, kernel_size=5, sigma=(0.1, 2.0)):
     """
     check_blur(kernel_size, sigma)
     images, seeds = _batched(tf.cast(image, tf.float32), seed)
+    height, width = tf.unstack(tf.shape(images)[1:3])
+    radius = kernel_size // 2
+    padded = tf.gather(images, _reflected(tf.range(-radius, height + radius), height), axis=1)
+    padded = tf.gather(padded, _reflected(tf.range(-radius, width + radius), width), axis=2)
+    return _unbatched(tf.ensure_shape(blur_inside(padded, seeds, kernel_size, sigma), images.shape), image)
+
+
+def blur_inside(images, seeds, kernel_size=5, sigma=(0.1, 2.0)):
+    """What `random_blur` makes of the pixels that are at least kernel_size // 2 away from the border.
+
+    Args:
+        images: uint8 or float32 [b, h + kernel_size - 1, w + kernel_size - 1, c].
+        seeds: int32 or int64 [b, 2].
+        kernel_size, sigma: as in `random_blur`.
+
+    Returns:
+        float32 [b, h, w, c].
+    """
     low, high = sigma
     sigmas = low + (high - low) * _uniform(seeds, 1)[:, 0]
-    blurred = _convolve(images, _gaussian_kernels(sigmas, kernel_size))
-    return _unbatched(blurred, image)
+    return _convolution(kernel_size)(tf.cast(images, tf.float32), _gaussian_kernels(sigmas, kernel_size))
+
+
+def random_distortion(image, seed):
+    """Changes brightness, saturation and contrast by random factors: the "blur" of the authors' code.
+
+    Brightness: x + d, d in (-63/255, 63/255), next to nothing for pixels of 0 to 255, as it is there.
+    Saturation: the S of HSV times a factor in (0.5, 1.5), cut at 1. Contrast: m + f (x - m), m the
+    mean of each channel over the whole image, f in (0.2, 1.8). Nothing is cut off at 0 or 255.
+
+    Args:
+        image: [h, w, 3] or [b, h, w, 3], in 0..255, RGB, the mean not subtracted.
+        seed: int32 or int64 [2], or [b, 2] for a batch.
+
+    Returns:
+        float32 of the shape of `image`.
+    """
+    x, seeds = _batched(tf.cast(image, tf.float32), seed)
+    brightness, saturation, contrast = tf.unstack(_uniform(seeds, 3)[:, :, None, None, None], axis=1)
+    x += (2 * brightness - 1) * 63 / 255
+    high, low = tf.reduce_max(x, axis=-1, keepdims=True), tf.reduce_min(x, axis=-1, keepdims=True)
+    # S = (high - low) / high; hue and value stay, so each channel's distance from the highest is scaled as S is
+    scale = tf.minimum(0.5 + saturation, tf.math.divide_no_nan(high, high - low))
+    x = tf.where(high > 0, high - (high - x) * scale, high)
+    mean = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
+    return _unbatched(mean + (0.2 + 1.6 * contrast) * (x - mean), image)
 
 
 def random_mirror(image, seed):
@@ -79,7 +138,7 @@ def random_mirror(image, seed):
         The image or its mirror image, same shape and dtype.
     """
     images, seeds = _batched(image, seed)
-    mirrored = _uniform(seeds, 1)[:, :, None, None] < 0.5
+    mirrored = _is_mirrored(seeds)[:, None, None, None]
     return _unbatched(tf.where(mirrored, images[:, :, ::-1], images), image)
 
 
@@ -98,14 +157,35 @@ def random_crop(image, size, seed):
         InputError: `size` exceeds a side of the image.
     """
     images, seeds = _batched(image, seed)
-    height, width = _sides_at_least(images, size)
-    places = tf.cast(tf.stack([height, width]) - size + 1, tf.float32)
-    # a product may round up to the number of places itself
-    offsets = tf.cast(tf.minimum(tf.floor(_uniform(seeds, 2) * places), places - 1), tf.int32)
-    rows = offsets[:, :1] + tf.range(size)
-    columns = offsets[:, 1:] + tf.range(size)
+    _sides_at_least(images, size)
+    sides = tf.tile(tf.shape(images)[None, 1:3], [tf.shape(images)[0], 1])
+    rows, columns = random_places(sides, size, seeds)
     cropped = tf.gather(tf.gather(images, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
     return _unbatched(cropped, image)
+
+
+def random_places(sides, size, crop_seeds, mirror_seeds=None, margin=0):
+    """The rows and columns of `random_crop`, after `random_mirror` if it has seeds, and of a margin around.
+
+    Args:
+        sides: int32 or int64 [b, 2], the height and width of each image.
+        size: the height and width to cut out.
+        crop_seeds: int32 or int64 [b, 2].
+        mirror_seeds: int32 or int64 [b, 2], or None for no mirroring.
+        margin: pixels around the square; where they leave the image they are reflected into it.
+
+    Returns:
+        Rows and columns of the image as it is before mirroring: two int64 [b, size + 2 * margin].
+    """
+    sides = tf.cast(sides, tf.int64)
+    places = tf.cast(sides - size + 1, tf.float32)
+    # a product may round up to the number of places itself
+    offsets = tf.cast(tf.minimum(tf.floor(_uniform(crop_seeds, 2) * places), places - 1), tf.int64)
+    window = tf.range(-margin, size + margin, dtype=tf.int64)
+    rows, columns = (_reflected(offsets[:, i : i + 1] + window, sides[:, i : i + 1]) for i in (0, 1))
+    if mirror_seeds is not None:
+        columns = tf.where(_is_mirrored(mirror_seeds)[:, None], sides[:, 1:] - 1 - columns, columns)
+    return rows, columns
 
 
 def central_crop(image, size):
@@ -127,6 +207,12 @@ def central_crop(image, size):
     return image[..., top : top + size, left : left + size, :]
 
 
+def check_resize_mode(mode):
+    """Raises InputError unless `mode` is a way to resize."""
+    if mode not in RESIZE_MODES:
+        raise InputError(f"resize_mode is {mode!r}: it must be {' or '.join(RESIZE_MODES)}")
+
+
 def check_blur(kernel_size, sigma):
     """Raises InputError unless `kernel_size` is odd and `sigma` is a range of positive numbers."""
     if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
@@ -145,8 +231,27 @@ def _unbatched(images, like):
 
 
 def _uniform(seeds, count):
-    """Draws `count` numbers in [0, 1) for each seed [b, 2]: float32 [b, count]."""
-    return tf.map_fn(lambda seed: tf.random.stateless_uniform([count], seed), seeds, fn_output_signature=tf.float32)
+    """Draws `count` numbers in [0, 1) for each seed [b, 2]: float32 [b, count], multiples of 2^-24.
+
+    Counters are hashed (three rounds of the finalizer of SplitMix64): all seeds at once, where TensorFlow's
+    stateless generators take one seed a call.
+    """
+    seeds = tf.cast(seeds, tf.uint64)
+    draws = tf.range(1, count + 1, dtype=tf.int64)
+    hashed = _hash(_hash(_hash(seeds[:, :1]) + seeds[:, 1:]) + tf.cast(draws, tf.uint64))
+    return tf.cast(tf.bitwise.right_shift(hashed, tf.constant(40, tf.uint64)), tf.float32) * 2**-24
+
+
+def _hash(x):
+    """The mixing function of SplitMix64, one-to-one on uint64, after adding its constant (the golden ratio)."""
+    x += tf.constant(0x9E3779B97F4A7C15, tf.uint64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64))) * tf.constant(factor, tf.uint64)
+    return tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(31, tf.uint64)))
+
+
+def _is_mirrored(seeds):
+    return _uniform(seeds, 1)[:, 0] < 0.5
 
 
 def _gaussian_kernels(sigmas, kernel_size):
@@ -156,24 +261,25 @@ def _gaussian_kernels(sigmas, kernel_size):
     return kernels / tf.reduce_sum(kernels, axis=0)
 
 
-def _convolve(images, kernels):
-    """Convolves each image with its own kernel [k, b], first down the columns, then along the rows."""
-    radius = kernels.shape[0] // 2
-    batch, height, width, channels = tf.unstack(tf.shape(images))
-    images = tf.gather(images, _reflected(height, radius), axis=1)
-    images = tf.gather(images, _reflected(width, radius), axis=2)
-    # one kernel per image is one kernel per channel once the batch lies in the channels
-    stacked = tf.reshape(tf.transpose(images, [1, 2, 0, 3]), [1, height + 2 * radius, width + 2 * radius, batch * channels])
-    kernels = tf.repeat(kernels, channels, axis=1)
-    stacked = tf.nn.depthwise_conv2d(stacked, kernels[:, None, :, None], [1, 1, 1, 1], "VALID")
-    stacked = tf.nn.depthwise_conv2d(stacked, kernels[None, :, :, None], [1, 1, 1, 1], "VALID")
-    return tf.transpose(tf.reshape(stacked, [height, width, batch, channels]), [2, 0, 1, 3])
+@functools.cache
+def _convolution(kernel_size):
+    """A function that convolves images [b, h, w, c] with kernels [kernel_size, b], one each, where they fit inside."""
+
+    def convolve(images, kernels):
+        height, width = tf.unstack(tf.shape(images)[1:3] - kernel_size + 1)
+        kernels = kernels[:, :, None, None, None]
+        images = sum(kernels[i] * images[:, i : i + height] for i in range(kernel_size))
+        return sum(kernels[i] * images[:, :, i : i + width] for i in range(kernel_size))
+
+    # compiled, the sums become one loop; one by one, each term would pass through the memory
+    signature = [tf.TensorSpec([None] * 4, tf.float32), tf.TensorSpec([kernel_size, None], tf.float32)]
+    return tf.function(convolve, input_signature=signature, jit_compile=True, autograph=False)
 
 
-def _reflected(side, radius):
-    """The rows -radius..side+radius-1 reflected into the image, as often as it takes when it is small."""
+def _reflected(places, side):
+    """Places that may lie outside 0..side-1, reflected into it, as often as it takes when it is small."""
     period = tf.maximum(2 * (side - 1), 1)
-    place = tf.math.floormod(tf.range(-radius, side + radius), period)
+    place = tf.math.floormod(places, period)
     return tf.minimum(place, 2 * (side - 1) - place)
 
 

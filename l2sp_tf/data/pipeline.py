@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import math
+import mmap
 import os
 import pathlib
 
@@ -19,7 +19,8 @@ from l2sp_tf.files import atomic_path
 MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
-PIECE_BYTES = 2**23  # of the float32 images that one call blurs: more would leave the processor's caches
+PIECE_BYTES = 2**23  # of the float32 crops that one call makes: more would leave the processor's caches
+ALIGNMENT = 64  # bytes: TensorFlow stops the process when it meets shared memory that starts elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Preprocessing:
     """Section 4.1: resize, subtract the mean, blur, mirror and crop.
 
     Attributes:
-        resize: both sides are squashed to this many pixels.
+        resize: both sides are squashed to this many pixels, or the shorter one is made so long.
+        resize_mode: "squash" or "shorter_side".
         crop: the side of the square that the network sees.
-        blur: "gaussian" or "none".
+        blur: "gaussian", "authors" (their colour distortion, before the mean is subtracted) or "none".
         blur_kernel: the width of the Gaussian kernel in pixels, odd.
         blur_sigma: the range of its standard deviation, in pixels.
         mirror: whether half of the training images are mirrored.
@@ -43,14 +45,16 @@ class Preprocessing:
     blur_sigma: tuple = (0.1, 2.0)
     mirror: bool = True
     channel_order: str = "rgb"
+    resize_mode: str = "squash"
 
     def __post_init__(self):
         _check_count("resize", self.resize)
         _check_count("crop", self.crop)
         if self.crop > self.resize:
             raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}")
-        if self.blur not in ("none", "gaussian"):
-            raise InputError(f"blur is {self.blur!r}: it must be none or gaussian")
+        ops.check_resize_mode(self.resize_mode)
+        if self.blur not in ops.BLURS:
+            raise InputError(f"blur is {self.blur!r}: it must be {', '.join(ops.BLURS[:-1])} or {ops.BLURS[-1]}")
         if self.channel_order not in ("rgb", "bgr"):
             raise InputError(f"channel_order is {self.channel_order!r}: it must be rgb or bgr")
         ops.check_blur(self.blur_kernel, self.blur_sigma)
@@ -58,41 +62,83 @@ class Preprocessing:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Images:
-    """Decoded images of one size.
+    """Decoded images.
 
     Attributes:
-        pixels: uint8 [n, size, size, 3] in RGB order, an array or a memory-mapped file.
+        pixels: uint8 in RGB order, an array or a memory-mapped file: [n, size, size, 3], or, of images
+            with sides of their own, [pixels in all, 3], one image after the other.
         labels: int32 [n].
         skipped: the names of the images that were left out because they could not be decoded.
+        sides: int64 [n, 2], the height and width of each image; None where `pixels` tells them.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     skipped: tuple = ()
+    sides: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.sides is None:
+            object.__setattr__(self, "sides", np.tile(np.int64(self.pixels.shape[1:3]), (len(self.pixels), 1)))
 
     def __len__(self):
         return len(self.labels)
 
+    def __getitem__(self, index):
+        """The pixels of one image: uint8 [h, w, 3]."""
+        height, width = self.sides[index]
+        first = self.starts[index]
+        return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
+
+    @functools.cached_property
+    def starts(self):
+        """Where each image begins, counted in pixels: int64 [n]."""
+        return np.concatenate([[0], np.cumsum(self.sides.prod(axis=1))[:-1]]).astype(np.int64)
+
     @functools.cached_property
     def reader(self):
-        """A function from indices int64 [b] to their pixels, for use in a tf.data map."""
-        if isinstance(self.pixels, np.memmap):
-            return self._read_from_disk
+        """A `_Reader` of these images."""
+        return _Reader(self)
+
+
+class _Reader:
+    """Reads whole images or parts of them inside a tf.data map."""
+
+    def __init__(self, images):
         with tf.device("CPU:0"):
-            pixels = tf.convert_to_tensor(self.pixels)  # captured by the graph, where an array would be copied into it
-        return lambda indices: tf.gather(pixels, indices)
+            self._pixels = _shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
+            self._starts, self._sides = tf.constant(images.starts), tf.constant(images.sides)
 
-    def _read_from_disk(self, indices):
-        pixels = tf.numpy_function(lambda i: np.asarray(self.pixels[i]), [indices], tf.uint8, stateful=False)
-        return tf.ensure_shape(pixels, [None, *self.pixels.shape[1:]])
+    def sides(self, indices):
+        """The height and width of each image: int64 [b, 2]."""
+        return tf.gather(self._sides, indices)
+
+    def window(self, indices, rows, columns):
+        """The pixels of each image [b] in its own rows [b, h] and columns [b, w]: uint8 [b, h, w, 3]."""
+        rows = tf.gather(self._starts, indices)[:, None] + rows * self.sides(indices)[:, 1:]
+        return tf.gather(self._pixels, rows[:, :, None] + columns[:, None, :])
+
+    def whole(self, index):
+        """One image: uint8 [h, w, 3]."""
+        height, width = tf.unstack(self._sides[index])
+        first = self._starts[index]
+        return tf.reshape(self._pixels[first : first + height * width], tf.stack([height, width, 3]))
 
 
-def decode(split, size, *, skip_bad_images=False, progress=None, memory_limit_bytes=2**31, cache_dir=None):
-    """Reads and decodes every image of a split, makes it three-channel and squashes it to `size` x `size`.
+def _shared_tensor(array):
+    """A tensor that shares the memory of an array, or a copy where it cannot."""
+    if array.size and array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
+        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
+    return tf.convert_to_tensor(array)
+
+
+def decode(split, size, *, mode="squash", skip_bad_images=False, progress=None, memory_limit_bytes=2**31, cache_dir=None):
+    """Reads and decodes every image of a split, makes it three-channel and resizes it.
 
     Args:
         split: a Split.
-        size: the side of the result.
+        size: the side of the result, or its shorter side.
+        mode: "squash" or "shorter_side", as `resize` takes it.
         skip_bad_images: leave out what cannot be decoded, instead of raising.
         progress: called with (images done, images in all) from time to time.
         memory_limit_bytes: a larger result lies in a file, which is mapped into memory.
@@ -107,9 +153,10 @@ def decode(split, size, *, skip_bad_images=False, progress=None, memory_limit_by
         OSError: a file cannot be read, or the cache cannot be written.
     """
     _check_count("size", size)
-    chunks = _decoded_arrays(split, size) if split.files is None else _decoded_files(split, size)
+    ops.check_resize_mode(mode)
+    chunks = _decoded_arrays(split, size, mode) if split.files is None else _decoded_files(split, size, mode)
     kept, bad = [], []
-    with _store(split, size, memory_limit_bytes, cache_dir) as store:
+    with _store(split, size, mode, memory_limit_bytes, cache_dir) as store:
         for first, last, pixels, reasons in chunks:
             bad.extend(reasons.items())
             kept.extend(i for i in range(first, last) if i not in reasons)
@@ -120,7 +167,10 @@ def decode(split, size, *, skip_bad_images=False, progress=None, memory_limit_by
         if bad and not skip_bad_images:
             raise InputError(_bad_images_message(split, bad))
         _check_every_class_is_left(split, kept)
-    return Images(store.pixels(len(kept)), np.asarray(split.labels[kept], np.int32), tuple(split.names[i] for i, _ in bad))
+    pixels, sides = store.pixels(), np.array(store.sides, np.int64)
+    if mode == "squash":
+        pixels = pixels.reshape(-1, size, size, 3)
+    return Images(pixels, np.asarray(split.labels[kept], np.int32), tuple(split.names[i] for i, _ in bad), sides)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -158,6 +208,7 @@ def prepare(dataset, preprocessing, *, skip_bad_images=False, progress=None, cac
         InputError, OSError: as in `decode`.
     """
     options = {"skip_bad_images": skip_bad_images, "progress": progress, "cache_dir": cache_dir}
+    options["mode"] = preprocessing.resize_mode
     train, test = (decode(split, preprocessing.resize, **options) for split in (dataset.train, dataset.test))
     return Task(dataset.name, dataset.classes, dataset.digest, train, test, channel_mean(train), preprocessing)
 
@@ -165,9 +216,10 @@ def prepare(dataset, preprocessing, *, skip_bad_images=False, progress=None, cac
 def channel_mean(images):
     """The mean of each channel over all pixels of all images, in RGB order: float32 [3], summed in float64."""
     total = np.zeros(3)
-    for first in range(0, len(images), DECODE_BATCH):
-        total += images.pixels[first : first + DECODE_BATCH].sum(axis=(0, 1, 2), dtype=np.float64)
-    return (total / math.prod(images.pixels.shape[:3])).astype(np.float32)
+    for image in map(images.__getitem__, range(len(images))):
+        # down the columns first, in integers: the fastest order, and exact
+        total += image.reshape(len(image), -1).sum(axis=0, dtype=np.uint32).reshape(-1, 3).sum(axis=0, dtype=np.float64)
+    return (total / images.sides.prod(axis=1).sum()).astype(np.float32)
 
 
 def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, iterations):
@@ -178,7 +230,7 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     from 0.
 
     Args:
-        images: Images of the size `preprocessing.resize`.
+        images: Images, resized as `preprocessing` says.
         preprocessing: a Preprocessing.
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
         batch_size: images a batch; it may exceed their number.
@@ -202,41 +254,49 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     places = tf.data.Dataset.from_generator(
         lambda: _training_order(len(images), batch_size, seed, start, iterations), output_signature=(spec, spec)
     )
-    piece = _piece(batch_size, preprocessing.resize)
+    piece = _piece(batch_size, preprocessing.crop)
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
 
     def make(epochs, indices):
-        x = tf.cast(read(indices), tf.float32) - mean
-        return _augment(x, preprocessing, seed, epochs, indices), tf.gather(labels, indices)
+        return _augmented(read, preprocessing, mean, seed, epochs, indices), tf.gather(labels, indices)
 
     batches = places.rebatch(piece).map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return batches.rebatch(batch_size, drop_remainder=True).prefetch(2)
 
 
-def test_batches(images, preprocessing, mean, *, batch_size, order=None):
-    """Every image once, in order, cropped at its centre; the last batch may be smaller.
+def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1):
+    """Every image once, in order, cropped at its centre, or ten times; the last batch may be smaller.
+
+    Ten crops are those of the four corners (top left, top right, bottom left, bottom right) and of the
+    centre, and then their mirror images.
 
     Args:
-        images: Images of the size `preprocessing.resize`.
-        preprocessing: a Preprocessing; of it only the crop and the order of channels count.
+        images: Images, resized as `preprocessing` says.
+        preprocessing: a Preprocessing; its blur and mirror do not count.
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
         batch_size: images a batch.
         order: int64 [n], the indices of the images to show; None for all from first to last.
+        crops: 1 or 10 of each image.
 
     Returns:
-        A tf.data.Dataset of float32 [b, crop, crop, 3] and int32 [b].
+        A tf.data.Dataset of float32 [b, crop, crop, 3], or [b, 10, crop, crop, 3], and int32 [b].
 
     Raises:
         InputError: an argument is out of its range.
     """
     _check_stream(images, preprocessing, batch_size)
+    if crops not in (1, 10):
+        raise InputError(f"crops is {crops!r}: it must be 1 or 10")
     read, labels = images.reader, tf.constant(images.labels)
-    mean = tf.constant(mean, tf.float32)
+    mean, size = tf.constant(mean, tf.float32), preprocessing.crop
 
     def make(indices):
-        x = tf.cast(ops.central_crop(read(indices), preprocessing.crop), tf.float32) - mean
-        return _ordered(x, preprocessing), tf.gather(labels, indices)
+        places = _central_place if crops == 1 else _ten_places
+        views = [read.window(indices, *place) for place in places(read.sides(indices), size)]
+        x = views[0] if crops == 1 else tf.stack(views, axis=1)
+        x = tf.ensure_shape(x, [None] * (len(x.shape) - 3) + [size, size, 3])
+        return _ordered(tf.cast(x, tf.float32) - mean, preprocessing), tf.gather(labels, indices)
 
     order = np.arange(len(images)) if order is None else np.asarray(order, np.int64)
     indices = tf.data.Dataset.from_tensor_slices(order).batch(batch_size)
@@ -255,8 +315,12 @@ def _check_stream(images, preprocessing, batch_size):
     _check_count("batch_size", batch_size)
     if not len(images):
         raise InputError("there are no images to stream")
-    if images.pixels.shape[1] != preprocessing.resize:
-        raise InputError(f"the images are decoded at {images.pixels.shape[1]} pixels, but resize is {preprocessing.resize}")
+    shorter = images.sides.min(axis=1)
+    wrong = shorter[shorter != preprocessing.resize]
+    if wrong.size:
+        raise InputError(f"the images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}")
+    if preprocessing.resize_mode == "squash" and not (images.sides == preprocessing.resize).all():
+        raise InputError('the images kept their aspect, but resize_mode is squash: decode them with mode="squash"')
 
 
 def _training_order(count, batch_size, seed, start, iterations):
@@ -281,63 +345,104 @@ def _piece(batch_size, size):
     return max(part for part in range(1, min(batch_size, limit) + 1) if batch_size % part == 0)
 
 
-def _augment(x, preprocessing, seed, epochs, indices):
-    """Section 4.1's random blur, mirror and crop of a batch, each image by its own seeds."""
+def _augmented(read, preprocessing, mean, seed, epochs, indices):
+    """Section 4.1's random blur, mirror and crop of images [b], each by its own seeds: float32 [b, crop, crop, 3].
+
+    The crop and the mirror are drawn first, so that only what they show is read and blurred.
+    """
 
     def seeds(operation):
         # no two of (seed, operation) and no two of (epoch, index) share a number
         return tf.stack([tf.fill(tf.shape(indices), tf.constant(4 * seed + operation, tf.int64)), epochs * 2**32 + indices], 1)
 
-    if preprocessing.blur == "gaussian":
-        x = ops.random_blur(x, seeds(0), preprocessing.blur_kernel, preprocessing.blur_sigma)
-    if preprocessing.mirror:
-        x = ops.random_mirror(x, seeds(1))
-    return _ordered(ops.random_crop(x, preprocessing.crop, seeds(2)), preprocessing)
+    p = preprocessing
+    margin = p.blur_kernel // 2 if p.blur == "gaussian" else 0
+    rows, columns = ops.random_places(read.sides(indices), p.crop, seeds(2), seeds(1) if p.mirror else None, margin)
+    if p.blur == "authors":
+        x = _distorted(read, indices, seeds(0), rows, columns)
+    elif p.blur == "gaussian":
+        x = ops.blur_inside(read.window(indices, rows, columns), seeds(0), p.blur_kernel, p.blur_sigma)
+    else:
+        x = tf.cast(read.window(indices, rows, columns), tf.float32)
+    return _ordered(tf.ensure_shape(x, [None, p.crop, p.crop, 3]) - mean, p)
+
+
+def _distorted(read, indices, seeds, rows, columns):
+    """The authors' distortion of each whole image, whose mean the contrast needs, and of that its rows and columns."""
+
+    def one(inputs):
+        index, seed, rows, columns = inputs
+        x = ops.random_distortion(read.whole(index), seed)
+        return tf.gather(tf.gather(x, rows, axis=0), columns, axis=1)
+
+    return tf.map_fn(one, (indices, seeds, rows, columns), fn_output_signature=tf.float32)
+
+
+def _central_place(sides, size):
+    """The rows and columns of the central crop of each image [b]: a list of one pair of int64 [b, size]."""
+    middle = (sides - size) // 2
+    return [_window(middle[:, 0], middle[:, 1], size)]
+
+
+def _ten_places(sides, size):
+    """The rows and columns of the four corners and the centre, and of their mirror images: ten such pairs."""
+    first, last = tf.zeros_like(sides[:, 0]), sides - size
+    corners = [_window(top, left, size) for top in (first, last[:, 0]) for left in (first, last[:, 1])]
+    upright = corners + _central_place(sides, size)
+    return upright + [(rows, columns[:, ::-1]) for rows, columns in upright]
+
+
+def _window(top, left, size):
+    along = tf.range(size, dtype=tf.int64)
+    return top[:, None] + along, left[:, None] + along
 
 
 def _ordered(x, preprocessing):
     return x[..., ::-1] if preprocessing.channel_order == "bgr" else x
 
 
-def _decoded_arrays(split, size):
-    """Yields (first, last, uint8 [last - first, size, size, 3], {}) over the images of an array."""
+def _decoded_arrays(split, size, mode):
+    """Yields (first, last, uint8 [last - first, h, w, 3], {}) over the images of an array."""
     for first in range(0, len(split), DECODE_BATCH):
         last = min(first + DECODE_BATCH, len(split))
-        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), size).numpy(), {}
+        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), size, mode).numpy(), {}
 
 
-def _decoded_files(split, size):
+def _decoded_files(split, size, mode):
     """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
     paths = [os.fsencode(path) for path in split.files]
     dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), paths))
     dataset = dataset.map(
-        lambda i, path: (i, _decode_bytes(tf.io.read_file(path), size)), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        lambda i, path: (i, _decode_bytes(tf.io.read_file(path), size, mode)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+        deterministic=True,
     )
-    first = 0
-    for indices, pixels in dataset.ignore_errors(log_warning=False).batch(DECODE_BATCH).prefetch(1).as_numpy_iterator():
-        last = int(indices[-1]) + 1
-        yield first, last, *_with_second_try(split, size, first, last, dict(zip(indices.tolist(), pixels, strict=True)))
-        first = last
+    first, decoded = 0, {}
+    for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
+        decoded[int(i)] = pixels
+        if len(decoded) == DECODE_BATCH:
+            yield first, int(i) + 1, *_with_second_try(split, size, mode, first, int(i) + 1, decoded)
+            first, decoded = int(i) + 1, {}
     if first < len(split):
-        yield first, len(split), *_with_second_try(split, size, first, len(split), {})
+        yield first, len(split), *_with_second_try(split, size, mode, first, len(split), decoded)
 
 
-def _with_second_try(split, size, first, last, decoded):
+def _with_second_try(split, size, mode, first, last, decoded):
     """Reads again the files first..last-1 that the parallel pass dropped, to learn why."""
     reasons = {}
     for i in range(first, last):
         if i not in decoded:
             content = split.files[i].read_bytes()  # raises OSError where the disk is at fault and not the image
             try:
-                decoded[i] = _decode_bytes(tf.constant(content), size).numpy()
+                decoded[i] = _decode_bytes(tf.constant(content), size, mode).numpy()
             except tf.errors.InvalidArgumentError:
                 reasons[i] = _reason(content)
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
 
 
 @tf.function
-def _decode_bytes(content, size):
-    """The image in the bytes of a JPEG or a PNG file: uint8 [size, size, 3]. Whatever else it is raises InvalidArgumentError."""
+def _decode_bytes(content, size, mode):
+    """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
     is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
     count = tf.reduce_prod(tf.cast(sides, tf.int64))
@@ -345,7 +450,7 @@ def _decode_bytes(content, size):
     with tf.control_dependencies(checks):  # the pixels of a huge image are never made
         content = tf.identity(content)
     image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
-    return tf.ensure_shape(ops.resize(image, size), [size, size, 3])
+    return ops.resize(image, size, mode)
 
 
 def _png_sides(content):
@@ -380,39 +485,47 @@ def _check_every_class_is_left(split, kept):
 
 
 @contextlib.contextmanager
-def _store(split, size, memory_limit_bytes, cache_dir):
+def _store(split, size, mode, memory_limit_bytes, cache_dir):
     """Yields where to append the pixels of a split: memory, or a file that appears when all are written."""
-    shape = (len(split), size, size, 3)
-    if math.prod(shape) <= memory_limit_bytes:
-        yield _Memory(shape)
-        return
-    identity = hashlib.sha256(repr((split.names, shape)).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(repr((split.names, size, mode)).encode()).hexdigest()[:16]
     path = pathlib.Path(default_cache_dir() if cache_dir is None else cache_dir) / f"pixels-{identity}.uint8"
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        yield _File(path, file, shape)
+    needed = len(split) * size * size * 3
+    if mode == "shorter_side":
+        needed = max(needed, memory_limit_bytes)  # not known yet
+    with contextlib.ExitStack() as stack:
+        yield _Store(path, needed if needed <= memory_limit_bytes else 0, stack)
 
 
-class _Memory:
-    def __init__(self, shape):
-        self._array, self._count = np.empty(shape, np.uint8), 0
+class _Store:
+    """Pixels one image after the other: in memory up to its capacity, in a file as soon as it is exceeded."""
 
-    def append(self, pixels):
-        if len(pixels):
-            self._array[self._count : self._count + len(pixels)] = pixels
-            self._count += len(pixels)
+    def __init__(self, path, capacity, stack):
+        self.sides, self._bytes = [], 0
+        self._path, self._stack, self._file = path, stack, None
+        # pages that are not written take no memory, and are aligned so that tensors can share them
+        self._memory = np.frombuffer(mmap.mmap(-1, max(1, capacity)), np.uint8)[:capacity]
 
-    def pixels(self, count):
-        return self._array[:count]
+    def append(self, images):
+        for image in images:
+            end = self._bytes + image.size
+            if self._file is None and end > len(self._memory):
+                self._open_file()
+            if self._file is None:
+                self._memory[self._bytes : end] = image.reshape(-1)
+            else:
+                # written, not mapped: a full disk then raises OSError, where a mapping would kill the process
+                self._file.write(image.tobytes())
+            self.sides.append(image.shape[:2])
+            self._bytes = end
 
+    def _open_file(self):
+        self._file = self._stack.enter_context(self._stack.enter_context(atomic_path(self._path)).open("wb"))
+        self._file.write(self._memory[: self._bytes])
+        self._memory = None
 
-class _File:
-    def __init__(self, path, file, shape):
-        self._path, self._file, self._shape = path, file, shape
-
-    def append(self, pixels):
-        # written, not mapped: a full disk then raises OSError, where a mapping would kill the process
-        for image in pixels:
-            self._file.write(image.tobytes())
-
-    def pixels(self, count):
-        return np.memmap(self._path, np.uint8, mode="r", shape=(count, *self._shape[1:]))
+    def pixels(self):
+        """uint8 [pixels in all, 3], once the file has its name."""
+        if self._file is None:
+            return self._memory[: self._bytes].reshape(-1, 3)
+        # copy-on-write, as only writable memory can be shared with tensors; nobody writes to it
+        return np.memmap(self._path, np.uint8, mode="c", shape=(self._bytes // 3, 3))
