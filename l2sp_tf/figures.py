@@ -4,18 +4,21 @@ import collections
 import pathlib
 
 import matplotlib
+import numpy as np
 
-from l2sp_tf import report
+from l2sp_tf import report, theory
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path, write_text
 from l2sp_tf.report import LABELS, STATISTICS, chosen, summary
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import patheffects, pyplot
 
 COLORS = dict(zip(LABELS, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
 BOX = ("whislo", "q1", "med", "q3", "whishi")
 MOST_BOXES = 12
+# An example for appendix A: J is about 10 times as curved across its valley as along it.
+PATH_EXAMPLE = {"hessian": [[0.325, -0.39], [-0.39, 0.775]], "w_star": [1.0, 2.2], "w0": [2.6, 1.9]}
 
 
 def save(drawing, folder, name):
@@ -168,6 +171,60 @@ def figure_4(records):
         panel.set(ylabel="$R^2$ with the pre-trained activations", title=_name(place), ylim=(-0.02, 1.02))
         panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
+
+
+def figure_path(hessian=PATH_EXAMPLE["hessian"], w_star=PATH_EXAMPLE["w_star"], w0=PATH_EXAMPLE["w0"]):
+    """Appendix A in two dimensions: the paths of L2 and L2-SP from w* to 0 and to w0 as alpha grows.
+
+    Args:
+        hessian: H of the objective J at w*, symmetric and positive semi-definite, not 0, [2, 2].
+            By default an example.
+        w_star, w0: w* and w0, [2].
+
+    Returns:
+        A matplotlib `Figure`: the contours of J, and dots where alpha is a power of 10 times
+        the largest eigenvalue of H.
+
+    Raises:
+        InputError: a bad argument, or one of more than two dimensions.
+    """
+    hessian, w_star, w0 = (np.asarray(value, "float64") for value in (hessian, w_star, w0))
+    if hessian.shape != (2, 2) or not hessian.any():
+        raise InputError(f"hessian, of the shape {hessian.shape}, cannot be drawn: give one of 2 by 2 that is not 0.")
+    powers = 10.0 ** np.arange(-2, 2)
+    alphas = np.linalg.eigvalsh(hessian)[-1] * np.concatenate([powers, 1.01 * powers, np.geomspace(1e-6, 1e4, 400)])
+    drawing, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
+    for label, end, color, side in (("L2, to 0", np.zeros(2), "tab:red", -1), ("L2-SP, to $w^0$", w0, "tab:blue", 1)):
+        dots, onward, line = np.split(theory.path(hessian, w_star, end, alphas), [len(powers), 2 * len(powers)])
+        axes.plot(*line.T, color=color, linewidth=2, label=label)
+        axes.plot(*dots.T, "o", color=color, markersize=5)
+        across = side * (onward - dots) @ [[0, 1], [-1, 0]]  # one path is labelled on its left side, the other on its right
+        offsets = 13 * across / np.maximum(np.linalg.norm(across, axis=1, keepdims=True), 1e-12)
+        for power, dot, offset in zip(powers, dots, offsets, strict=True):
+            _annotate(axes, f"{power:g}", dot, offset, va="center", fontsize="small", color=color)
+    for name, point, marker in (("$w^*$", w_star, "*"), ("$w^0$", w0, "s"), ("0", np.zeros(2), "X")):
+        axes.plot(*point, marker, color="black", markersize=12 if marker == "*" else 8, zorder=3)
+        _annotate(axes, name, point, (0, -20), fontsize="x-large", color="black")
+    _contours(axes, hessian, w_star, np.stack([w_star, w0, np.zeros(2)]))
+    axes.set(xlabel="$w_1$", ylabel="$w_2$", aspect="equal")
+    axes.set_title("The penalized minimum as $\\alpha$ grows, on the contours of $J$\n(at the dots: $\\alpha / \\lambda_{max}$)")
+    axes.legend(loc="lower right")
+    return drawing
+
+
+def _annotate(axes, text, point, offset, **options):
+    """Writes `text` beside a point, with a white rim that keeps it readable on lines."""
+    rim = [patheffects.withStroke(linewidth=3, foreground="white")]
+    axes.annotate(text, point, offset, textcoords="offset points", ha="center", path_effects=rim, zorder=4, **options)
+
+
+def _contours(axes, hessian, w_star, points):
+    """Contours of J = 1/2 (w - w*)^T H (w - w*), evenly spaced in its root, around all the points."""
+    margin = 0.25 * np.ptp(points, axis=0).max()
+    grid = np.stack(np.meshgrid(*np.linspace(points.min(axis=0) - margin, points.max(axis=0) + margin, 200).T), axis=-1)
+    objective = np.einsum("...i,ij,...j", grid - w_star, hessian, grid - w_star) / 2
+    levels = objective.max() * np.linspace(0, 1, 12)[1:-1] ** 2
+    axes.contour(grid[..., 0], grid[..., 1], objective, levels, colors="gray", linewidths=0.6)
 
 
 def write_summary(records, folder, *, say=print):

@@ -1,12 +1,13 @@
 """Figures: what is drawn where, from records alone."""
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 from test_records import record
 from test_report import RECORDS, runs
 
 import l2sp_tf as l2sp
-from l2sp_tf import figures
+from l2sp_tf import figures, theory
 from l2sp_tf.report import LABELS
 
 
@@ -108,3 +109,27 @@ def test_equal_records_give_equal_files(tmp_path):
 
 def test_every_penalty_has_a_colour():
     assert set(figures.COLORS) == set(LABELS)
+
+
+def test_the_figure_of_appendix_a_draws_both_paths_over_the_objective():
+    hessian, w_star, w0 = (np.array(value) for value in figures.PATH_EXAMPLE.values())
+    (axes,) = figures.figure_path(hessian, w_star, w0).axes
+    lines = {line.get_label(): line.get_xydata() for line in axes.lines}
+    for label, end in (("L2, to 0", 0 * w0), ("L2-SP, to $w^0$", w0)):
+        line = lines[label]
+        np.testing.assert_allclose(line[0], w_star, atol=1e-3)
+        np.testing.assert_allclose(line[-1], end, atol=1e-3)
+        # each point solves Eq. (8) for some alpha: H (w - w*) is parallel to the way back to the end
+        force, back = (line - w_star) @ hessian, end - line
+        np.testing.assert_allclose(force[:, 0] * back[:, 1], force[:, 1] * back[:, 0], atol=1e-12)
+    dots = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
+    alphas = np.linalg.eigvalsh(hessian)[-1] * np.array([0.01, 0.1, 1, 10])
+    np.testing.assert_allclose(dots[1], theory.path(hessian, w_star, w0, alphas))
+    assert [t.get_text() for t in axes.texts[4:8]] == ["0.01", "0.1", "1", "10"]
+    assert axes.get_aspect() == 1 and axes.collections
+
+
+def test_a_figure_of_appendix_a_that_cannot_be_drawn_is_refused():
+    for hessian in (np.eye(3), np.zeros((2, 2))):
+        with pytest.raises(l2sp.InputError, match="cannot be drawn"):
+            figures.figure_path(hessian, np.ones(len(hessian)), np.ones(len(hessian)))
