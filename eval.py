@@ -12,7 +12,7 @@ from l2sp_tf.cli import run_main
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", "runs/digits", "One --workdir of train.py, or several.")
 flags.DEFINE_multi_enum("table", [], ["2", "3"], "Tables of the paper to draw; without a table or figure, the summary is.")
-flags.DEFINE_multi_enum("figure", [], ["1", "2", "3", "4"], "Figures of the paper to draw.")
+flags.DEFINE_multi_enum("figure", [], ["1", "2", "3", "4", "path"], "Figures to draw; path is appendix A's.")
 flags.DEFINE_bool("all", False, "The summary, and every table and figure for which there are runs.")
 flags.DEFINE_string("output", "", "Folder for the files; by default the first workdir.")
 
@@ -22,6 +22,10 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
     from l2sp_tf import figures, records
 
+    if FLAGS.figure == ["path"]:
+        for path in figures.save(figures.figure_path(), FLAGS.output or ".", "figure_path"):
+            print(f"wrote {path}")
+        return
     found = [record for workdir in FLAGS.workdir for record in records.read_records(workdir)]
     folder = pathlib.Path(FLAGS.output or FLAGS.workdir[0])
     if FLAGS.all:

@@ -448,3 +448,17 @@ def test_prepare_decodes_both_splits_and_takes_the_mean_of_the_training_images()
     task = pipeline.prepare(dataset, Preprocessing(resize=10, crop=8))
     assert (len(task.train), len(task.test), task.classes, task.digest) == (10, 547, ("even", "odd"), dataset.digest)
     np.testing.assert_allclose(task.mean, task.train.pixels.astype("float64").mean(axis=(0, 1, 2)), rtol=1e-6)
+
+
+def test_a_part_of_the_images_shares_their_pixels_and_streams_alone():
+    rng = np.random.default_rng(0)
+    pixels, labels = rng.integers(0, 256, (9, 6, 6, 3), dtype=np.uint8), np.arange(9, dtype=np.int32)
+    chosen = np.array([7, 2, 3])
+    part, alone = Images(pixels, labels).take(chosen), Images(pixels[chosen], labels[chosen])
+    assert part.pixels is pixels and len(part) == 3
+    options = {"preprocessing": Preprocessing(resize=6, crop=4), "mean": np.zeros(3), "batch_size": 2}
+    np.testing.assert_array_equal(channel_mean(part), channel_mean(alone))
+    for stream, more in ((training_batches, {"seed": 1, "iterations": 4}), (test_batches, {})):
+        for (x, y), (other_x, other_y) in zip(stream(part, **options, **more), stream(alone, **options, **more), strict=True):
+            np.testing.assert_array_equal(x, other_x)
+            np.testing.assert_array_equal(y, other_y)

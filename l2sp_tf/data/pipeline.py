@@ -70,16 +70,21 @@ class Images:
         labels: int32 [n].
         skipped: the names of the images that were left out because they could not be decoded.
         sides: int64 [n, 2], the height and width of each image; None where `pixels` tells them.
+        starts: int64 [n], where each image begins, counted in pixels; None where one follows the other.
     """
 
     pixels: np.ndarray
     labels: np.ndarray
     skipped: tuple = ()
     sides: np.ndarray | None = None
+    starts: np.ndarray | None = None
 
     def __post_init__(self):
         if self.sides is None:
             object.__setattr__(self, "sides", np.tile(np.int64(self.pixels.shape[1:3]), (len(self.pixels), 1)))
+        if self.starts is None:
+            starts = np.cumsum(self.sides.prod(axis=1)) - self.sides.prod(axis=1)
+            object.__setattr__(self, "starts", starts.astype(np.int64))
 
     def __len__(self):
         return len(self.labels)
@@ -90,10 +95,10 @@ class Images:
         first = self.starts[index]
         return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
 
-    @functools.cached_property
-    def starts(self):
-        """Where each image begins, counted in pixels: int64 [n]."""
-        return np.concatenate([[0], np.cumsum(self.sides.prod(axis=1))[:-1]]).astype(np.int64)
+    def take(self, positions):
+        """The images at `positions` alone, in that order; the pixels are shared."""
+        labels, sides, starts = (array[positions] for array in (self.labels, self.sides, self.starts))
+        return Images(self.pixels, labels, self.skipped, sides, starts)
 
     @functools.cached_property
     def reader(self):
