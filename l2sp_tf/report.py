@@ -1,4 +1,4 @@
-"""Tables 2 and 3 and the summary of any runs, from records alone."""
+"""Tables 1 to 3 and the summary of any runs: the first from counts of images, the others from records alone."""
 
 import collections
 import csv
@@ -35,6 +35,13 @@ PAPER_TABLE_3 = {
     "Stanford Dogs 120": {"l2": 14.1, "l2_sp": 4.7, "l2_sp_fisher": 4.2},
     "Caltech 256 - 30": {"l2": 18.2, "l2_sp": 3.6, "l2_sp_fisher": 3.0},
     "Caltech 256 - 60": {"l2": 21.8, "l2_sp": 3.4, "l2_sp_fisher": 2.8},
+}
+# The paper's Table 1: database, task category, training and test images a class, classes.
+PAPER_TABLE_1 = {
+    "caltech256/30": ("Caltech 256 - 30", "generic object recog.", "30", "> 20", 257),
+    "caltech256/60": ("Caltech 256 - 60", "generic object recog.", "60", "> 20", 257),
+    "stanford_dogs": ("Stanford Dogs 120", "specific object recog.", "100", "~ 72", 120),
+    "mit_indoors67": ("MIT Indoors 67", "scene classification", "80", "20", 67),
 }
 PAPER_NAMES = {"mit_indoors67": "MIT Indoors 67", "stanford_dogs": "Stanford Dogs 120", "caltech256": "Caltech 256"}
 
@@ -155,6 +162,26 @@ def table_csv(records):
         both = [value for name in STATISTICS for value in row.get(name, (None, None))]
         rows.append([row[name] for name in names] + [*row["target_accuracy"], row.get("before"), *both])
     return Table(columns, rows).csv()
+
+
+def table_1(rows):
+    """Table 1: the characteristics of the target databases, as loaded and as the paper gives them.
+
+    Args:
+        rows: dicts as `data.table_1_rows` returns them.
+    """
+    columns = ("database", "task category", "classes (paper)", "training a class (paper)", "test a class (paper)")
+    lines = []
+    for row in rows:
+        name, task, train, test, classes = PAPER_TABLE_1[row["name"]]
+        found = ["-"] * 5
+        if "missing" not in row:
+            a_class = ["-".join(str(n) for n in sorted(set(row[key]))) for key in ("train_per_class", "test_per_class")]
+            found = [row["classes"], *a_class, f"{row['train']:,}", f"{row['test']:,}"]
+        cells = [f"{ours} ({paper})" for ours, paper in zip(found[:3], (classes, train, test), strict=True)]
+        lines.append((name, task, *cells, *found[3:]))
+    notes = [f"{PAPER_TABLE_1[row['name']][0]}: {row['missing']}" for row in rows if "missing" in row]
+    return Table((*columns, "training", "test"), lines, "\n".join(notes))
 
 
 def table_2(records):

@@ -129,3 +129,13 @@ def test_tables_are_written_as_markdown_and_csv(tmp_path):
     assert table.csv() == 'a,long name\n1,"x, y"\n'
     assert [path.name for path in table.save(tmp_path, "t")] == ["t.md", "t.csv"]
     assert (tmp_path / "t.csv").read_text() == table.csv()
+
+
+def test_table_1_has_the_papers_numbers_beside_ours():
+    full = {"name": "mit_indoors67", "classes": 67, "train": 5360, "train_per_class": (80, 80), "test": 1340}
+    table = report.table_1([full | {"test_per_class": (19, 21)}, {"name": "stanford_dogs", "missing": "it is not there"}])
+    assert table.rows == [
+        ("MIT Indoors 67", "scene classification", "67 (67)", "80 (80)", "19-21 (20)", "5,360", "1,340"),
+        ("Stanford Dogs 120", "specific object recog.", "- (120)", "- (100)", "- (~ 72)", "-", "-"),
+    ]
+    assert table.notes == "Stanford Dogs 120: it is not there"
