@@ -1,0 +1,120 @@
+"""Files that a data set is made of: loaded from their creators' addresses, resumed where they stopped, and checked."""
+
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import pathlib
+import shutil
+import urllib.error
+import urllib.parse
+import urllib.request
+
+from l2sp_tf.errors import InputError
+
+TIMEOUT_SECONDS = 20  # for an answer, and for each part of a file
+
+
+@dataclasses.dataclass(frozen=True)
+class Download:
+    """A file and where its creators offer it.
+
+    Attributes:
+        url: its address; the last part of the path is the file's name.
+        checksum: "md5:", "sha1:" or "sha256:" and the digest in hexadecimal; None where none is published.
+    """
+
+    url: str
+    checksum: str | None = None
+
+    @property
+    def name(self):
+        return pathlib.PurePosixPath(urllib.parse.urlparse(self.url).path).name
+
+
+def fetch(download, folder, *, checksums=True, say=print):
+    """Returns the path of a file in `folder`, after loading it there if it is missing.
+
+    A part that an earlier call left is gone on with. A file that is there already is checked
+    all the same, and never changed.
+
+    Args:
+        download: a Download.
+        folder: where the file lies, or will lie.
+        checksums: whether they are compared.
+        say: called with a line of text before a load.
+
+    Raises:
+        InputError: the address does not answer, the file breaks off, or its checksum is wrong.
+        OSError: the folder cannot be written.
+    """
+    path = pathlib.Path(folder) / download.name
+    part = path.with_name(f"{path.name}.part")
+    loaded = not path.exists()
+    if loaded:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        say(f"loading {download.url} to {path}")
+        _load(download, part)
+    difference = _difference(download, part if loaded else path) if checksums else None
+    if difference and loaded:
+        part.unlink()  # to go on with it would give the same again
+        raise InputError(f"{download.url} was loaded, but {difference}: it was removed, run it again")
+    if difference:
+        raise InputError(f"{path} cannot be used, because {difference}: load it again from {download.url}")
+    if loaded:
+        part.replace(path)
+    return path
+
+
+def _difference(download, path):
+    """Tells how the checksum of a file differs from the published one, or None."""
+    if download.checksum is None:
+        return None
+    kind, _, expected = download.checksum.partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, kind).hexdigest()
+    return None if found == expected else f"its {kind} is {found} and should be {expected}"
+
+
+def reach(url):
+    """Raises InputError unless the host of `url` answers within seconds, be it with a refusal."""
+    with _network_errors(url, "connect to the network and run it again"):
+        try:
+            _open(urllib.request.Request(url, method="HEAD")).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+
+
+def _load(download, part):
+    """Appends to `part` what it lacks of the file."""
+    done = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(download.url, headers={"Range": f"bytes={done}-"} if done else {})
+    advice = f"run it again to go on, or put {download.name} into {part.parent} by hand"
+    with _network_errors(download.url, advice):
+        try:
+            response = _open(request)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if done and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                return  # all of it is there already; the checksum decides
+            raise
+        with response:
+            resumed = response.status == http.client.PARTIAL_CONTENT
+            expected = int(response.headers["Content-Length"]) + done * resumed if "Content-Length" in response.headers else None
+            with part.open("ab" if resumed else "wb") as file:
+                shutil.copyfileobj(response, file, 2**20)
+    if expected is not None and part.stat().st_size < expected:
+        raise InputError(f"{download.url} broke off after {part.stat().st_size:,} of {expected:,} bytes: {advice}")
+
+
+def _open(request):
+    return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+
+
+@contextlib.contextmanager
+def _network_errors(url, advice):
+    """Turns what the network raises inside a block into an InputError; the OSError of a full disk passes."""
+    try:
+        yield
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise InputError(f"{url} cannot be loaded ({getattr(error, 'reason', None) or error}): {advice}") from error
