@@ -1,6 +1,6 @@
 """Data: sets and splits (Table 1), image operations and the tf.data pipeline (sections 4.1 and 4.2)."""
 
-from l2sp_tf.data.datasets import Dataset, Split, load_dataset
+from l2sp_tf.data.datasets import Dataset, Split, load_dataset, table_1_rows
 from l2sp_tf.data.images import central_crop, random_blur, random_crop, random_mirror, resize, to_three_channels
 from l2sp_tf.data.pipeline import Images, Preprocessing, Task, channel_mean, decode, prepare, test_batches, training_batches
 
@@ -19,6 +19,7 @@ __all__ = [
     "random_crop",
     "random_mirror",
     "resize",
+    "table_1_rows",
     "test_batches",
     "to_three_channels",
     "training_batches",

@@ -1,4 +1,4 @@
-"""Data sets and their splits: the embedded digits, a folder of images, or a zip of one."""
+"""Data sets and their splits: the embedded digits, a folder of images, a zip of one, or a prepared set of TFDS."""
 
 import contextlib
 import dataclasses
@@ -21,8 +21,13 @@ SPLITS = ("train", "test")
 ENDINGS = (".jpg", ".jpeg", ".png")
 ACCEPTED = (
     "digits/source, digits/target, a folder <split>/<class>/<image> with the splits train and test, "
-    "or a zip of such a folder, with or without the path of a folder in it (objects.zip/target)"
+    "a zip of such a folder, with or without the path of a folder in it (objects.zip/target), "
+    "or the name of one of stanford_dogs, caltech256, mit_indoors67, imagenet2012, places365_small "
+    "and the other image classification sets of TensorFlow Datasets"
 )
+TABLE_1 = ("caltech256/30", "caltech256/60", "stanford_dogs", "mit_indoors67")
+PROTOCOLS = ("paper", "authors")
+TFDS_NAME = re.compile(r"(?:tfds:)?([a-z]\w*(?:/[\w.-]+)?)")
 HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 # digits/source and digits/target take these many images of each digit, the second's test split what is left
@@ -38,17 +43,20 @@ class Split:
         labels: int32 [n].
         pixels: uint8 [n, h, w, c] of a set held in memory, otherwise None.
         files: the paths of a set on disk, otherwise None.
+        records: the places of the images of a set of TFDS (`tfds_sets.Records`), otherwise None.
     """
 
     names: tuple
     labels: np.ndarray
     pixels: np.ndarray | None = None
     files: tuple | None = None
+    records: object | None = None
 
     def __post_init__(self):
-        if (self.pixels is None) == (self.files is None):
-            raise InputError("a split has either pixels or files")
-        images = self.files if self.pixels is None else self.pixels
+        given = [images for images in (self.pixels, self.files, self.records) if images is not None]
+        if len(given) != 1:
+            raise InputError("a split has either pixels or files or records")
+        images = given[0]
         if not len(self.names) == len(self.labels) == len(images):
             raise InputError(f"a split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images")
 
@@ -62,7 +70,12 @@ class Split:
             labels=self.labels[positions],
             pixels=None if self.pixels is None else self.pixels[positions],
             files=None if self.files is None else tuple(self.files[i] for i in positions),
+            records=None if self.records is None else self.records.take(positions),
         )
+
+    def read(self, i):
+        """The bytes of the i-th image file."""
+        return self.files[i].read_bytes() if self.records is None else self.records.read(i)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,18 +92,33 @@ class Dataset:
         """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, wherever it lies.
 
         Of images on disk their bytes and their places <class>/<file> count. They are read
-        when the digest is first asked for.
+        when the digest is first asked for. Of records 64 bits of a hash of their bytes count,
+        which were taken when the set was first loaded.
         """
         sha = hashlib.sha256(repr(self.classes).encode())
         for split in (self.train, self.test):
             sha.update(f"{len(split)}".encode() + np.asarray(split.labels, "<i4").tobytes())
             if split.pixels is not None:
                 sha.update(repr(split.pixels.shape).encode() + np.ascontiguousarray(split.pixels).tobytes())
+            elif split.records is not None:
+                sha.update(split.records.prints.tobytes())
             else:
                 for path in split.files:
                     content = path.read_bytes()
                     sha.update(repr((path.parts[-2:], len(content), hashlib.sha256(content).hexdigest())).encode())
         return sha.hexdigest()
+
+    def characteristics(self):
+        """What Table 1 tells of a data set: a dict of its name, its classes and its images, in all and a class.
+
+        "train" and "test" are numbers of images, "train_per_class" and "test_per_class" pairs of
+        the smallest and the largest number a class. No image is read.
+        """
+        row = {"name": self.name, "classes": len(self.classes)}
+        for name, split in (("train", self.train), ("test", self.test)):
+            counts = np.bincount(split.labels, minlength=len(self.classes))
+            row |= {name: len(split), f"{name}_per_class": (int(counts.min()), int(counts.max()))}
+        return row
 
     def subset(self, per_class, seed=None):
         """The same task with `per_class` training images of each class; the test split stays whole.
@@ -104,6 +132,10 @@ class Dataset:
         Raises:
             InputError: a class has fewer training images.
         """
+        return dataclasses.replace(self, train=self.train.take(self.draw(per_class, seed)))
+
+    def draw(self, per_class, seed=None):
+        """The sorted positions in the training split of what `subset` takes: int64 [classes * per_class]."""
         if per_class < 1:
             raise InputError(f"{per_class} training images a class were asked for: it must be at least 1")
         chosen = []
@@ -116,27 +148,52 @@ class Dataset:
             if seed is not None:
                 positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
             chosen.append(positions[:per_class])
-        return dataclasses.replace(self, train=self.train.take(np.sort(np.concatenate(chosen))))
+        return np.sort(np.concatenate(chosen))
 
 
-def load_dataset(spec, *, cache_dir=None):
-    """Finds a data set and checks its layout; of files on disk no image is decoded yet.
+def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=None, cache_dir=None):
+    """Finds a data set and checks its layout; no image on disk is decoded yet, and nothing is downloaded.
 
     Args:
         spec: "digits/source" or "digits/target"; the path of a folder <split>/<class>/<image>
-            with the splits train and test; or the path of a zip of such a folder, followed by
-            the folder's path inside the zip where there is one ("objects.zip/target").
-        cache_dir: where zips are unpacked, once each; by default a folder of the user's
-            among the temporary files.
+            with the splits train and test; the path of a zip of such a folder, followed by
+            the folder's path inside the zip where there is one ("objects.zip/target"); or the
+            name of a prepared set of TensorFlow Datasets, with its configuration where it has
+            several ("name/config"), and with "tfds:" before it where a folder has that name too.
+        per_class: how many training images of each class to take, as `Dataset.subset` does;
+            None for all. Caltech 256 has no split of its own and needs it, also as "caltech256/30":
+            under the paper's protocol all that is left over is for test; under the authors' the training images
+            come from the first 60 of each class, and the 61st to the 80th are for test.
+        seed: of that drawing. None takes the first images; of Caltech 256 under the paper's
+            protocol, which draws them at random, it stands for 0.
+        protocol: "paper" or "authors"; they differ in Caltech 256 only.
+        data_dir: where TFDS keeps its sets; None for its own default.
+        cache_dir: where zips are unpacked and the indices of TFDS sets are kept, once each; by
+            default a folder of the user's among the temporary files.
 
     Returns:
-        A Dataset. Classes and files are sorted by name.
+        A Dataset. Classes and files are sorted by name, the images of a set of TFDS as they lie there.
 
     Raises:
-        InputError: there is no such data set, its layout is not the one above, or the zip is
-            damaged or unsafe.
+        InputError: there is no such data set, it is not prepared, its layout is not the one above,
+            a class is too small, or the zip is damaged or unsafe.
         OSError: a file cannot be read, or the cache cannot be written.
     """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol is {protocol!r}: it must be paper or authors")
+    dataset = _load_files(spec, cache_dir)
+    if dataset is None:
+        from l2sp_tf.data import tfds_sets  # TensorFlow Datasets takes seconds to import, and the other sets do not need it
+
+        name = TFDS_NAME.fullmatch(str(spec))[1]
+        if name.partition("/")[0] == "caltech256":
+            return tfds_sets.load_caltech256(name, per_class, seed, protocol, data_dir, cache_dir)
+        dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
+    return dataset if per_class is None else dataset.subset(per_class, seed)
+
+
+def _load_files(spec, cache_dir):
+    """The digits, or the data set of a folder or zip; None where `spec` is no such thing and may be a name of TFDS."""
     if str(spec) in ("digits/source", "digits/target"):
         return _digits(str(spec))
     if not str(spec):
@@ -145,9 +202,31 @@ def load_dataset(spec, *, cache_dir=None):
     if path.is_dir():
         return _from_files(str(spec), path, _layout(_folder_entries(path), path))
     archive = next((part for part in (*reversed(path.parents), path) if part.is_file()), None)
+    if archive is None and TFDS_NAME.fullmatch(str(spec)):
+        return None
     if archive is None or not (zipfile.is_zipfile(archive) or archive.suffix.lower() == ".zip"):
         raise InputError(f"no data set {str(spec)!r}: give {ACCEPTED}")
     return _zip(str(spec), archive, path, default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir))
+
+
+def table_1_rows(*, protocol="paper", data_dir=None, cache_dir=None):
+    """The characteristics of the target data sets of Table 1, for `report.table_1`.
+
+    Args:
+        protocol, data_dir, cache_dir: as in `load_dataset`.
+
+    Returns:
+        A list of dicts, one for each of TABLE_1; of a set that cannot be loaded only "name" and,
+        under "missing", why.
+    """
+    rows = []
+    for spec in TABLE_1:
+        try:
+            row = load_dataset(spec, protocol=protocol, data_dir=data_dir, cache_dir=cache_dir).characteristics()
+        except InputError as error:
+            row = {"missing": str(error)}
+        rows.append(row | {"name": spec})
+    return rows
 
 
 def default_cache_dir():

@@ -159,7 +159,7 @@ def decode(split, size, *, mode="squash", skip_bad_images=False, progress=None, 
     """
     _check_count("size", size)
     ops.check_resize_mode(mode)
-    chunks = _decoded_arrays(split, size, mode) if split.files is None else _decoded_files(split, size, mode)
+    chunks = _decoded_files(split, size, mode) if split.pixels is None else _decoded_arrays(split, size, mode)
     kept, bad = [], []
     with _store(split, size, mode, memory_limit_bytes, cache_dir) as store:
         for first, last, pixels, reasons in chunks:
@@ -415,12 +415,14 @@ def _decoded_arrays(split, size, mode):
 
 def _decoded_files(split, size, mode):
     """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
-    paths = [os.fsencode(path) for path in split.files]
-    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), paths))
+    if split.files is not None:
+        source, read = [os.fsencode(path) for path in split.files], tf.io.read_file
+    else:
+        source = np.arange(len(split))
+        read = lambda i: tf.ensure_shape(tf.numpy_function(split.read, [i], tf.string, stateful=False), [])  # noqa: E731
+    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(split)), source))
     dataset = dataset.map(
-        lambda i, path: (i, _decode_bytes(tf.io.read_file(path), size, mode)),
-        num_parallel_calls=tf.data.AUTOTUNE,
-        deterministic=True,
+        lambda i, place: (i, _decode_bytes(read(place), size, mode)), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
     )
     first, decoded = 0, {}
     for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
@@ -437,7 +439,7 @@ def _with_second_try(split, size, mode, first, last, decoded):
     reasons = {}
     for i in range(first, last):
         if i not in decoded:
-            content = split.files[i].read_bytes()  # raises OSError where the disk is at fault and not the image
+            content = split.read(i)  # raises OSError where the disk is at fault and not the image
             try:
                 decoded[i] = _decode_bytes(tf.constant(content), size, mode).numpy()
             except tf.errors.InvalidArgumentError:

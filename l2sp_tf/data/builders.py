@@ -1,0 +1,135 @@
+"""The two data sets of Table 1 that TensorFlow Datasets lacks: Caltech 256 and MIT Indoors 67."""
+
+import itertools
+import pathlib
+import re
+import tarfile
+
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from l2sp_tf.data.fetch import Download
+from l2sp_tf.errors import InputError
+
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder):
+    """A data set in one tar file, whose examples keep the order in which they are generated.
+
+    Attributes:
+        DOWNLOADS: the files it is made of, as Downloads; they are taken from the manual folder alone.
+        CLASSES: how many classes it has.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    skip_registration = True  # this class; each subclass registers itself
+    DOWNLOADS = ()
+    CLASSES = 0
+
+    def _info(self):
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(
+                {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=self.CLASSES)}
+            ),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _name_classes(self, names, where):
+        if len(names) != self.CLASSES:
+            raise InputError(f"{where} has images of {len(names)} classes, but {self.name} has {self.CLASSES}: load it again")
+        self.info.features["label"].names = names
+
+    def _generate_examples(self, path, places):
+        """Yields the images of a tar file in the order of `places`, pairs of a member's name and its class."""
+        with tarfile.open(path, "r:") as archive:
+            for number, (place, label) in enumerate(places):
+                yield number, {"image": as_jpeg_or_png(archive.extractfile(place).read()), "label": label}
+
+
+class Caltech256(_Builder):
+    """Caltech 256: 30,607 images of 256 kinds of objects and of clutter.
+
+    Without a split of its own: all images are in "train", class after class, in the order of
+    their numbers.
+    """
+
+    skip_registration = False
+    CLASSES = 257
+    DOWNLOADS = (
+        Download(
+            "https://data.caltech.edu/records/nyy15-4j048/files/256_ObjectCategories.tar",
+            "md5:67b4f42ca05d46448c6bb8ecd2220f6d",
+        ),
+    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "256_ObjectCategories.tar from https://data.caltech.edu/records/nyy15-4j048"
+    # Beside the images, the creators' tar holds a script and a folder that do not belong to the set.
+    IMAGE = re.compile(r"(?:\./)?256_ObjectCategories/(\d{3}\.[^/]+)/(\d{3}_\d{4})\.jpg")
+
+    def _split_generators(self, dl_manager):
+        path = pathlib.Path(dl_manager.manual_dir) / self.DOWNLOADS[0].name
+        found = sorted((*match.groups(), match.string) for match in map(self.IMAGE.fullmatch, _members(path)) if match)
+        self._name_classes(sorted({label for label, _, _ in found}), path)
+        return {"train": self._generate_examples(path, [(place, label) for label, _, place in found])}
+
+
+class MitIndoors67(_Builder):
+    """MIT Indoors 67: photographs of 67 kinds of rooms, 5,360 for training and 1,340 for test by their creators' lists."""
+
+    skip_registration = False
+    CLASSES = 67
+    DOWNLOADS = (
+        Download(
+            "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
+            "sha1:0b252516e746ba428b96af408d2e8162d9b08ac5",
+        ),
+        Download("http://web.mit.edu/torralba/www/TrainImages.txt"),  # no checksum of the lists is published:
+        Download("http://web.mit.edu/torralba/www/TestImages.txt"),  # their lines are counted and looked up
+    )
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from http://web.mit.edu/torralba/www/indoor.html"
+    )
+    COUNTS = {"train": 5360, "test": 1340}
+
+    def _split_generators(self, dl_manager):
+        path, *lists = (pathlib.Path(dl_manager.manual_dir) / download.name for download in self.DOWNLOADS)
+        listed = {split: _lines(file, self.COUNTS[split]) for split, file in zip(self.COUNTS, lists, strict=True)}
+        found = {"/".join(pathlib.PurePosixPath(name).parts[-2:]): name for name in _members(path)}
+        missing = sorted(set(itertools.chain(*listed.values())) - found.keys())
+        if missing:
+            raise InputError(f"{path} lacks {len(missing)} images that the lists name, the first is {missing[0]}: load it again")
+        self._name_classes(sorted({line.partition("/")[0] for line in listed["train"]}), path)
+        return {
+            split: self._generate_examples(path, [(found[line], line.partition("/")[0]) for line in sorted(lines)])
+            for split, lines in listed.items()
+        }
+
+
+def as_jpeg_or_png(content):
+    """The bytes of an image file: those of a GIF or BMP, which some .jpg files are, become a PNG of the same pixels."""
+    if content.startswith(SIGNATURES):
+        return content
+    try:
+        image = tf.io.decode_image(content, channels=3, expand_animations=False)
+    except tf.errors.InvalidArgumentError:
+        return content  # a bad image: it is named when the set is decoded
+    return tf.io.encode_png(image).numpy()
+
+
+def _members(path):
+    """The names of the files in a tar file."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            return [member.name for member in archive if member.isfile()]
+    except (tarfile.TarError, EOFError) as error:
+        raise InputError(f"{path} is damaged or no tar file ({error}): load it again") from error
+
+
+def _lines(path, count):
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if len(lines) != count:
+        raise InputError(f"{path} names {len(lines)} images instead of {count}: load it again")
+    return lines

@@ -1,0 +1,203 @@
+"""Prepared sets of TensorFlow Datasets: their splits, their labels, and their images one by one."""
+
+import dataclasses
+import hashlib
+import pathlib
+import shlex
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from l2sp_tf.data.datasets import ACCEPTED, Dataset, Split, default_cache_dir
+from l2sp_tf.errors import InputError
+from l2sp_tf.files import atomic_path
+
+# Their test images are published without labels, so that accuracy is measured on the validation images.
+UNLABELLED_TEST = ("imagenet2012", "places365_small")
+AUTHORS_TRAIN, AUTHORS_TEST = 60, 20  # images of each class of Caltech 256 that the authors' lists have
+TFRECORD_HEADER, TFRECORD_FOOTER = 12, 4  # bytes before and after a record: its length and checksum, and its own checksum
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Records:
+    """Images in the shards of a TFDS split, read one by one from where they lie.
+
+    Attributes:
+        key: the feature that holds the image.
+        shards: the paths of the TFRecord files.
+        shard, offset, length: int64 [n]: in which of them each record lies, where, and its bytes.
+        prints: int64 [n], a hash of the bytes of each image.
+    """
+
+    key: str
+    shards: tuple
+    shard: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    prints: np.ndarray
+
+    def __len__(self):
+        return len(self.shard)
+
+    def take(self, positions):
+        """The records at `positions` alone, in that order."""
+        arrays = {name: getattr(self, name)[positions] for name in ("shard", "offset", "length", "prints")}
+        return dataclasses.replace(self, **arrays)
+
+    def read(self, i):
+        """The bytes of the i-th image, a JPEG or PNG file."""
+        with open(self.shards[self.shard[i]], "rb") as file:
+            file.seek(self.offset[i])
+            content = file.read(self.length[i])
+        return tf.train.Example.FromString(content).features.feature[self.key].bytes_list.value[0]
+
+
+def load_tfds(name, data_dir=None, cache_dir=None):
+    """The training and test images of a prepared set of TFDS: a Dataset.
+
+    The test split is "test"; "validation" where there is none, or where "test" has no labels.
+
+    Raises:
+        InputError: the set is unknown or not prepared, has no images with labels, or lacks a split.
+    """
+    builder = _prepared(name, data_dir)
+    splits = builder.info.splits
+    test = "validation" if builder.name in UNLABELLED_TEST or "test" not in splits else "test"
+    for split in ("train", test):
+        if split not in splits or not splits[split].num_examples:
+            raise InputError(
+                f"{name} has only the splits {', '.join(splits) or 'none'}, but train and test (or validation) are needed: write "
+                "its images to a folder <split>/<class>/<image>, and give that"
+            )
+    image, label = _keys(builder)
+    train, test = (_split(builder, split, image, label, cache_dir) for split in ("train", test))
+    return Dataset(name, tuple(builder.info.features[label].names), train, test)
+
+
+def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=None):
+    """Caltech 256, split as `load_dataset` says: a Dataset.
+
+    Raises:
+        InputError: per_class is missing or too large, or the set is not prepared.
+    """
+    size = name.partition("/")[2]
+    given = {str(value) for value in (size or None, per_class) if value is not None}
+    if len(given) != 1 or not min(given).isdecimal():
+        raise InputError(
+            f"{name} with per_class={per_class} tells no split: give caltech256/30 or caltech256/60 as in Table 1, or caltech256 "
+            "and --per_class=30"
+        )
+    per_class = int(min(given))
+    builder = _prepared("caltech256", data_dir)
+    all_images = _split(builder, "train", "image", "label", cache_dir)
+    whole = Dataset(f"caltech256-{per_class}", tuple(builder.info.features["label"].names), all_images, all_images)
+    if protocol == "authors":
+        if per_class > AUTHORS_TRAIN:
+            raise InputError(f"per_class is {per_class}: the authors' lists have at most {AUTHORS_TRAIN} a class")
+        pool, listed = whole.draw(AUTHORS_TRAIN), whole.draw(AUTHORS_TRAIN + AUTHORS_TEST)
+        whole = dataclasses.replace(whole, train=all_images.take(pool), test=all_images.take(np.setdiff1d(listed, pool)))
+        return whole.subset(per_class, seed)
+    chosen = whole.draw(per_class, 0 if seed is None else seed)
+    test = all_images.take(np.setdiff1d(np.arange(len(all_images)), chosen))
+    lost = np.setdiff1d(all_images.labels, test.labels)
+    if lost.size:
+        raise InputError(f"per_class is {per_class}: that leaves no test image of {whole.classes[lost[0]]}, give less")
+    return dataclasses.replace(whole, train=all_images.take(chosen), test=test)
+
+
+def data_folder(data_dir=None):
+    """Where TFDS keeps its sets."""
+    return pathlib.Path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir).expanduser()
+
+
+def known_names():
+    """The names of the sets that can be prepared: those of TFDS and those of `builders`."""
+    from l2sp_tf.data import builders  # noqa: F401  its classes register themselves
+
+    return tfds.list_builders(with_community_datasets=False)
+
+
+def find_prepared(name, data_dir=None):
+    """The builder of a prepared set, read from its folder alone; None where it is not there."""
+    try:
+        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_folder(data_dir))
+    except tfds.core.registered.DatasetNotFoundError:
+        return None
+
+
+def _prepared(name, data_dir):
+    builder = find_prepared(name, data_dir)
+    if builder is not None:
+        return builder
+    if name.partition("/")[0] not in known_names():
+        raise InputError(f"no data set {name!r}: give {ACCEPTED}")
+    folder = data_folder(data_dir)
+    raise InputError(f"{name} is not prepared in {folder}: run python prepare.py --data_dir={shlex.quote(str(folder))} {name}")
+
+
+def _keys(builder):
+    """The names of the features that hold the image and its label."""
+    features = builder.info.features
+    keys = builder.info.supervised_keys or ()
+    names = [name for name in keys if isinstance(name, str)] or list(features if hasattr(features, "keys") else ())
+    images = [name for name in names if type(features[name]) is tfds.features.Image and features[name].np_dtype == np.uint8]
+    labels = [name for name in names if type(features[name]) is tfds.features.ClassLabel]
+    if len(images) != 1 or len(labels) != 1:
+        raise InputError(
+            f"{builder.name} has no image with a class as its label (its features: {', '.join(features)}): give the name of an "
+            "image classification set"
+        )
+    return images[0], labels[0]
+
+
+def _split(builder, split, image, label, cache_dir):
+    shards = tuple(str(path) for path in builder.info.splits[split].filepaths)
+    index = _index(builder, split, shards, image, label, cache_dir)
+    labels = index.pop("labels").astype(np.int32)
+    if len(labels) and labels.min() < 0:
+        raise InputError(f"the {split} images of {builder.name} have no labels: give another data set")
+    names = tuple(f"{builder.name} {split} image {i}" for i in range(len(labels)))
+    return Split(names, labels, records=Records(image, shards, **index))
+
+
+def _index(builder, split, shards, image, label, cache_dir):
+    """Where the records of a split lie, their labels and a hash of each image, read once and then kept in a file."""
+    if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
+        raise InputError(f"{builder.name} is prepared as {builder.info.file_format.value} files: prepare it again as tfrecord")
+    try:
+        identity = repr([(path, (s := pathlib.Path(path).stat()).st_size, s.st_mtime_ns) for path in shards])
+    except FileNotFoundError as error:
+        raise _damaged(builder, f"{error.filename} is missing") from error
+    digest = hashlib.sha256(f"{image} {label} {identity}".encode()).hexdigest()[:16]
+    folder = pathlib.Path(default_cache_dir() if cache_dir is None else cache_dir)
+    path = folder / f"index-{builder.name}-{split}-{digest}.npz"
+    if not path.exists():
+        parts = [_index_of_shard(builder, number, shard, image, label) for number, shard in enumerate(shards)]
+        with atomic_path(path) as temporary:
+            np.savez(temporary, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+    with np.load(path) as file:
+        return dict(file)
+
+
+def _index_of_shard(builder, number, shard, image, label):
+    features = {image: tf.io.FixedLenFeature([], tf.string), label: tf.io.FixedLenFeature([], tf.int64)}
+
+    def facts(record):
+        example = tf.io.parse_single_example(record, features)
+        return tf.strings.length(record), example[label], tf.strings.to_hash_bucket_fast(example[image], 2**63 - 1)
+
+    batches = tf.data.TFRecordDataset(shard).map(facts, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1024)
+    try:
+        columns = list(zip(*batches.as_numpy_iterator(), strict=True)) or [[np.empty(0, np.int64)]] * 3
+    except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+        raise _damaged(builder, f"{shard} is damaged") from error
+    length, labels, prints = (np.concatenate(column).astype(np.int64) for column in columns)
+    ends = np.cumsum(length + TFRECORD_HEADER + TFRECORD_FOOTER)
+    offset = ends - length - TFRECORD_FOOTER
+    return {"shard": np.full(len(length), number), "offset": offset, "length": length, "labels": labels, "prints": prints}
+
+
+def _damaged(builder, what):
+    folder = builder.data_path
+    return InputError(f"{builder.name} is prepared in {folder}, but {what}: remove that folder, and run prepare.py again")
