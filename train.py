@@ -16,10 +16,18 @@ from l2sp_tf.cli import run_main
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/digits", "Folder for the records, logs, models and cached source models.")
-flags.DEFINE_string("source", "", "Source task: digits/source, a folder <split>/<class>/<file>, or a zip of one (X.zip/PREFIX).")
+flags.DEFINE_string(
+    "source",
+    "",
+    "Source task: digits/source, a folder <split>/<class>/<file>, a zip of one (X.zip/PREFIX), or a data set that prepare.py has "
+    "prepared: imagenet2012, places365_small, stanford_dogs, caltech256, mit_indoors67 or another of TensorFlow Datasets.",
+)
 flags.DEFINE_string("target", "digits/target", "Target task, given like --source.")
+flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its sets; by default its own folder.")
 flags.DEFINE_integer("per_class", None, "Training images a class of the target; by default all (digits: 25).", lower_bound=1)
-flags.DEFINE_integer("subset_seed", None, "Draws the --per_class images at random; by default the first by name are taken.")
+flags.DEFINE_integer(
+    "subset_seed", None, "Draws the --per_class images at random; by default the first are taken (caltech256: seed 0)."
+)
 flags.DEFINE_string("backbone", "small", "small, resnet50, resnet101 or resnet152.")
 flags.DEFINE_list("widths", "16,32,64", "Channels of each stage of the small backbone.")
 flags.DEFINE_list("depths", "1,1,1", "Blocks of each stage of the small backbone.")
@@ -30,7 +38,7 @@ flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each 
 flags.DEFINE_float("beta", 0.01, "Strength of L2 on the new layer.")
 flags.DEFINE_list("seeds", "0,1,2,3,4", "Seeds, a run for each.")
 flags.DEFINE_enum(
-    "protocol", "paper", ["paper", "authors"], "Whose numbers are the defaults: the paper's or the authors' code's."
+    "protocol", "paper", ["paper", "authors"], "Whose numbers are the defaults, and whose split of caltech256 is taken."
 )
 flags.DEFINE_enum("params", None, ["kernels", "all"], "What is penalised; by default as the protocol says.")
 flags.DEFINE_integer("iterations", None, "Steps of fine-tuning.")
@@ -93,6 +101,8 @@ def plan_from_flags():
         block=FLAGS.block,
         per_class=25 if is_digits and FLAGS.per_class is None else FLAGS.per_class,
         subset_seed=FLAGS.subset_seed,
+        protocol=FLAGS.protocol,
+        data_dir=FLAGS.data_dir,
         skip_bad_images=FLAGS.skip_bad_images,
         save_models=FLAGS.save_models,
         fisher=FisherPlan(

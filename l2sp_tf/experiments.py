@@ -59,7 +59,9 @@ class Plan:
         seeds: one run for each.
         recipe, source_recipe: of fine-tuning and of training from scratch.
         per_class: training images a class of the target; None for all.
-        subset_seed: draws them at random; None takes the first in order of name.
+        subset_seed: draws them at random; None as `load_dataset` takes it.
+        protocol: whose splits: "paper" or "authors".
+        data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
         skip_bad_images: leave out images that cannot be decoded.
         save_models: keep each fine-tuned model beside its record.
         fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
@@ -80,6 +82,8 @@ class Plan:
     block: str = "basic"
     per_class: int | None = None
     subset_seed: int | None = None
+    protocol: str = "paper"
+    data_dir: str | None = None
     skip_bad_images: bool = False
     save_models: bool = True
     fisher: FisherPlan = FisherPlan()
@@ -144,10 +148,12 @@ class _Start:
 def _prepare_start(plan, needs_fisher, say, verbose):
     plan.workdir.mkdir(parents=True, exist_ok=True)
     order = "bgr" if plan.weights == "imagenet" else "rgb"  # the ImageNet weights of Keras were trained on BGR images
-    target = _task(plan, load_dataset(plan.target, cache_dir=plan.workdir / "cache"), plan.recipe, order, say, subset=True)
+    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
+    dataset = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
+    target = _task(plan, dataset, plan.recipe, order, say)
     source = before = None
     if plan.source is not None:
-        source = _task(plan, load_dataset(plan.source, cache_dir=plan.workdir / "cache"), plan.source_recipe, order, say)
+        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, order, say)
     pretrained, origin = _pretrained(plan, source, say, verbose)
     anchors, anchors_path = _stored_anchors(plan, pretrained)
     if source is not None:
@@ -180,9 +186,7 @@ def _run(plan, start, penalty, seed, say, verbose):
     return record
 
 
-def _task(plan, dataset, recipe, order, say, subset=False):
-    if subset and plan.per_class is not None:
-        dataset = dataset.subset(plan.per_class, plan.subset_seed)
+def _task(plan, dataset, recipe, order, say):
     say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
     options = {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
     task = prepare(dataset, preprocessing_of(recipe, order), **options)

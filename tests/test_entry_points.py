@@ -140,6 +140,8 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--iterations=0"], "iterations is 0"),
         (["--backbone=vgg"], "backbone 'vgg' is unknown"),
         (["--target=nowhere", "--source=digits/source"], "nowhere"),
+        (["--target=caltech256", "--source=digits/source"], "caltech256 with per_class=None tells no split"),
+        (["--target=stanford_dogs", "--source=digits/source", f"--data_dir={tmp_path}"], "run python prepare.py --data_dir="),
         ([f"--target={uneven}", f"--weights={weights}"], "wolf"),
         ([f"--target={folder}"], "give its data with --source"),
         (["--crop=99"], "crop is 99"),
@@ -157,6 +159,15 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("w/runs/*"))
+
+
+def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
+    assert "give the names of data sets" in run("prepare.py").stdout + run("prepare.py").stderr
+    assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
+    manual = f"--manual_dir={tmp_path / 'files'}"
+    message = refused("prepare.py", f"--data_dir={tmp_path}", manual, "imagenet2012")
+    assert f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {tmp_path / 'files'}" in message
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_flags_that_do_not_exist_and_folders_that_cannot_be_written(tmp_path):
