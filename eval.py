@@ -11,9 +11,11 @@ from l2sp_tf.cli import run_main
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", "runs/digits", "One --workdir of train.py, or several.")
-flags.DEFINE_multi_enum("table", [], ["2", "3"], "Tables of the paper to draw; without a table or figure, the summary is.")
+flags.DEFINE_multi_enum("table", [], ["1", "2", "3"], "Tables to draw; 1 counts the images of the paper's data sets.")
 flags.DEFINE_multi_enum("figure", [], ["1", "2", "3", "4", "path"], "Figures to draw; path is appendix A's.")
 flags.DEFINE_bool("all", False, "The summary, and every table and figure for which there are runs.")
+flags.DEFINE_string("data_dir", None, "For --table=1: where TensorFlow Datasets keeps its sets; by default its own folder.")
+flags.DEFINE_enum("protocol", "paper", ["paper", "authors"], "For --table=1: whose splits.")
 flags.DEFINE_string("output", "", "Folder for the files; by default the first workdir.")
 
 
@@ -22,21 +24,31 @@ def main(argv):
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
     from l2sp_tf import figures, records
 
-    if FLAGS.figure == ["path"]:
-        for path in figures.save(figures.figure_path(), FLAGS.output or ".", "figure_path"):
-            print(f"wrote {path}")
-        return
-    found = [record for workdir in FLAGS.workdir for record in records.read_records(workdir)]
     folder = pathlib.Path(FLAGS.output or FLAGS.workdir[0])
-    if FLAGS.all:
-        written = figures.write_all(found, folder, say=print)
-    elif FLAGS.table or FLAGS.figure:
-        written = [path for n in FLAGS.table for path in figures.write_table(found, folder, int(n), say=print)]
-        written += [path for n in FLAGS.figure for path in figures.write_figure(found, folder, int(n))]
-    else:
-        written = figures.write_summary(found, folder, say=print)
+    parts = [(figures.write_table, int(n)) for n in FLAGS.table if n != "1"]
+    parts += [(figures.write_figure, int(n)) for n in FLAGS.figure if n != "path"]
+    written = []
+    if "1" in FLAGS.table:
+        written += write_table_1(folder)
+    if "path" in FLAGS.figure:
+        written += figures.save(figures.figure_path(), folder, "figure_path")
+    if parts or FLAGS.all or not written:
+        found = [record for workdir in FLAGS.workdir for record in records.read_records(workdir)]
+        for write, number in parts:
+            written += write(found, folder, number)
+        if not parts:
+            written += (figures.write_all if FLAGS.all else figures.write_summary)(found, folder)
     for path in written:
         print(f"wrote {path}")
+
+
+def write_table_1(folder):
+    """Counts the images of the paper's data sets, and writes Table 1."""
+    from l2sp_tf import data, report
+
+    table = report.table_1(data.table_1_rows(protocol=FLAGS.protocol, data_dir=FLAGS.data_dir))
+    print(table.markdown() + "\n")
+    return table.save(folder, "table_1")
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def write_table(records, folder, number, *, say=print):
 
 
 def write_figure(records, folder, number):
-    """Writes Fig. 1, 2, 3 or 4 as PNG and SVG; errors as `write_table`."""
+    """Writes Fig. 1, 2, 3 or 4 as PNG and SVG, and returns the paths; errors as `write_table`."""
     figures = {1: figure_1, 2: figure_2, 3: figure_3, 4: figure_4}
     return save(figures[number](records), folder, f"figure_{number}")
 

@@ -106,6 +106,19 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     assert all(" ".join(row.split()) in squeezed for row in rows)
 
 
+def test_eval_draws_the_papers_tables_and_figures(finished, tmp_path):
+    workdir, _ = finished
+    everything = run("eval.py", f"--workdir={workdir}", f"--output={tmp_path}", "--all")
+    assert everything.returncode == 0, everything.stderr
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"table_2.md", "table_2_tests.csv", "table_3.csv", "figure_2.svg", "summary.png"} <= names
+    assert "left out: There are no runs for Fig. 3" in everything.stdout
+    part = run("eval.py", f"--workdir={tmp_path}", f"--data_dir={tmp_path}", "--table=1", "--figure=path")
+    assert part.returncode == 0, part.stderr
+    assert "caltech256/30 is not prepared" in part.stdout or "caltech256 is not prepared" in part.stdout
+    assert {"table_1.md", "table_1.csv", "figure_path.png", "figure_path.svg"} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path):
     workdir, _ = finished
     weights = next(workdir.glob("runs/l2_sp*/model.keras"))
