@@ -303,7 +303,7 @@ def test_sets_that_are_no_task(tmp_path):
         load_dataset("mnist", **options)
     text = tfds.features.Text()
     write_set(tmp_path, "ag_news_subset", {"train": [(b"x", 0)], "test": [(b"x", 0)]}, 1, image=text, keys=("text", "label"))
-    with pytest.raises(InputError, match=r"ag_news_subset has no image with a class as its label \(its features: text, label\)"):
+    with pytest.raises(InputError, match=r"ag_news_subset has no image with a class as its label \(its features: label, text\)"):
         load_dataset("ag_news_subset", **options)
 
 

@@ -145,8 +145,8 @@ def _keys(builder):
     labels = [name for name in names if type(features[name]) is tfds.features.ClassLabel]
     if len(images) != 1 or len(labels) != 1:
         raise InputError(
-            f"{builder.name} has no image with a class as its label (its features: {', '.join(features)}): give the name of an "
-            "image classification set"
+            f"{builder.name} has no image with a class as its label (its features: {', '.join(sorted(features))}): give the "
+            "name of an image classification set"
         )
     return images[0], labels[0]
 
