@@ -46,9 +46,11 @@ flags.DEFINE_integer("source_iterations", None, "Steps of training the source mo
 flags.DEFINE_float("learning_rate", None, "Initial rate of fine-tuning, divided by 10 after two thirds of the steps.")
 flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
 flags.DEFINE_integer("batch_size", None, "Images a step.")
-flags.DEFINE_integer("resize", None, "Both sides of an image are squashed to this many pixels.")
+flags.DEFINE_integer("resize", None, "Pixels on a side after resizing, of both sides or of the shorter one.")
+flags.DEFINE_enum("resize_mode", None, ["squash", "shorter_side"], "Squash both sides to --resize, or keep the aspect.")
 flags.DEFINE_integer("crop", None, "Side of the crop, in pixels.")
-flags.DEFINE_enum("blur", None, ["gaussian", "none"], "Random blur.")
+flags.DEFINE_integer("crops", None, "Crops of each test image: 1 (central), or 10 (corners, centre, mirrored; averaged).")
+flags.DEFINE_enum("blur", None, ["gaussian", "authors", "none"], "Random blur; authors: their colour distortion instead.")
 flags.DEFINE_bool("mirror", None, "Random mirror; off for the digits.")
 flags.DEFINE_bool("skip_bad_images", False, "Leave out images that cannot be decoded, and count them, instead of stopping.")
 flags.DEFINE_bool("save_models", True, "Keep each fine-tuned model beside its record.")
@@ -77,7 +79,7 @@ def plan_from_flags():
 
     is_digits = FLAGS.target == "digits/target"
     recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
-    names = ("params", "iterations", "learning_rate", "batch_size", "resize", "crop", "blur", "mirror")
+    names = ("params", "iterations", "learning_rate", "batch_size", "resize", "resize_mode", "crop", "crops", "blur", "mirror")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     recipe = recipe.replace(**given, beta=FLAGS.beta)
     if FLAGS.iterations is not None:

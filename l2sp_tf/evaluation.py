@@ -1,4 +1,4 @@
-"""Accuracy with central crops, and what fine-tuning cost on the source task (Table 3)."""
+"""Accuracy with central crops or ten crops, and what fine-tuning cost on the source task (Table 3)."""
 
 import keras
 import tensorflow as tf
@@ -11,28 +11,39 @@ from l2sp_tf.variables import keyed_weights, match_keys
 STATISTICS = ("moving_mean", "moving_variance")
 
 
-def evaluate(model, data, *, batch_size=64):
-    """Top-1 accuracy over every test image, once each, with central crops (section 4.2).
+def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None):
+    """Top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
+
+    With ten crops the class is that of the highest mean probability, 1/10 sum_v softmax(z_v), over the
+    corners, the centre and their mirror images.
 
     Args:
         model: a Keras classifier; logits and probabilities do alike.
-        data: a `Task`, or a finite iterable of (images [b, h, w, 3], labels [b]).
-        batch_size: images a step, for a `Task`.
+        data: a `Task`, or a finite iterable of (images [b, h, w, 3], labels [b]); with ten crops, of
+            (images [b, 10, h, w, 3], labels [b]).
+        batch_size: crops a step, for a `Task`; ten crops of an image stay together.
+        crops: 1 or 10 of each image.
+        from_logits: whether the model's output is logits; None takes non-negative outputs that sum to 1
+            for probabilities. It counts with ten crops only.
 
     Returns:
         {"accuracy": in [0, 1], "correct": count, "total": count}.
 
     Raises:
-        InputError: there is no image.
+        InputError: there is no image, or `crops` is neither 1 nor 10.
     """
-    is_task = isinstance(data, Task)
-    batches = test_batches(data.test, data.preprocessing, data.mean, batch_size=batch_size) if is_task else data
+    if crops not in (1, 10):
+        raise InputError(f"crops is {crops!r}: it must be 1 or 10.")
+    batches = data
+    if isinstance(data, Task):
+        size = max(1, batch_size // crops)
+        batches = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=crops)
 
     correct = total = 0
     count_correct = None
     for x, y in batches:
         if count_correct is None:
-            count_correct = _counter(model, x)
+            count_correct = _counter(model, x, crops, from_logits)
         correct += int(count_correct(tf.cast(x, tf.float32), tf.cast(y, tf.int64)))
         total += len(y)
     if not total:
@@ -40,17 +51,30 @@ def evaluate(model, data, *, batch_size=64):
     return {"accuracy": correct / total, "correct": correct, "total": total}
 
 
-def _counter(model, x):
+def _counter(model, x, crops, from_logits):
     """A traced function of images and labels, for any number of them, that counts the right answers."""
 
     def count(images, labels):
-        return tf.math.count_nonzero(tf.argmax(model(images, training=False), axis=-1) == labels)
+        scores = model(tf.reshape(images, [-1, *images.shape[-3:]]), training=False)
+        if crops > 1:
+            scores = tf.reshape(_probabilities(scores, from_logits), [-1, crops, scores.shape[-1]])
+            scores = tf.reduce_mean(scores, axis=1)
+        return tf.math.count_nonzero(tf.argmax(scores, axis=-1) == labels)
 
     specs = tf.TensorSpec([None, *x.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64)
     return tf.function(count).get_concrete_function(*specs)
 
 
-def retention(finetuned, pretrained, source, *, before=None, batch_size=64):
+def _probabilities(scores, from_logits):
+    """The probabilities [b, classes] that a model's output means, in float32."""
+    scores = tf.cast(scores, tf.float32)
+    if from_logits is None:
+        sums = tf.abs(tf.reduce_sum(scores, axis=1) - 1)
+        from_logits = tf.reduce_any(scores < 0) | tf.reduce_any(sums > 1e-2)  # half precision sums no better
+    return tf.where(from_logits, tf.nn.softmax(scores), scores)
+
+
+def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
     """What a fine-tuned model still knows of its source task (Table 3).
 
     The fine-tuned backbone gets the original head back, without any retraining. Table 3
@@ -63,7 +87,7 @@ def retention(finetuned, pretrained, source, *, before=None, batch_size=64):
         pretrained: the functional or Sequential model it started from, unchanged since.
         source: the source task, as `evaluate` takes it.
         before: what `evaluate(pretrained, source)` returned, if it is known.
-        batch_size: images a step, for a `Task`.
+        batch_size, crops: as in `evaluate`.
 
     Returns:
         {"before": ..., "target_statistics": ..., "source_statistics": ...}, accuracies as
@@ -73,11 +97,11 @@ def retention(finetuned, pretrained, source, *, before=None, batch_size=64):
     Raises:
         InputError: the two models share no weights.
     """
-    before = before or evaluate(pretrained, source, batch_size=batch_size)
+    before = before or evaluate(pretrained, source, batch_size=batch_size, crops=crops)
     result = {"before": before}
     for name in ("target_statistics", "source_statistics"):
         model = transplant(finetuned, pretrained, statistics=name == "target_statistics")
-        result[name] = evaluate(model, source, batch_size=batch_size)
+        result[name] = evaluate(model, source, batch_size=batch_size, crops=crops)
         result[f"drop_{name}"] = before["accuracy"] - result[name]["accuracy"]
     return result
 

@@ -157,7 +157,7 @@ def _prepare_start(plan, needs_fisher, say, verbose):
     pretrained, origin = _pretrained(plan, source, say, verbose)
     anchors, anchors_path = _stored_anchors(plan, pretrained)
     if source is not None:
-        before = _source_accuracy(pretrained, source)
+        before = _source_accuracy(pretrained, source, plan.recipe.crops)
         say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
     fisher = _fisher(plan, pretrained, source, anchors, say, verbose) if needs_fisher else None
     return _Start(target, source, pretrained, origin, anchors, anchors_path, before, fisher)
@@ -176,9 +176,9 @@ def _run(plan, start, penalty, seed, say, verbose):
     link_or_copy(start.anchors_path, folder / "anchors.safetensors")
     options = {"fisher": fisher, "seed": seed, "run_dir": folder, "verbose": verbose, "save": plan.save_models}
     run = finetune(start.pretrained, start.target, penalty, plan.recipe, anchors=start.anchors, **options)
-    results, kept = evaluate(run.model, start.target), ""
+    results, kept = evaluate(run.model, start.target, crops=plan.recipe.crops), ""
     if start.source is not None:
-        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before)
+        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before, crops=plan.recipe.crops)
         kept = f", source {results['source']['target_statistics']['accuracy']:.1%}"
     record = _write(folder, settings, run, results, fisher)
     say(f"target accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
@@ -232,14 +232,14 @@ def _stored_anchors(plan, pretrained):
     return anchors, path
 
 
-def _source_accuracy(pretrained, source):
+def _source_accuracy(pretrained, source, crops):
     classes = pretrained.output_shape[-1]
     if classes != len(source.classes):
         raise InputError(
             f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
             "give the source data it was trained on, or no --source."
         )
-    return evaluate(pretrained, source)
+    return evaluate(pretrained, source, crops=crops)
 
 
 def _fisher(plan, pretrained, source, anchors, say, verbose):

@@ -30,7 +30,7 @@ class Run:
 
 def preprocessing_of(recipe, channel_order="rgb"):
     """The `Preprocessing` that a recipe asks for."""
-    names = ("resize", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
+    names = ("resize", "resize_mode", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
     return Preprocessing(**{name: getattr(recipe, name) for name in names}, channel_order=channel_order)
 
 

@@ -127,11 +127,14 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
     arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", f"--weights={weights}", "--resize=10", "--crop=8", *QUICK]
     message = refused("train.py", *arguments)
     assert "train/cat/0.png" in message and "--skip_bad_images" in message
-    result = run("train.py", *arguments, "--skip_bad_images", "--penalty=l2_sp", "--seeds=0")
+    images = ["--resize_mode=shorter_side", "--blur=authors", "--crops=10"]
+    result = run("train.py", *arguments, "--skip_bad_images", "--penalty=l2_sp", "--seeds=0", *images)
     assert result.returncode == 0, result.stderr
     assert "1 images left out" in result.stdout
     record = json.loads(next((tmp_path / "w").glob("runs/*/run.json")).read_text())
     assert record["results"]["total"] == 8 and "source" not in record["results"]
+    recipe = record["settings"]["recipe"]
+    assert (recipe["resize"], recipe["resize_mode"], recipe["blur"], recipe["crops"]) == (10, "shorter_side", "authors", 10)
 
 
 def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch, capsys):
@@ -158,6 +161,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         ([f"--target={uneven}", f"--weights={weights}"], "wolf"),
         ([f"--target={folder}"], "give its data with --source"),
         (["--crop=99"], "crop is 99"),
+        (["--crops=5"], "crops is 5"),
         ([f"--weights={weights}"], "architecture"),
         (["--weights=missing.keras"], "no model file missing.keras"),
     ]

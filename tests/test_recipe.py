@@ -11,7 +11,13 @@ def test_the_defaults_are_the_papers():
     assert (r.resize, r.crop, r.mirror, r.blur, r.params) == (256, 224, True, "gaussian", "all")
     assert r.learning_rate in (0.005, 0.01, 0.02)
     a = l2sp.Recipe.authors()
-    assert (a.iterations, a.decay_step, a.params) == (9001, 5000, "kernels")
+    assert (a.iterations, a.decay_step, a.params, a.blur) == (9001, 5000, "kernels", "authors")
+    assert (a.resize, a.resize_mode, a.crop, a.crops) == (256, "squash", 224, 1)
+
+
+def test_how_a_source_model_is_tested_does_not_change_its_training():
+    r = l2sp.Recipe()
+    assert l2sp.Recipe.source(r.replace(crops=10)) == l2sp.Recipe.source(r)
 
 
 @pytest.mark.parametrize(("iterations", "first_low"), [(9000, 6000), (3, 2), (200, 133), (1, 1)])
@@ -29,7 +35,7 @@ def test_the_optimizer_is_sgd_with_momentum_and_no_decay_of_its_own():
 BAD = [("iterations", 0), ("batch_size", 0), ("learning_rate", float("nan")), ("learning_rate", 0), ("momentum", 1.0)]
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD, ("decay_at", 0), ("log_every", 0)])
+@pytest.mark.parametrize(("name", "value"), [*BAD, ("decay_at", 0), ("log_every", 0), ("crops", 5)])
 def test_bad_numbers_are_refused(name, value):
     with pytest.raises(l2sp.InputError, match=f"{name} is"):
         l2sp.Recipe(**{name: value})

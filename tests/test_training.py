@@ -5,12 +5,13 @@ import csv
 import keras
 import numpy as np
 import pytest
+import reference_images as reference
 import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import l2sp_tf as l2sp
 from l2sp_tf import models
-from l2sp_tf.data import Dataset, Split, prepare
+from l2sp_tf.data import Dataset, Images, Split, Task, prepare
 from l2sp_tf.evaluation import transplant
 from l2sp_tf.training import preprocessing_of
 from l2sp_tf.variables import keyed_weights
@@ -114,6 +115,36 @@ def test_evaluation_counts_every_image_once(pretrained):
     assert result == {"accuracy": expected / 17, "correct": expected, "total": 17}
     with pytest.raises(l2sp.InputError, match="no test images"):
         l2sp.evaluate(pretrained, [])
+
+
+@pytest.mark.parametrize("output", ["logits", "softmax", "half", "told"])
+def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
+    # large logits, so that averaging them is not averaging probabilities, and a second softmax is not one
+    pretrained.layers[-1].set_weights([40 * weight for weight in pretrained.layers[-1].get_weights()])
+    probabilities = keras.layers.Softmax(dtype="float16" if output == "half" else "float32")(pretrained.output)
+    model = keras.Model(pretrained.input, probabilities) if output in ("softmax", "half") else pretrained
+    t = task(classes=4)
+    crops = np.stack([reference.ten_crops(image.astype("float32") - t.mean, 6) for image in t.test.pixels])
+    means, means_of_logits = [], []
+    for z in pretrained.predict(crops.reshape(-1, 6, 6, 3), verbose=0).astype(np.float64).reshape(17, 10, 4):
+        p = np.exp(z - z.max(axis=1, keepdims=True))
+        means.append((p / p.sum(axis=1, keepdims=True)).mean(axis=0))
+        means_of_logits.append(z.mean(axis=0))
+    votes = np.argmax(means, axis=1)
+    expected = int(np.sum(votes == t.test.labels))
+    assert not np.array_equal(votes, np.argmax(means_of_logits, axis=1))  # the test can tell
+    told = {"from_logits": True} if output == "told" else {}
+    assert l2sp.evaluate(model, t, batch_size=30, crops=10, **told)["correct"] == expected
+    right = Task(t.name, t.classes, t.digest, t.train, Images(t.test.pixels, np.int32(votes)), t.mean, t.preprocessing)
+    assert l2sp.evaluate(model, right, crops=10, **told)["accuracy"] == 1.0  # every vote, not only their count
+
+
+def test_crops_are_one_or_ten(pretrained):
+    t = task(classes=4)
+    result = l2sp.retention(l2sp.with_new_head(pretrained, 2), pretrained, t, crops=10)
+    assert result["before"] == result["source_statistics"] == l2sp.evaluate(pretrained, t, crops=10)
+    with pytest.raises(l2sp.InputError, match="crops is 5"):
+        l2sp.evaluate(pretrained, t, crops=5)
 
 
 def test_retention_of_an_untouched_copy_loses_nothing(pretrained):
