@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.pixels import PixelFormat
 from l2sp_tf.variables import keyed_weights, match_keys
 
 FORMAT = "l2sp_tf.anchors.v1"
@@ -53,16 +54,22 @@ class Anchors(Arrays):
     Keys are those of `l2sp_tf.variables.keyed_weights`, such as "conv1_conv/kernel". All
     weights are kept, trainable or not, so that the pre-trained model can be restored from
     its anchors: the original head and the source's batch-norm statistics are in them.
+
+    Args:
+        arrays: a mapping from key to array.
+        pixels: the `PixelFormat` that the weights were trained on, or None if it is not known.
+        provenance: a dict of where the weights come from, or None.
     """
 
-    def __init__(self, arrays):
+    def __init__(self, arrays, pixels=None, provenance=None):
         super().__init__(arrays)
+        self.pixels, self.provenance = pixels, provenance
         self._digest = digest_of(self.manifest)
 
     @classmethod
-    def of(cls, model):
+    def of(cls, model, pixels=None):
         """Copies the weights of a built model by value; later training does not change them."""
-        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
+        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}, pixels)
 
     def __repr__(self):
         return f"Anchors({len(self)} arrays, {sum(a.size for a in self.values()):,} numbers, digest {self.digest[:12]})"
@@ -78,7 +85,12 @@ class Anchors(Arrays):
         Raises:
             OSError: the file cannot be written.
         """
-        save_arrays(path, self._arrays, {"format": FORMAT, "digest": self.digest})
+        header = {"format": FORMAT, "digest": self.digest}
+        if self.pixels is not None:
+            header["pixels"] = self.pixels.to_json()
+        if self.provenance is not None:
+            header["provenance"] = json.dumps(self.provenance)
+        save_arrays(path, self._arrays, header)
 
     @classmethod
     def load(cls, path):
@@ -92,7 +104,8 @@ class Anchors(Arrays):
             raise InputError(
                 f"{path} is no file of anchors (its format is {metadata.get('format')!r}): give one that Anchors.save wrote."
             )
-        anchors = cls(arrays)
+        pixels = PixelFormat.from_json(metadata["pixels"], path) if "pixels" in metadata else None
+        anchors = cls(arrays, pixels, _provenance(metadata, path))
         if anchors.digest != metadata.get("digest"):
             raise InputError(f"The anchors in {path} are damaged: their digest is not the one in the manifest; use another copy.")
         return anchors
@@ -123,6 +136,13 @@ class Anchors(Arrays):
             )
         for key, weight in weights.items():
             weight.variable.assign(self[pairs[key]])
+
+
+def _provenance(metadata, path):
+    try:
+        return json.loads(metadata.get("provenance", "null"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The provenance in {path} is damaged ({error}): use another copy.") from error
 
 
 def manifest_of(arrays):
@@ -165,9 +185,7 @@ def load_arrays(path):
         InputError: the file is missing, is not such a file, or an array differs from its
             shape, dtype or sha256 in the manifest.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no file {path}: give the path of a saved safetensors file.")
+    path = _existing(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
@@ -181,6 +199,30 @@ def load_arrays(path):
     if raw:
         raise InputError(f"{path} holds arrays that its manifest does not list ({', '.join(sorted(raw)[:5])}): use another copy.")
     return arrays, metadata
+
+
+def read_header(path):
+    """The metadata of any safetensors file, and the shape of each array, without reading the arrays.
+
+    Raises:
+        InputError: the file is missing, or is not such a file.
+    """
+    path = _existing(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not iterable)
+            return dict(file.metadata() or {}), shapes
+    except OSError:
+        raise
+    except Exception as error:  # the reader raises exceptions of many kinds for a damaged file
+        raise InputError(f"{path} is damaged or no safetensors file ({error}): use another copy.") from error
+
+
+def _existing(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give the path of a saved safetensors file.")
+    return path
 
 
 def _decode(array, entry):

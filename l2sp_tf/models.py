@@ -3,27 +3,34 @@
 import pathlib
 import re
 import tempfile
+import zipfile
 
 import h5py
 import keras
 
-from l2sp_tf.anchors import Anchors
+from l2sp_tf.anchors import Anchors, read_header
 from l2sp_tf.errors import InputError
+from l2sp_tf.files import atomic_path
+from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.regularizers import Penalty
+from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
 from l2sp_tf.variables import keyed_weights, set_regularizer
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
-BACKBONES = ("small", *RESNETS)
+BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
+PIXELS_MEMBER = "l2sp_tf/pixels.json"  # of the zip that a .keras file is
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
     """Builds a classifier that returns logits.
 
     Args:
-        name: "small" (see `small_resnet`), "resnet50", "resnet101" or "resnet152".
+        name: "small" (see `small_resnet`); "resnet50", "resnet101" or "resnet152" of keras.applications;
+            or a ResNet of TF-slim or torchvision, such as "resnet50_slim" or "resnet18_torch"
+            (see `imagenet_resnet`), whose weights `l2sp_tf.convert` reads.
         num_classes: number of classes of the source task.
         image_size: height and width of the images, in pixels.
-        weights: None for random ones, "imagenet" (the ResNets; downloaded by Keras), or the
+        weights: None for random ones, "imagenet" (for those of keras.applications; downloaded), or the
             path of a `.safetensors`, `.weights.h5` or `.keras` file of this architecture.
         widths, depths, block: of the small ResNet.
 
@@ -33,14 +40,16 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
     Raises:
         InputError: an unknown name, or weights that cannot be had or are of another architecture.
     """
+    if name not in BACKBONES:
+        raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
+    if weights == "imagenet" and name not in RESNETS:
+        raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
     if name == "small":
-        if weights == "imagenet":
-            raise InputError("There are no ImageNet weights for the backbone small: give weights=none, or a file.")
         model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
     elif name in RESNETS:
         model = _resnet(RESNETS[name], num_classes, image_size, weights)
     else:
-        raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
+        model = imagenet_resnet(name, num_classes, image_size)
     if weights not in (None, "imagenet"):
         load_weights(model, weights)
     return model
@@ -59,58 +68,6 @@ def _resnet(name, num_classes, image_size, weights):
         raise InputError(
             f"The ImageNet weights of {name} could not be downloaded ({error}): connect to the network, or give weights=PATH."
         ) from error
-
-
-def small_resnet(input_shape, num_classes, widths=(16, 32, 64), depths=(1, 1, 1), block="basic", name="small_resnet"):
-    """A residual network for small images: a 3x3 convolution, then stages of residual blocks.
-
-    Layers are named as in `keras.applications.ResNet50`, convolutions have no bias (batch
-    norm follows each), and every stage after the first halves the image.
-
-    Args:
-        input_shape: (height, width, channels) of the images.
-        num_classes: number of logits.
-        widths: channels of each stage (of the 3x3 convolutions, if the block is a bottleneck).
-        depths: number of blocks of each stage, as long as `widths`.
-        block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with 4 times the channels).
-
-    Raises:
-        InputError: an unknown block, or widths and depths of different lengths.
-    """
-    if block not in ("basic", "bottleneck"):
-        raise InputError(f'The block {block!r} is unknown: give "basic" or "bottleneck".')
-    if len(widths) != len(depths):
-        raise InputError(f"There are {len(widths)} widths but {len(depths)} depths: give one of each for every stage.")
-    inputs = keras.Input(input_shape)
-    x = _convolution(inputs, widths[0], 3, 1, "conv1")
-    x = keras.layers.Activation("relu", name="conv1_relu")(x)
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True), start=2):
-        for number in range(1, depth + 1):
-            stride = 2 if stage > 2 and number == 1 else 1
-            x = _block(x, width, stride, block, f"conv{stage}_block{number}")
-    x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(x)
-    return keras.Model(inputs, keras.layers.Dense(num_classes, name="predictions")(x), name=name)
-
-
-def _block(x, width, stride, block, name):
-    """One residual block: x -> relu(shortcut(x) + branch(x))."""
-    layers = [(width, 3, stride), (width, 3, 1)] if block == "basic" else [(width, 1, stride), (width, 3, 1), (4 * width, 1, 1)]
-    shortcut = x
-    if stride != 1 or x.shape[-1] != layers[-1][0]:
-        shortcut = _convolution(x, layers[-1][0], 1, stride, f"{name}_0")
-    for number, (filters, size, step) in enumerate(layers, start=1):
-        x = _convolution(x, filters, size, step, f"{name}_{number}")
-        if number < len(layers):
-            x = keras.layers.Activation("relu", name=f"{name}_{number}_relu")(x)
-    x = keras.layers.Add(name=f"{name}_add")([shortcut, x])
-    return keras.layers.Activation("relu", name=f"{name}_out")(x)
-
-
-def _convolution(x, filters, size, stride, name):
-    convolution = keras.layers.Conv2D(
-        filters, size, stride, padding="same", use_bias=False, kernel_initializer="he_normal", name=f"{name}_conv"
-    )
-    return keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=f"{name}_bn")(convolution(x))
 
 
 def load_weights(model, path):
@@ -170,6 +127,69 @@ def load_model(path):
         return keras.models.load_model(path, compile=False)
     except Exception as error:  # zip, JSON, HDF5 and class look-ups fail each in their own way
         raise InputError(f"The model file {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def save_model(model, path, pixels):
+    """Writes a copy of a functional or Sequential model without penalties to a `.keras` file, with its pixel format.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_path(path) as temporary:
+        detached_copy(model).save(temporary)
+        with zipfile.ZipFile(temporary, "a") as archive:  # Keras passes over members that it does not know
+            archive.writestr(PIXELS_MEMBER, pixels.to_json())
+
+
+def stored_pixels(path):
+    """The pixel format in a `.safetensors` or `.keras` file, or None where the file carries none.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
+    text = None
+    if path.suffix == ".safetensors":
+        text = read_header(path)[0].get("pixels")
+    elif path.suffix == ".keras":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if PIXELS_MEMBER in archive.namelist():
+                    text = archive.open(PIXELS_MEMBER).read(10_000)
+        except (zipfile.BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
+            raise InputError(f"The model file {path} is damaged ({error}): use another copy.") from error
+    return None if text is None else PixelFormat.from_json(text, path)
+
+
+def pixels_of(weights, given=None):
+    """How weights see pixels: as their file or their origin says, and as the caller says where neither does.
+
+    Args:
+        weights: None for weights that are still random, "imagenet", or the path of a file, as `backbone` takes it.
+        given: a `PixelFormat`, one of the names "rgb", "bgr" and "torch", or None.
+
+    Returns:
+        A `PixelFormat`.
+
+    Raises:
+        InputError: nobody says, or the two disagree.
+    """
+    given = None if given is None else named_pixels(given)
+    known = {None: PIXELS["rgb"], "imagenet": PIXELS["bgr"]}.get(weights) or stored_pixels(weights)
+    if known is None and given is None:
+        raise InputError(f"The file {weights} does not say how its weights see pixels: give --pixels=rgb, bgr or torch.")
+    if known is not None and given is not None and not known.agrees_with(given):
+        of = {None: "A model trained from scratch", "imagenet": "The ImageNet model"}.get(weights, f"The file {weights}")
+        raise InputError(f"{of} sees pixels as {known}, but --pixels says {given}: leave --pixels out.")
+    return known or given
+
+
+def head_classes(path):
+    """The number of classes of the head in a `.safetensors` file of weights; None where there is no such head."""
+    shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
+    return shape[0] if shape else None
 
 
 def with_new_head(pretrained, num_classes, *, seed=None):

@@ -14,9 +14,9 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "files", "variables"},
-    {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records"},
-    {"models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
+    {"errors", "files", "pixels", "variables"},
+    {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
+    {"convert", "models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
     {"activations", "evaluation"},
     {"training"},
     {"engines", "experiments", "figures", "cli"},

@@ -6,6 +6,7 @@ import pytest
 
 import l2sp_tf as l2sp
 from l2sp_tf import models
+from l2sp_tf.pixels import PIXELS, PixelFormat
 
 
 def tiny(classes=3, **kwargs):
@@ -39,8 +40,9 @@ def test_resnet50_returns_logits_and_counts_17_units():
 def test_imagenet_weights_need_1000_classes_at_224():
     with pytest.raises(l2sp.InputError, match="1000 classes"):
         models.backbone("resnet50", 10, weights="imagenet")
-    with pytest.raises(l2sp.InputError, match="no ImageNet weights for the backbone small"):
-        models.backbone("small", 10, weights="imagenet")
+    for name in ("small", "resnet50_slim"):
+        with pytest.raises(l2sp.InputError, match=f"no ImageNet weights to download for the backbone {name}"):
+            models.backbone(name, 10, weights="imagenet")
 
 
 def test_a_new_head_shares_nothing_and_keeps_the_features(small_network):
@@ -145,3 +147,54 @@ def test_missing_and_unknown_weights_files_are_refused(tmp_path):
     (tmp_path / "weights.bin").write_bytes(b"x")
     with pytest.raises(l2sp.InputError, match="unknown kind"):
         models.load_weights(tiny(), tmp_path / "weights.bin")
+
+
+def test_weights_of_known_origin_say_how_they_see_pixels():
+    assert models.pixels_of(None) == models.pixels_of(None, "rgb") == PIXELS["rgb"]
+    assert models.pixels_of("imagenet") == models.pixels_of("imagenet", "bgr") == PIXELS["bgr"]
+    for weights, given in ((None, "torch"), ("imagenet", "rgb")):
+        with pytest.raises(l2sp.InputError, match=f"--pixels says {PIXELS[given]}"):
+            models.pixels_of(weights, given)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".keras"])
+def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
+    pixels, path = PixelFormat("bgr", (0.5, 1, 2), (1, 2, 3)), tmp_path / f"m{ending}"
+    model = tiny()
+    if ending == ".keras":
+        models.save_model(model, path, pixels)
+    else:
+        l2sp.Anchors.of(model, pixels).save(path)
+    assert models.stored_pixels(path) == models.pixels_of(path) == models.pixels_of(str(path), pixels) == pixels
+    other = tiny()
+    models.load_weights(other, path)
+    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    with pytest.raises(l2sp.InputError, match=f"m{ending} sees pixels as bgr, scale 0.5/1/2, mean 1/2/3, but --pixels says rgb"):
+        models.pixels_of(path, "rgb")
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(l2sp.InputError, match="damaged"):
+        models.pixels_of(path)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".keras", ".weights.h5"])
+def test_files_that_do_not_say_need_the_flag(ending, tmp_path):
+    path = tmp_path / f"m{ending}"
+    model = tiny()
+    {
+        ".safetensors": lambda: l2sp.Anchors.of(model).save(path),
+        ".weights.h5": lambda: model.save_weights(path),
+        ".keras": lambda: model.save(path),
+    }[ending]()
+    with pytest.raises(l2sp.InputError, match=f"m{ending} does not say .* give --pixels=rgb, bgr or torch"):
+        models.pixels_of(path)
+    assert models.pixels_of(path, "torch") == PIXELS["torch"]
+    with pytest.raises(l2sp.InputError, match="no weights file"):
+        models.pixels_of(tmp_path / f"none{ending}")
+
+
+def test_the_head_of_a_file_is_counted(tmp_path):
+    l2sp.Anchors.of(tiny(classes=7)).save(tmp_path / "m.safetensors")
+    assert models.head_classes(tmp_path / "m.safetensors") == 7
+    l2sp.Anchors({"a/kernel": np.zeros(3)}).save(tmp_path / "n.safetensors")
+    assert models.head_classes(tmp_path / "n.safetensors") is models.head_classes("m.keras") is None
