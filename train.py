@@ -28,11 +28,17 @@ flags.DEFINE_integer("per_class", None, "Training images a class of the target; 
 flags.DEFINE_integer(
     "subset_seed", None, "Draws the --per_class images at random; by default the first are taken (caltech256: seed 0)."
 )
-flags.DEFINE_string("backbone", "small", "small, resnet50, resnet101 or resnet152.")
+flags.DEFINE_string(
+    "backbone",
+    "small",
+    "small, resnet50, resnet101, resnet152, or one of these of TF-slim or PyTorch: resnet50_slim, resnet18_torch, ...",
+)
 flags.DEFINE_list("widths", "16,32,64", "Channels of each stage of the small backbone.")
 flags.DEFINE_list("depths", "1,1,1", "Blocks of each stage of the small backbone.")
 flags.DEFINE_enum("block", "basic", ["basic", "bottleneck"], "Kind of block of the small backbone.")
 flags.DEFINE_string("weights", "none", "none (train the source model), imagenet, or a .safetensors, .weights.h5 or .keras file.")
+flags.DEFINE_enum("pixels", None, ["rgb", "bgr", "torch"], "How the weights see pixels, where their file does not say.")
+flags.DEFINE_list("mean", None, "Subtracted from images: training, authors, weights or R,G,B; by default as the protocol says.")
 flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l2_sp_fisher, l1_sp, gl_sp, gl_sp_fisher.")
 flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each penalty.")
 flags.DEFINE_float("beta", 0.01, "Strength of L2 on the new layer.")
@@ -81,6 +87,8 @@ def plan_from_flags():
     recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
     names = ("params", "iterations", "learning_rate", "batch_size", "resize", "resize_mode", "crop", "crops", "blur", "mirror")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    if FLAGS.mean is not None:
+        given["mean"] = tuple(FLAGS.mean) if len(FLAGS.mean) > 1 else FLAGS.mean[0]
     recipe = recipe.replace(**given, beta=FLAGS.beta)
     if FLAGS.iterations is not None:
         recipe = recipe.replace(decay_at=None)
@@ -93,6 +101,7 @@ def plan_from_flags():
         target=FLAGS.target,
         backbone=FLAGS.backbone,
         weights=FLAGS.weights,
+        pixels=FLAGS.pixels,
         penalties=tuple(FLAGS.penalty),
         alphas=_numbers("alpha", float),
         seeds=_numbers("seeds", int),

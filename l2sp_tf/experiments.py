@@ -54,6 +54,7 @@ class Plan:
             weights come from elsewhere, and then nothing is measured on the source task.
         backbone: as `models.backbone` takes it, with widths, depths and block.
         weights: "none" to train the source model from scratch, "imagenet", or a file.
+        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
         penalties: symbols of PENALTIES.
         alphas: strengths; empty for the recipe's own of each penalty.
         seeds: one run for each.
@@ -77,6 +78,7 @@ class Plan:
     seeds: tuple
     recipe: Recipe
     source_recipe: Recipe
+    pixels: str | None = None
     widths: tuple = (16, 32, 64)
     depths: tuple = (1, 1, 1)
     block: str = "basic"
@@ -98,6 +100,8 @@ class Plan:
             raise InputError("There is nothing to run: give at least one penalty and one seed.")
         if self.weights == "none" and self.source is None:
             raise InputError("weights=none trains a source model from scratch: give its data with --source.")
+        if self.weights == "none" and self.recipe.mean == "weights":
+            raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
     def runs(self):
         """The penalties of the product, each with its seed."""
@@ -147,13 +151,13 @@ class _Start:
 
 def _prepare_start(plan, needs_fisher, say, verbose):
     plan.workdir.mkdir(parents=True, exist_ok=True)
-    order = "bgr" if plan.weights == "imagenet" else "rgb"  # the ImageNet weights of Keras were trained on BGR images
+    pixels = models.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
     places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
     dataset = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
-    target = _task(plan, dataset, plan.recipe, order, say)
+    target = _task(plan, dataset, plan.recipe, pixels, say)
     source = before = None
     if plan.source is not None:
-        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, order, say)
+        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, pixels, say)
     pretrained, origin = _pretrained(plan, source, say, verbose)
     anchors, anchors_path = _stored_anchors(plan, pretrained)
     if source is not None:
@@ -186,10 +190,12 @@ def _run(plan, start, penalty, seed, say, verbose):
     return record
 
 
-def _task(plan, dataset, recipe, order, say):
+def _task(plan, dataset, recipe, pixels, say):
     say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
-    options = {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
-    task = prepare(dataset, preprocessing_of(recipe, order), **options)
+    mean = recipe.mean_for(dataset.name, pixels)
+    options = {"mean": mean, "skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+    task = prepare(dataset, preprocessing_of(recipe, pixels), **options)
+    say(f"{dataset.name}: pixels {task.pixels}, {_origin_of_mean(recipe.mean, mean)}")
     skipped = task.train.skipped + task.test.skipped
     if skipped:
         say(f"{dataset.name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
@@ -200,7 +206,7 @@ def _pretrained(plan, source, say, verbose):
     """The pre-trained model, and what tells it from others: trained from scratch, downloaded or read."""
     if plan.weights.endswith(".keras"):
         return models.load_model(plan.weights), "file"
-    classes = len(source.classes) if source is not None else 1000
+    classes = len(source.classes) if source is not None else models.head_classes(plan.weights) or 1000
     shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
     if plan.weights != "none":
         model = models.backbone(plan.backbone, classes, weights=plan.weights, **shape)
@@ -217,7 +223,7 @@ def _pretrained(plan, source, say, verbose):
     else:
         say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
         run = train_source(model, source, plan.source_recipe, run_dir=folder, verbose=verbose, save=False)
-        Anchors.of(model).save(path)
+        Anchors.of(model, source.pixels).save(path)
         say(f"source model: trained in {run.seconds:.1f} s")
     return models.detached_copy(model), "scratch"
 
@@ -248,7 +254,8 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     count = len(source.train) if f.images is None else min(f.images, len(source.train))
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    key = records.run_key({**identity, "preprocessing": _plain(source.preprocessing)})
+    seen = {"preprocessing": _plain(source.preprocessing), "mean": source.mean.tolist()}
+    key = records.run_key({**identity, **seen})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
     if path.exists():
         fisher = Fisher.load(path)
@@ -280,6 +287,8 @@ def _settings(plan, start, penalty, seed, fisher):
         "anchors": start.anchors.digest,
         "weights": start.origin,
         "backbone": plan.backbone,
+        "pixels": _plain(start.target.pixels),
+        "source_mean": start.source.mean.tolist() if start.source is not None else None,
         "penalty": penalty.symbol,
         "alpha": penalty.alpha,
         "beta": plan.recipe.beta,
@@ -287,6 +296,13 @@ def _settings(plan, start, penalty, seed, fisher):
         "recipe": _plain(plan.recipe),
         **({"fisher": fisher.digest} if fisher is not None else {}),
     }
+
+
+def _origin_of_mean(choice, mean):
+    """Where the mean of a task comes from, in words."""
+    if mean is not None:
+        return "which was given" if isinstance(choice, tuple) else f"that of the {choice}"
+    return "that of its training images" + (", as the authors publish none for it" if choice == "authors" else "")
 
 
 def _short(path):

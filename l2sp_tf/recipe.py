@@ -5,9 +5,18 @@ import dataclasses
 import keras
 
 from l2sp_tf.errors import InputError
+from l2sp_tf.pixels import three_numbers
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+# The authors' code publishes a mean for each data set, here by the data set's name.
+AUTHORS_MEANS = {
+    "mit_indoors67": (123.56, 110.05, 93.74),
+    "stanford_dogs": (120.40, 115.22, 98.46),
+    "caltech256": (140.48, 135.94, 127.61),
+    "places365_small": (115.60, 112.52, 102.82),
+    "imagenet2012": (123.68, 116.78, 103.94),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +38,9 @@ class Recipe:
             blur_sigma: range, in pixels.
         mirror: whether images are mirrored at random.
         crops: 1 (central) or 10 of each image when an accuracy is measured.
+        mean: what is subtracted from the images of both tasks: "training" for the mean of each one's own training
+            images (the paper), "authors" for the number that the authors' code has for each data set, "weights"
+            for the mean that the pre-trained weights carry, or three numbers in RGB order.
         log_every: steps between two rows of the log; None for a twentieth of the iterations.
 
     Raises:
@@ -51,6 +63,7 @@ class Recipe:
     mirror: bool = True
     resize_mode: str = "squash"
     crops: int = 1
+    mean: str | tuple = "training"
     log_every: int | None = None
 
     def __post_init__(self):
@@ -61,6 +74,12 @@ class Recipe:
             raise InputError(f"learning_rate is {self.learning_rate}: give a finite number above 0.")
         if not 0 <= self.momentum < 1:
             raise InputError(f"momentum is {self.momentum}: give a number from 0 to below 1.")
+        if self.mean not in ("training", "authors", "weights"):
+            if isinstance(self.mean, str):
+                raise InputError(
+                    f"mean is {self.mean!r}: give training, authors, weights, or three numbers for red, green, blue."
+                )
+            object.__setattr__(self, "mean", three_numbers("mean", self.mean))
         if self.decay_at is not None and self.decay_at < 1:
             raise InputError(f"decay_at is {self.decay_at}: give a step of at least 1.")
         if self.crops not in (1, 10):
@@ -98,6 +117,26 @@ class Recipe:
             raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
         return self.alpha[symbol]
 
+    def mean_for(self, name, pixels):
+        """The mean to subtract from the images of a data set.
+
+        Args:
+            name: of the data set, such as "caltech256".
+            pixels: the `PixelFormat` of the weights.
+
+        Returns:
+            Three numbers in RGB order, or None for the mean of the data set's training images.
+
+        Raises:
+            InputError: the mean is to be that of the weights, and they carry none.
+        """
+        if self.mean == "weights" and pixels.mean is None:
+            raise InputError(
+                "mean is weights, but the weights carry no mean: give three numbers, as in --mean=123.68,116.78,103.94."
+            )
+        published = AUTHORS_MEANS.get(name.removeprefix("tfds:").split("/")[0])
+        return {"training": None, "authors": published, "weights": pixels.mean}.get(self.mean, self.mean)
+
     def replace(self, **changes):
         """A copy with other numbers."""
         return dataclasses.replace(self, **changes)
@@ -109,8 +148,8 @@ class Recipe:
 
     @classmethod
     def authors(cls):
-        """What the authors' code did where it differs: 9001 steps, decay after 5000, kernels only, colours distorted."""
-        return cls(iterations=9001, decay_at=5000, params="kernels", blur="authors")
+        """What the authors' code did where it differs: 9001 steps, decay after 5000, kernels only, colours distorted, own means."""
+        return cls(iterations=9001, decay_at=5000, params="kernels", blur="authors", mean="authors")
 
     @classmethod
     def digits(cls):

@@ -10,9 +10,9 @@ from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.errors import InputError
-from l2sp_tf.files import atomic_path
-from l2sp_tf.models import detached_copy, with_new_head
+from l2sp_tf.models import save_model, with_new_head
 from l2sp_tf.monitor import FiniteLoss, Monitor
+from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import L2
 
@@ -28,14 +28,26 @@ class Run:
     seconds: float
 
 
-def preprocessing_of(recipe, channel_order="rgb"):
-    """The `Preprocessing` that a recipe asks for."""
+def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
+    """The `Preprocessing` that a recipe asks for, for a network that sees pixels in this format."""
     names = ("resize", "resize_mode", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
-    return Preprocessing(**{name: getattr(recipe, name) for name in names}, channel_order=channel_order)
+    return Preprocessing(**{name: getattr(recipe, name) for name in names}, pixels=pixels)
 
 
 def finetune(
-    pretrained, data, penalty, recipe=None, *, anchors=None, fisher=None, seed=0, run_dir=None, callbacks=(), verbose=1, save=True
+    pretrained,
+    data,
+    penalty,
+    recipe=None,
+    *,
+    pixels=None,
+    anchors=None,
+    fisher=None,
+    seed=0,
+    run_dir=None,
+    callbacks=(),
+    verbose=1,
+    save=True,
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
@@ -48,6 +60,7 @@ def finetune(
         data: a `Task`, or a `Dataset`, which is prepared by the recipe.
         penalty: such as `L2SP(0.1)`.
         recipe: a `Recipe`; the paper's by default.
+        pixels: for a `Dataset`, how `pretrained` sees pixels: a `PixelFormat`, or "rgb", "bgr" or "torch".
         anchors: where the penalty pulls to; by default the weights of `pretrained` now.
         fisher: for the Fisher penalties a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
@@ -65,7 +78,9 @@ def finetune(
         FloatingPointError: the loss is not finite.
     """
     recipe = recipe or Recipe()
-    task = _as_task(data, recipe)
+    if isinstance(data, Dataset) and pixels is None:
+        raise InputError('pixels was not given: say how the pre-trained model sees pixels, "rgb", "bgr" or "torch".')
+    task = _as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed)
@@ -73,29 +88,33 @@ def finetune(
     return _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbose, save)
 
 
-def train_source(model, data, recipe, *, seed=0, run_dir=None, callbacks=(), verbose=1, save=True):
+def train_source(model, data, recipe, *, pixels=None, seed=0, run_dir=None, callbacks=(), verbose=1, save=True):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
         model: a built Keras model with random weights, which is trained in place.
-        data, recipe, seed, run_dir, callbacks, verbose, save: as in `finetune`; the strength of L2
-            is the recipe's.
+        data, recipe, pixels, seed, run_dir, callbacks, verbose, save: as in `finetune`; the strength of L2
+            is the recipe's, and pixels are RGB by default.
 
     Returns:
         A `Run` without anchors.
     """
-    task = _as_task(data, recipe)
+    task = _as_task(data, recipe, pixels)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
     return _fit(model, coverage, None, task, recipe, seed, run_dir, callbacks, verbose, save)
 
 
-def _as_task(data, recipe):
+def _as_task(data, recipe, pixels):
+    pixels = None if pixels is None else named_pixels(pixels)
     if isinstance(data, Task):
+        if pixels is not None and not pixels.agrees_with(data.preprocessing.pixels):
+            raise InputError(f"pixels is {pixels}, but the task was prepared for {data.preprocessing.pixels}: prepare it again.")
         return data
     if isinstance(data, Dataset):
-        return prepare(data, preprocessing_of(recipe))
+        pixels = pixels or PIXELS["rgb"]
+        return prepare(data, preprocessing_of(recipe, pixels), mean=recipe.mean_for(data.name, pixels))
     raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
 
 
@@ -127,8 +146,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbo
     )
     seconds = time.monotonic() - began
     if run_dir is not None and save:
-        with atomic_path(pathlib.Path(run_dir) / "model.keras") as temporary:
-            detached_copy(model).save(temporary)
+        save_model(model, pathlib.Path(run_dir) / "model.keras", task.pixels)
     return Run(model, coverage, anchors, monitor.rows, seconds)
 
 

@@ -15,6 +15,7 @@ from l2sp_tf.data import pipeline
 from l2sp_tf.data.datasets import Split, load_dataset
 from l2sp_tf.data.pipeline import Images, Preprocessing, channel_mean, decode, test_batches, training_batches
 from l2sp_tf.errors import InputError
+from l2sp_tf.pixels import PIXELS, PixelFormat
 
 MEAN = np.array([120.0, 110.0, 100.0], np.float32)
 
@@ -351,11 +352,22 @@ def test_a_dataset_can_be_walked_twice():
 
 
 def test_bgr_turns_the_channels_and_nothing_else():
-    images, bgr = some_images(10), Preprocessing(resize=6, crop=4, channel_order="bgr")
+    images, bgr = some_images(10), Preprocessing(resize=6, crop=4, pixels=PIXELS["bgr"])
     for stream in (lambda p: training_batches(images, p, MEAN, batch_size=4, seed=1, iterations=3),
                    lambda p: test_batches(images, p, MEAN, batch_size=4)):  # fmt: skip
         for x, turned in zip(collect(stream(FULL))[0], collect(stream(bgr))[0], strict=True):
             np.testing.assert_array_equal(x[..., ::-1], turned)
+
+
+def test_the_scale_comes_after_all_else_and_in_the_order_of_the_channels():
+    images, scale = some_images(10), (0.5, 0.25, 2.0)
+    for order in ("rgb", "bgr"):
+        scaled = Preprocessing(resize=6, crop=4, pixels=PixelFormat(order, scale))
+        turn = slice(None, None, -1 if order == "bgr" else 1)
+        for stream in (lambda p: training_batches(images, p, MEAN, batch_size=4, seed=1, iterations=3),
+                       lambda p: test_batches(images, p, MEAN, batch_size=4)):  # fmt: skip
+            for x, y in zip(collect(stream(FULL))[0], collect(stream(scaled))[0], strict=True):
+                np.testing.assert_array_equal((x * np.float32(scale))[..., turn], y)
 
 
 @pytest.mark.parametrize(("count", "batch_size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 64, [3])])
@@ -433,7 +445,7 @@ def test_streams_refuse_what_makes_no_sense():
         ({"resize": 256.0}, "resize is 256.0"),
         ({"blur": "box"}, "blur is 'box': it must be gaussian, authors or none"),
         ({"resize_mode": "stretch"}, "resize_mode is 'stretch'"),
-        ({"channel_order": "gbr"}, "channel_order is 'gbr'"),
+        ({"pixels": "bgr"}, "pixels is 'bgr'"),
         ({"blur_kernel": 4}, "blur kernel is 4"),
         ({"blur_sigma": (2.0, 0.1)}, "sigma range"),
     ],
@@ -462,3 +474,9 @@ def test_a_part_of_the_images_shares_their_pixels_and_streams_alone():
         for (x, y), (other_x, other_y) in zip(stream(part, **options, **more), stream(alone, **options, **more), strict=True):
             np.testing.assert_array_equal(x, other_x)
             np.testing.assert_array_equal(y, other_y)
+
+
+def test_prepare_takes_a_mean_that_is_given():
+    task = pipeline.prepare(load_dataset("digits/target").subset(5), Preprocessing(resize=10, crop=8), mean=(1, 2.5, 3))
+    np.testing.assert_array_equal(task.mean, np.float32([1, 2.5, 3]))
+    assert task.pixels == PixelFormat(mean=(1, 2.5, 3))

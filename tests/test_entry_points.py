@@ -11,6 +11,9 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
+import l2sp_tf as l2sp
+from l2sp_tf.pixels import PIXELS, PixelFormat
+
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = ["--iterations=6", "--source_iterations=6", "--widths=4,8", "--depths=1,1", "--seeds=0,1"]
 
@@ -58,6 +61,8 @@ def test_train_writes_a_record_for_each_run_and_prints_the_table(finished):
     for r in records:
         assert r["results"]["total"] == 547 and r["results"]["source"]["before"]["total"] == 300
         assert r["anchors"]["digest"] == records[0]["anchors"]["digest"]
+        assert r["settings"]["pixels"]["channel_order"] == "rgb" and r["settings"]["pixels"]["scale"] == [1.0, 1.0, 1.0]
+        assert len(r["settings"]["pixels"]["mean"]) == len(r["settings"]["source_mean"]) == 3
     assert "| L2-SP " in result.stdout and "| L2 " in result.stdout
     assert len(list(workdir.glob("runs/*/model.keras"))) == len(list(workdir.glob("runs/*/log.csv"))) == 4
 
@@ -137,6 +142,27 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
     assert (recipe["resize"], recipe["resize_mode"], recipe["blur"], recipe["crops"]) == (10, "shorter_side", "authors", 10)
 
 
+def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp_path):
+    workdir, _ = finished
+    weights, bare = next(workdir.glob("sources/*/weights.safetensors")), tmp_path / "bare.safetensors"
+    anchors = l2sp.Anchors.load(weights)
+    l2sp.Anchors(anchors).save(bare)  # as files were before they carried a pixel format
+    folder = make_folder(tmp_path / "images")
+    arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", "--resize=10", "--crop=8", "--penalty=l2_sp", *QUICK]
+    arguments += ["--seeds=0", "--nosave_models"]
+    assert "--pixels=rgb, bgr or torch" in refused("train.py", *arguments, f"--weights={bare}")
+    for flags, expected in (
+        ([f"--weights={weights}", "--mean=weights"], anchors.pixels),
+        ([f"--weights={bare}", "--pixels=torch", "--mean=1,2,3"], PIXELS["torch"].with_mean((1, 2, 3))),
+    ):
+        result = run("train.py", *arguments, *flags, f"--workdir={tmp_path / expected.channel_order / str(len(flags[0]))}")
+        assert result.returncode == 0, result.stderr
+        assert f"pixels {expected}" in result.stdout
+        path = next((tmp_path / expected.channel_order / str(len(flags[0]))).glob("runs/*/run.json"))
+        settings = json.loads(path.read_text())["settings"]
+        assert PixelFormat(**settings["pixels"]) == expected and settings["source_mean"] is None
+
+
 def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished
     weights = next(workdir.glob("sources/*/weights.safetensors"))
@@ -163,7 +189,12 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--crop=99"], "crop is 99"),
         (["--crops=5"], "crops is 5"),
         ([f"--weights={weights}"], "architecture"),
-        (["--weights=missing.keras"], "no model file missing.keras"),
+        (["--weights=missing.keras"], "no weights file missing.keras"),
+        (["--pixels=torch"], "A model trained from scratch sees pixels as rgb"),
+        ([f"--weights={weights}", "--pixels=bgr"], "weights.safetensors sees pixels as rgb"),
+        (["--mean=target"], "mean is 'target'"),
+        (["--mean=1,2"], "mean is ('1', '2')"),
+        (["--mean=weights"], "weights=none has no mean yet"),
     ]
     monkeypatch.syspath_prepend(str(ROOT))
     import train

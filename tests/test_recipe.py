@@ -3,6 +3,7 @@
 import pytest
 
 import l2sp_tf as l2sp
+from l2sp_tf.pixels import PixelFormat
 
 
 def test_the_defaults_are_the_papers():
@@ -45,3 +46,20 @@ def test_strengths_that_nobody_published_must_be_given():
     assert l2sp.Recipe().alpha_for("l2_sp") == 0.1
     with pytest.raises(l2sp.InputError, match="no published strength for the penalty l1_sp"):
         l2sp.Recipe().alpha_for("l1_sp")
+
+
+def test_the_mean_follows_the_protocol():
+    carried = PixelFormat(mean=(1, 2, 3))
+    assert l2sp.Recipe.paper().mean_for("caltech256", carried) is None
+    authors = l2sp.Recipe.authors()
+    for name in ("caltech256", "caltech256/60", "tfds:caltech256"):
+        assert authors.mean_for(name, carried) == (140.48, 135.94, 127.61)
+    assert authors.mean_for("imagenet2012", carried) == (123.68, 116.78, 103.94)
+    assert authors.mean_for("my/images", carried) is None
+    assert l2sp.Recipe(mean="weights").mean_for("x", carried) == (1, 2, 3)
+    assert l2sp.Recipe(mean=("4", 5, 6)).mean_for("imagenet2012", carried) == (4, 5, 6)
+    with pytest.raises(l2sp.InputError, match="the weights carry no mean"):
+        l2sp.Recipe(mean="weights").mean_for("x", PixelFormat())
+    for bad in ("target", ("1", "2"), (1, 2, float("nan"))):
+        with pytest.raises(l2sp.InputError, match="mean is"):
+            l2sp.Recipe(mean=bad)

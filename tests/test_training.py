@@ -13,13 +13,14 @@ import l2sp_tf as l2sp
 from l2sp_tf import models
 from l2sp_tf.data import Dataset, Images, Split, Task, prepare
 from l2sp_tf.evaluation import transplant
+from l2sp_tf.pixels import PIXELS
 from l2sp_tf.training import preprocessing_of
 from l2sp_tf.variables import keyed_weights
 
 RECIPE = l2sp.Recipe(iterations=12, batch_size=8, resize=8, crop=6, blur="none", mirror=False, log_every=5, params="kernels")
 
 
-def task(classes=3, count=20, seed=0):
+def dataset(classes=3, count=20, seed=0):
     rng = np.random.default_rng(seed)
 
     def split(n):
@@ -27,8 +28,11 @@ def task(classes=3, count=20, seed=0):
         pixels = (rng.uniform(0, 60, size=(n, 8, 8, 3)) + 60 * labels[:, None, None, None]).astype("uint8")
         return Split(tuple(map(str, range(n))), labels, pixels=pixels)
 
-    dataset = Dataset("made", tuple("abcdef"[:classes]), split(count), split(17))
-    return prepare(dataset, preprocessing_of(RECIPE))
+    return Dataset("made", tuple("abcdef"[:classes]), split(count), split(17))
+
+
+def task(classes=3, count=20, seed=0):
+    return prepare(dataset(classes, count, seed), preprocessing_of(RECIPE))
 
 
 @pytest.fixture
@@ -194,3 +198,18 @@ def test_the_last_metrics_that_keras_shows_are_those_of_the_last_row(pretrained)
     shown_logs = {}
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[shown], verbose=0)
     assert shown_logs["cross_entropy"] == pytest.approx(run.history[-1]["cross_entropy"]) and shown_logs["loss"] > 0
+
+
+def test_a_data_set_is_prepared_as_the_weights_see_pixels(pretrained, tmp_path):
+    recipe = RECIPE.replace(mean="weights")
+    l2sp.finetune(pretrained, dataset(), l2sp.L2SP(0.1), recipe, pixels="torch", run_dir=tmp_path / "a", verbose=0)
+    assert models.stored_pixels(tmp_path / "a/model.keras") == models.pixels_of(tmp_path / "a/model.keras") == PIXELS["torch"]
+    prepared = prepare(dataset(), preprocessing_of(recipe, PIXELS["torch"]), mean=PIXELS["torch"].mean)
+    l2sp.finetune(pretrained, prepared, l2sp.L2SP(0.1), recipe, run_dir=tmp_path / "b", verbose=0)
+    one, two = (keras.models.load_model(tmp_path / name / "model.keras").get_weights() for name in "ab")
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    with pytest.raises(l2sp.InputError, match="pixels was not given"):
+        l2sp.finetune(pretrained, dataset(), l2sp.L2SP(0.1), RECIPE)
+    with pytest.raises(l2sp.InputError, match="pixels is bgr.* but the task was prepared for rgb"):
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, pixels="bgr")

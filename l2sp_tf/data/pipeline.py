@@ -15,6 +15,7 @@ from l2sp_tf.data import images as ops
 from l2sp_tf.data.datasets import default_cache_dir
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.pixels import PixelFormat
 
 MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -35,7 +36,7 @@ class Preprocessing:
         blur_kernel: the width of the Gaussian kernel in pixels, odd.
         blur_sigma: the range of its standard deviation, in pixels.
         mirror: whether half of the training images are mirrored.
-        channel_order: "rgb" or "bgr".
+        pixels: a PixelFormat; of it the order of the channels and their scale, after all else.
     """
 
     resize: int = 256
@@ -44,7 +45,7 @@ class Preprocessing:
     blur_kernel: int = 5
     blur_sigma: tuple = (0.1, 2.0)
     mirror: bool = True
-    channel_order: str = "rgb"
+    pixels: PixelFormat = PixelFormat()
     resize_mode: str = "squash"
 
     def __post_init__(self):
@@ -55,8 +56,8 @@ class Preprocessing:
         ops.check_resize_mode(self.resize_mode)
         if self.blur not in ops.BLURS:
             raise InputError(f"blur is {self.blur!r}: it must be {', '.join(ops.BLURS[:-1])} or {ops.BLURS[-1]}")
-        if self.channel_order not in ("rgb", "bgr"):
-            raise InputError(f"channel_order is {self.channel_order!r}: it must be rgb or bgr")
+        if not isinstance(self.pixels, PixelFormat):
+            raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
         ops.check_blur(self.blur_kernel, self.blur_sigma)
 
 
@@ -185,7 +186,7 @@ class Task:
     Attributes:
         name, classes, digest: of the data set.
         train, test: Images.
-        mean: float32 [3], the mean of the training images, subtracted from all.
+        mean: float32 [3] in RGB order, by default the mean of the training images, subtracted from all.
         preprocessing: a Preprocessing.
     """
 
@@ -197,13 +198,19 @@ class Task:
     mean: np.ndarray
     preprocessing: Preprocessing
 
+    @property
+    def pixels(self):
+        """How a network that is trained on this task sees pixels: order and scale, with the mean of the task."""
+        return self.preprocessing.pixels.with_mean([float(str(value)) for value in self.mean])  # 0.1, not 0.10000000149
 
-def prepare(dataset, preprocessing, *, skip_bad_images=False, progress=None, cache_dir=None):
-    """Decodes a Dataset for a Preprocessing, and computes the mean of its training images.
+
+def prepare(dataset, preprocessing, *, mean=None, skip_bad_images=False, progress=None, cache_dir=None):
+    """Decodes a Dataset for a Preprocessing, and computes the mean of its training images if none is given.
 
     Args:
         dataset: a Dataset.
         preprocessing: a Preprocessing.
+        mean: three numbers in RGB order, subtracted from all images; None for that of the training images.
         skip_bad_images, progress, cache_dir: as in `decode`.
 
     Returns:
@@ -215,7 +222,8 @@ def prepare(dataset, preprocessing, *, skip_bad_images=False, progress=None, cac
     options = {"skip_bad_images": skip_bad_images, "progress": progress, "cache_dir": cache_dir}
     options["mode"] = preprocessing.resize_mode
     train, test = (decode(split, preprocessing.resize, **options) for split in (dataset.train, dataset.test))
-    return Task(dataset.name, dataset.classes, dataset.digest, train, test, channel_mean(train), preprocessing)
+    mean = channel_mean(train) if mean is None else np.asarray(mean, np.float32)
+    return Task(dataset.name, dataset.classes, dataset.digest, train, test, mean, preprocessing)
 
 
 def channel_mean(images):
@@ -403,7 +411,11 @@ def _window(top, left, size):
 
 
 def _ordered(x, preprocessing):
-    return x[..., ::-1] if preprocessing.channel_order == "bgr" else x
+    """The scale, and the order of the channels, that the network was trained on."""
+    pixels = preprocessing.pixels
+    if pixels.scale != (1.0, 1.0, 1.0):
+        x = x * tf.constant(pixels.scale, tf.float32)
+    return x[..., ::-1] if pixels.channel_order == "bgr" else x
 
 
 def _decoded_arrays(split, size, mode):
