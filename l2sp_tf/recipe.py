@@ -148,7 +148,7 @@ class Recipe:
 
     @classmethod
     def authors(cls):
-        """What the authors' code did where it differs: 9001 steps, decay after 5000, kernels only, colours distorted, own means."""
+        """Where the authors' code differs: 9001 steps, decay after 5000, kernels only, colours distorted, fixed means."""
         return cls(iterations=9001, decay_at=5000, params="kernels", blur="authors", mean="authors")
 
     @classmethod
