@@ -1,6 +1,7 @@
 """Accuracy with central crops or ten crops, and what fine-tuning cost on the source task (Table 3)."""
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.data import Task, test_batches
@@ -11,7 +12,7 @@ from l2sp_tf.variables import keyed_weights, match_keys
 STATISTICS = ("moving_mean", "moving_variance")
 
 
-def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None):
+def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=False):
     """Top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
 
     With ten crops the class is that of the highest mean probability, 1/10 sum_v softmax(z_v), over the
@@ -25,9 +26,11 @@ def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None):
         crops: 1 or 10 of each image.
         from_logits: whether the model's output is logits; None takes non-negative outputs that sum to 1
             for probabilities. It counts with ten crops only.
+        answers: whether to return which images were right, too.
 
     Returns:
-        {"accuracy": in [0, 1], "correct": count, "total": count}.
+        {"accuracy": in [0, 1], "correct": count, "total": count}, and with `answers` under "right" a
+        bool [n] in the order of the images.
 
     Raises:
         InputError: there is no image, or `crops` is neither 1 nor 10.
@@ -39,30 +42,30 @@ def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None):
         size = max(1, batch_size // crops)
         batches = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=crops)
 
-    correct = total = 0
-    count_correct = None
+    right, is_right = [], None
     for x, y in batches:
-        if count_correct is None:
-            count_correct = _counter(model, x, crops, from_logits)
-        correct += int(count_correct(tf.cast(x, tf.float32), tf.cast(y, tf.int64)))
-        total += len(y)
-    if not total:
+        if is_right is None:
+            is_right = _judge(model, x, crops, from_logits)
+        right.append(is_right(tf.cast(x, tf.float32), tf.cast(y, tf.int64)).numpy())
+    if not right:
         raise InputError("There are no test images to evaluate on.")
-    return {"accuracy": correct / total, "correct": correct, "total": total}
+    right = np.concatenate(right)
+    result = {"accuracy": float(right.mean()), "correct": int(right.sum()), "total": len(right)}
+    return {**result, "right": right} if answers else result
 
 
-def _counter(model, x, crops, from_logits):
-    """A traced function of images and labels, for any number of them, that counts the right answers."""
+def _judge(model, x, crops, from_logits):
+    """A traced function of images and labels, for any number of them, that tells which answers are right: bool [n]."""
 
-    def count(images, labels):
+    def judge(images, labels):
         scores = model(tf.reshape(images, [-1, *images.shape[-3:]]), training=False)
         if crops > 1:
             scores = tf.reshape(_probabilities(scores, from_logits), [-1, crops, scores.shape[-1]])
             scores = tf.reduce_mean(scores, axis=1)
-        return tf.math.count_nonzero(tf.argmax(scores, axis=-1) == labels)
+        return tf.argmax(scores, axis=-1) == labels
 
     specs = tf.TensorSpec([None, *x.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64)
-    return tf.function(count).get_concrete_function(*specs)
+    return tf.function(judge).get_concrete_function(*specs)
 
 
 def _probabilities(scores, from_logits):

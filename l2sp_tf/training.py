@@ -10,7 +10,7 @@ from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.errors import InputError
-from l2sp_tf.models import save_model, with_new_head
+from l2sp_tf.models import freeze_first, save_model, with_new_head
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.recipe import Recipe
@@ -44,6 +44,7 @@ def finetune(
     anchors=None,
     fisher=None,
     seed=0,
+    frozen=0,
     run_dir=None,
     callbacks=(),
     verbose=1,
@@ -64,6 +65,7 @@ def finetune(
         anchors: where the penalty pulls to; by default the weights of `pretrained` now.
         fisher: for the Fisher penalties a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
+        frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3).
         run_dir: a folder for the log, TensorBoard, `anchors.safetensors` and `model.keras`;
             None writes nothing.
         callbacks: more Keras callbacks.
@@ -84,6 +86,8 @@ def finetune(
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed)
+    if frozen:
+        freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
     return _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbose, save)
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import l2sp_tf as l2sp
 from l2sp_tf import models
-from l2sp_tf.data import Dataset, Images, Split, Task, prepare
+from l2sp_tf.data import Dataset, Images, Split, Task, prepare, test_batches
 from l2sp_tf.evaluation import transplant
 from l2sp_tf.pixels import PIXELS
 from l2sp_tf.training import preprocessing_of
@@ -213,3 +213,20 @@ def test_a_data_set_is_prepared_as_the_weights_see_pixels(pretrained, tmp_path):
         l2sp.finetune(pretrained, dataset(), l2sp.L2SP(0.1), RECIPE)
     with pytest.raises(l2sp.InputError, match="pixels is bgr.* but the task was prepared for rgb"):
         l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, pixels="bgr")
+
+
+def test_frozen_units_stay_where_they_were(pretrained):
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, frozen=2, verbose=0)
+    before = keyed_weights(pretrained)
+    for key, weight in keyed_weights(run.model).items():
+        moved = key not in before or not np.array_equal(weight.variable, before[key].variable)
+        assert moved != key.startswith(("conv1", "conv2")), key
+
+
+def test_evaluate_tells_which_images_are_right(pretrained):
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, verbose=0)
+    made = task()
+    result = l2sp.evaluate(run.model, made, answers=True)
+    x = np.concatenate([x for x, _ in test_batches(made.test, made.preprocessing, made.mean, batch_size=5)])
+    np.testing.assert_array_equal(result["right"], np.argmax(run.model.predict(x, verbose=0), 1) == made.test.labels)
+    assert result["correct"] == result["right"].sum() and "right" not in l2sp.evaluate(run.model, made)
