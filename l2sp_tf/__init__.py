@@ -8,6 +8,7 @@ from l2sp_tf.fisher import Fisher, fisher_diagonal
 from l2sp_tf.models import freeze_first, with_new_head
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import L1SP, L2, L2SP, GroupLassoSP, GroupLassoSPFisher, L2SPFisher, UnboundPenaltyError
+from l2sp_tf.selection import Selection, cross_validate
 from l2sp_tf.training import Run, finetune, train_source
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "L2SPFisher",
     "Recipe",
     "Run",
+    "Selection",
     "UnboundPenaltyError",
     "attach",
+    "cross_validate",
     "detach",
     "evaluate",
     "finetune",

@@ -75,7 +75,7 @@ def _features(model, layers):
     missing = [name for name in layers if name not in known]
     if missing:
         raise InputError(f"The model {model.name!r} has no layer {missing[0]!r}: give layers that both models have.")
-    inner = keras.Model(model.inputs, [known[name].output for name in layers])
+    inner = keras.Model(model.inputs[0], [known[name].output for name in layers])
     return lambda x: tf.nest.flatten(inner(x, training=False))  # Keras gives a single output bare
 
 

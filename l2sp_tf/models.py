@@ -230,7 +230,7 @@ def with_new_head(pretrained, num_classes, *, seed=None):
         number += 1
         name = f"new_head_{number}"
     layer = keras.layers.Dense(num_classes, name=name, kernel_initializer=keras.initializers.GlorotUniform(seed=seed))
-    return keras.Model(copy.inputs, layer(x), name=pretrained.name)
+    return keras.Model(copy.inputs[0], layer(x), name=pretrained.name)
 
 
 def detached_copy(model):

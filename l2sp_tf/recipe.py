@@ -9,6 +9,15 @@ from l2sp_tf.pixels import three_numbers
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+# What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
+ALPHA_GRIDS = {
+    "l2": (1e-5, 1e-4, 1e-3, 1e-2),
+    "l2_sp": (1e-3, 1e-2, 1e-1, 1.0),
+    "l2_sp_fisher": (1e-3, 1e-2, 1e-1, 1.0),
+    "l1_sp": (1e-5, 1e-4, 1e-3, 1e-2),
+    "gl_sp": (1e-5, 1e-4, 1e-3, 1e-2),
+    "gl_sp_fisher": (1e-5, 1e-4, 1e-3, 1e-2),
+}
 # The authors' code publishes a mean for each data set, here by the data set's name.
 AUTHORS_MEANS = {
     "mit_indoors67": (123.56, 110.05, 93.74),
@@ -116,6 +125,16 @@ class Recipe:
         if symbol not in self.alpha:
             raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
         return self.alpha[symbol]
+
+    def grid_for(self, symbol):
+        """The strengths that cross-validation tries of a penalty that was given none.
+
+        Raises:
+            InputError: the symbol is unknown.
+        """
+        if symbol not in ALPHA_GRIDS:
+            raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
+        return ALPHA_GRIDS[symbol]
 
     def mean_for(self, name, pixels):
         """The mean to subtract from the images of a data set.

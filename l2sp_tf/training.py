@@ -82,7 +82,7 @@ def finetune(
     recipe = recipe or Recipe()
     if isinstance(data, Dataset) and pixels is None:
         raise InputError('pixels was not given: say how the pre-trained model sees pixels, "rgb", "bgr" or "torch".')
-    task = _as_task(data, recipe, pixels)
+    task = as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed)
@@ -103,14 +103,15 @@ def train_source(model, data, recipe, *, pixels=None, seed=0, run_dir=None, call
     Returns:
         A `Run` without anchors.
     """
-    task = _as_task(data, recipe, pixels)
+    task = as_task(data, recipe, pixels)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
     return _fit(model, coverage, None, task, recipe, seed, run_dir, callbacks, verbose, save)
 
 
-def _as_task(data, recipe, pixels):
+def as_task(data, recipe, pixels):
+    """The `Task` that `data` is, or that it becomes when it is prepared by the recipe; errors as in `finetune`."""
     pixels = None if pixels is None else named_pixels(pixels)
     if isinstance(data, Task):
         if pixels is not None and not pixels.agrees_with(data.preprocessing.pixels):

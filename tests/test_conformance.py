@@ -20,6 +20,8 @@ FLOORS = [
     {"convert", "models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
     {"activations", "evaluation"},
     {"training"},
+    {"plans", "selection"},
+    {"starts"},
     {"engines", "experiments", "figures", "cli"},
 ]
 
