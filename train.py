@@ -14,15 +14,19 @@ from absl import app, flags
 
 from l2sp_tf.cli import run_main
 
+STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")  # as in l2sp_tf.plans
+LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
+DEFAULT_FOLDS = 5
+
 FLAGS = flags.FLAGS
 flags.DEFINE_string("workdir", "runs/digits", "Folder for the records, logs, models and cached source models.")
-flags.DEFINE_string(
+flags.DEFINE_list(
     "source",
     "",
-    "Source task: digits/source, a folder <split>/<class>/<file>, a zip of one (X.zip/PREFIX), or a data set that prepare.py has "
-    "prepared: imagenet2012, places365_small, stanford_dogs, caltech256, mit_indoors67 or another of TensorFlow Datasets.",
+    "Source tasks: digits/source, a folder <split>/<class>/<file>, a zip of one (X.zip/PREFIX), or a data set that prepare.py "
+    "has prepared: imagenet2012, places365_small, stanford_dogs, caltech256, mit_indoors67 or another of TensorFlow Datasets.",
 )
-flags.DEFINE_string("target", "digits/target", "Target task, given like --source.")
+flags.DEFINE_list("target", "digits/target", "Target tasks, given like --source; with @N, of N training images a class.")
 flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its sets; by default its own folder.")
 flags.DEFINE_integer("per_class", None, "Training images a class of the target; by default all (digits: 25).", lower_bound=1)
 flags.DEFINE_integer(
@@ -36,12 +40,23 @@ flags.DEFINE_string(
 flags.DEFINE_list("widths", "16,32,64", "Channels of each stage of the small backbone.")
 flags.DEFINE_list("depths", "1,1,1", "Blocks of each stage of the small backbone.")
 flags.DEFINE_enum("block", "basic", ["basic", "bottleneck"], "Kind of block of the small backbone.")
-flags.DEFINE_string("weights", "none", "none (train the source model), imagenet, or a .safetensors, .weights.h5 or .keras file.")
+flags.DEFINE_list(
+    "weights",
+    "none",
+    "none (train the source model), imagenet, or a .safetensors, .weights.h5 or .keras file; one a source.",
+)
 flags.DEFINE_enum("pixels", None, ["rgb", "bgr", "torch"], "How the weights see pixels, where their file does not say.")
 flags.DEFINE_list("mean", None, "Subtracted from images: training, authors, weights or R,G,B; by default as the protocol says.")
+flags.DEFINE_enum(
+    "experiment", None, list(STUDIES), "What a table or figure of the paper needs: penalties, folds, grids and frozen units."
+)
+flags.DEFINE_bool("dry_run", False, "Say the plan and about how long it takes, and stop.")
+flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the runs are computed: here in turn, or on a Ray cluster.")
+flags.DEFINE_integer("run_cpus", 1, "CPUs that a run asks of the Ray cluster.", lower_bound=0)
+flags.DEFINE_float("run_gpus", 0, "GPUs, or a part of one, that a run asks of the Ray cluster.", lower_bound=0)
 flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l2_sp_fisher, l1_sp, gl_sp, gl_sp_fisher.")
 flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each penalty.")
-flags.DEFINE_float("beta", 0.01, "Strength of L2 on the new layer.")
+flags.DEFINE_list("beta", "0.01", "Strengths of L2 on the new layer.")
 flags.DEFINE_list("seeds", "0,1,2,3,4", "Seeds, a run for each.")
 flags.DEFINE_enum(
     "protocol", "paper", ["paper", "authors"], "Whose numbers are the defaults, and whose split of caltech256 is taken."
@@ -49,7 +64,9 @@ flags.DEFINE_enum(
 flags.DEFINE_enum("params", None, ["kernels", "all"], "What is penalised; by default as the protocol says.")
 flags.DEFINE_integer("iterations", None, "Steps of fine-tuning.")
 flags.DEFINE_integer("source_iterations", None, "Steps of training the source model; by default four times --iterations.")
-flags.DEFINE_float("learning_rate", None, "Initial rate of fine-tuning, divided by 10 after two thirds of the steps.")
+flags.DEFINE_list("learning_rate", "", "Initial rates of fine-tuning, divided by 10 after two thirds of the steps.")
+flags.DEFINE_integer("folds", 0, "Folds of the training images that choose alpha, beta and the rate; 0: every one is run.")
+flags.DEFINE_list("frozen", "0", "Numbers of first units that are frozen; all: up to 8 numbers spread over all units.")
 flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
 flags.DEFINE_integer("batch_size", None, "Images a step.")
 flags.DEFINE_integer("resize", None, "Pixels on a side after resizing, of both sides or of the shorter one.")
@@ -72,45 +89,61 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
     from l2sp_tf import report
-    from l2sp_tf.experiments import run_plan
+    from l2sp_tf.experiments import run_plans
 
-    records = run_plan(plan_from_flags(), verbose=1 if sys.stdout.isatty() else 0)
-    print("\n" + report.overview(records).markdown())
+    plans = plans_from_flags()
+    options = {"engine": FLAGS.engine, "cpus": FLAGS.run_cpus, "gpus": FLAGS.run_gpus, "dry_run": FLAGS.dry_run}
+    estimate = FLAGS.experiment is not None or FLAGS.folds > 0
+    records = run_plans(plans, **options, estimate=estimate, verbose=1 if sys.stdout.isatty() else 0)
+    if records:
+        print("\n" + report.overview(records).markdown())
 
 
-def plan_from_flags():
-    """The plan that the flags describe."""
-    from l2sp_tf.experiments import FisherPlan, Plan
-    from l2sp_tf.recipe import Recipe
+def plans_from_flags():
+    """The plans that the flags describe: one for each source and target, or those of an experiment."""
+    from l2sp_tf.errors import InputError
+    from l2sp_tf.plans import study
 
-    is_digits = FLAGS.target == "digits/target"
-    recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
-    names = ("params", "iterations", "learning_rate", "batch_size", "resize", "resize_mode", "crop", "crops", "blur", "mirror")
-    given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
-    if FLAGS.mean is not None:
-        given["mean"] = tuple(FLAGS.mean) if len(FLAGS.mean) > 1 else FLAGS.mean[0]
-    recipe = recipe.replace(**given, beta=FLAGS.beta)
-    if FLAGS.iterations is not None:
-        recipe = recipe.replace(decay_at=None)
-    source_recipe = Recipe.source(recipe).replace(learning_rate=FLAGS.source_learning_rate)
-    if FLAGS.source_iterations is not None:
-        source_recipe = source_recipe.replace(iterations=FLAGS.source_iterations)
+    sources, weights = FLAGS.source or [None], FLAGS.weights
+    if len(weights) not in (1, len(sources)):
+        raise InputError(
+            f"There are {len(sources)} sources but {len(weights)} weights: give one for each source, or one for all."
+        )
+    pairs = zip(sources, weights * (len(sources) if len(weights) == 1 else 1), strict=True)
+    plans = [plan_from_flags(source, weight, target) for source, weight in pairs for target in FLAGS.target]
+    return plans if FLAGS.experiment is None else [part for plan in plans for part in study(FLAGS.experiment, plan)]
+
+
+def plan_from_flags(source, weights, target):
+    """The plan that the flags describe for one pair of tasks."""
+    from l2sp_tf.plans import FisherPlan, Plan
+
+    name, _, count = target.rpartition("@")
+    target, per_class = (name, int(count)) if name and count.isdigit() else (target, FLAGS.per_class)
+    is_digits = target == "digits/target"
+    recipe, source_recipe = recipes_from_flags(is_digits)
+    folds = FLAGS.folds or (DEFAULT_FOLDS if FLAGS.experiment is not None else 0)
+    rates = _numbers("learning_rate", float) or (LEARNING_RATES if folds else ())
     return Plan(
         workdir=pathlib.Path(FLAGS.workdir),
-        source=FLAGS.source or ("digits/source" if is_digits else None),
-        target=FLAGS.target,
+        source=source or ("digits/source" if is_digits else None),
+        target=target,
         backbone=FLAGS.backbone,
-        weights=FLAGS.weights,
+        weights=weights,
         pixels=FLAGS.pixels,
         penalties=tuple(FLAGS.penalty),
         alphas=_numbers("alpha", float),
+        betas=_numbers("beta", float),
+        learning_rates=rates,
+        frozen=None if FLAGS.frozen == ["all"] else _numbers("frozen", int),
+        folds=folds,
         seeds=_numbers("seeds", int),
         recipe=recipe,
         source_recipe=source_recipe,
         widths=_numbers("widths", int),
         depths=_numbers("depths", int),
         block=FLAGS.block,
-        per_class=25 if is_digits and FLAGS.per_class is None else FLAGS.per_class,
+        per_class=25 if is_digits and per_class is None else per_class,
         subset_seed=FLAGS.subset_seed,
         protocol=FLAGS.protocol,
         data_dir=FLAGS.data_dir,
@@ -122,9 +155,28 @@ def plan_from_flags():
             images=FLAGS.fisher_images,
             batch=FLAGS.fisher_batch,
             tolerance=FLAGS.fisher_tolerance,
-            transforms=_transforms(),
+            # the grids that cross-validation searches are for an F_jj of mean 1
+            transforms=_transforms() or ((("normalise", None),) if folds else ()),
         ),
     )
+
+
+def recipes_from_flags(is_digits):
+    """The recipes of fine-tuning and of training a source model."""
+    from l2sp_tf.recipe import Recipe
+
+    recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
+    names = ("params", "iterations", "batch_size", "resize", "resize_mode", "crop", "crops", "blur", "mirror")
+    given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
+    if FLAGS.mean is not None:
+        given["mean"] = tuple(FLAGS.mean) if len(FLAGS.mean) > 1 else FLAGS.mean[0]
+    recipe = recipe.replace(**given)
+    if FLAGS.iterations is not None:
+        recipe = recipe.replace(decay_at=None)
+    source_recipe = Recipe.source(recipe).replace(learning_rate=FLAGS.source_learning_rate)
+    if FLAGS.source_iterations is not None:
+        source_recipe = source_recipe.replace(iterations=FLAGS.source_iterations)
+    return recipe, source_recipe
 
 
 def _transforms():

@@ -32,18 +32,13 @@ def activation_r2(finetuned, pretrained, images, *, layers=None):
     """
     layers = [unit[-1].name for unit in units(pretrained)] if layers is None else list(layers)
     extract = [_features(model, layers) for model in (pretrained, finetuned)]
-    sums = None
-
-    @tf.function
-    def add(x, sums, shifts):
-        return [_moments(a, b, *shift, old) for a, b, shift, old in zip(extract[0](x), extract[1](x), shifts, sums, strict=True)]
-
+    sums = moments = None
     for batch in images:
         x = tf.cast(batch[0] if isinstance(batch, (tuple, list)) else batch, tf.float32)
-        if sums is None:  # sums about the first batch's means lose no digits to large means
-            shifts = [(_means(a), _means(b)) for a, b in zip(extract[0](x), extract[1](x), strict=True)]
-            sums = [tf.zeros([6, len(shift[0])], tf.float64) for shift in shifts]
-        sums = add(x, sums, shifts)
+        if moments is None:
+            moments = _moments(extract, x)
+        added = moments(x)
+        sums = added if sums is None else [old + new for old, new in zip(sums, added, strict=True)]
     if sums is None:
         raise InputError("There are no images to compare activations on.")
     return {name: _r2(total.numpy()) for name, total in zip(layers, sums, strict=True)}
@@ -83,14 +78,19 @@ def _flat(a):
     return tf.cast(tf.reshape(a, [-1, a.shape[-1]]), tf.float64)
 
 
-def _means(a):
-    return tf.reduce_mean(_flat(a), 0)
+def _moments(extract, x):
+    """A traced function of images: for each layer n, sum a, sum b, sum a², sum b² and sum ab, float64 [6, channels]."""
+    # sums about the first batch's means lose no digits to large means
+    shifts = [[tf.reduce_mean(_flat(a), 0) for a in features(x)] for features in extract]
 
+    def moments(x):
+        sums = []
+        for a, b, shift_a, shift_b in zip(extract[0](x), extract[1](x), *shifts, strict=True):
+            a, b = _flat(a) - shift_a, _flat(b) - shift_b
+            sums.append(tf.stack([tf.reduce_sum(term, 0) for term in (tf.ones_like(a), a, b, a * a, b * b, a * b)]))
+        return sums
 
-def _moments(a, b, shift_a, shift_b, old):
-    """Adds n, sum a, sum b, sum a², sum b² and sum ab of a batch: float64 [6, channels]."""
-    a, b = _flat(a) - shift_a, _flat(b) - shift_b
-    return old + tf.stack([tf.reduce_sum(term, 0) for term in (tf.ones_like(a), a, b, a * a, b * b, a * b)])
+    return tf.function(moments).get_concrete_function(tf.TensorSpec([None, *x.shape[1:]], tf.float32))
 
 
 def _r2(sums):

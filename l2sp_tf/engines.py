@@ -46,7 +46,8 @@ def _run_on_ray(ray, function, jobs, cpus, gpus, say):
     if not any(node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus for node in _nodes(ray)):
         raise InputError(f"No machine of the Ray cluster has {cpus} CPUs and {gpus} GPUs: ask for less a run.")
     # a worker keeps what it has prepared for its next job; Ray runs a job again only if its worker died
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)(function)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)(lambda job: function(job))
+    remote = remote.options(name="l2sp_tf")
     places = {remote.remote(job): place for place, job in enumerate(jobs)}
     results, errors, waiting = [None] * len(jobs), {}, list(places)
     while waiting:

@@ -1,285 +1,202 @@
-"""From a plan to records: every penalty, strength and seed is run once, and each run leaves a run.json."""
+"""From plans to records: every setting is run once, and each run leaves a run.json."""
 
 import dataclasses
-import json
-import pathlib
+import datetime
+import functools
+import statistics
+import time
 
 import keras
 import numpy as np
 
-from l2sp_tf import models, records
-from l2sp_tf.anchors import Anchors
-from l2sp_tf.data import Task, load_dataset, prepare, test_batches
-from l2sp_tf.errors import InputError
+from l2sp_tf import records
+from l2sp_tf.activations import activation_r2, box
+from l2sp_tf.data import test_batches
+from l2sp_tf.engines import run_jobs
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
-from l2sp_tf.fisher import Fisher, fisher_diagonal
-from l2sp_tf.monitor import write_histograms
-from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
-from l2sp_tf.training import finetune, preprocessing_of, train_source
+from l2sp_tf.selection import Candidate, Selection, fold_tasks
+from l2sp_tf.starts import prepare_start, short_name
+from l2sp_tf.training import finetune
+
+TIMED_STEPS = 12
+MOST_STARTS = 4  # kept in memory at once
 
 
-@dataclasses.dataclass(frozen=True)
-class FisherPlan:
-    """How the Fisher diagonal is estimated, on central crops of the source's training images in random order.
-
-    Attributes:
-        mode, samples, tolerance: as `fisher_diagonal` takes them.
-        images: how many images; None for all.
-        batch: images a batch.
-        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None.
-    """
-
-    mode: str = "rademacher"
-    samples: int = 1
-    images: int | None = None
-    batch: int = 64
-    tolerance: float | None = None
-    transforms: tuple = ()
-
-    def __post_init__(self):
-        for name, value in self.transforms:
-            if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
-                raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+def run_plan(plan, **options):
+    """Runs what of one plan is not yet recorded; as `run_plans`."""
+    return run_plans([plan], **options)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to run: the product of penalties, strengths and seeds on one pair of tasks.
+def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=False, say=print, verbose=0):
+    """Runs what of some plans is not yet recorded, and returns all records of runs on all training images.
 
-    Attributes:
-        workdir: the folder that gets anchors/, sources/ and runs/.
-        source, target: data sets, as `load_dataset` takes them; source may be None if the
-            weights come from elsewhere, and then nothing is measured on the source task.
-        backbone: as `models.backbone` takes it, with widths, depths and block.
-        weights: "none" to train the source model from scratch, "imagenet", or a file.
-        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
-        penalties: symbols of PENALTIES.
-        alphas: strengths; empty for the recipe's own of each penalty.
-        seeds: one run for each.
-        recipe, source_recipe: of fine-tuning and of training from scratch.
-        per_class: training images a class of the target; None for all.
-        subset_seed: draws them at random; None as `load_dataset` takes it.
-        protocol: whose splits: "paper" or "authors".
-        data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
-        skip_bad_images: leave out images that cannot be decoded.
-        save_models: keep each fine-tuned model beside its record.
-        fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
-    """
-
-    workdir: pathlib.Path
-    source: str | None
-    target: str
-    backbone: str
-    weights: str
-    penalties: tuple
-    alphas: tuple
-    seeds: tuple
-    recipe: Recipe
-    source_recipe: Recipe
-    pixels: str | None = None
-    widths: tuple = (16, 32, 64)
-    depths: tuple = (1, 1, 1)
-    block: str = "basic"
-    per_class: int | None = None
-    subset_seed: int | None = None
-    protocol: str = "paper"
-    data_dir: str | None = None
-    skip_bad_images: bool = False
-    save_models: bool = True
-    fisher: FisherPlan = FisherPlan()
-
-    def __post_init__(self):
-        for symbol in self.penalties:
-            if symbol not in PENALTIES:
-                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
-            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
-                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
-        if not self.penalties or not self.seeds:
-            raise InputError("There is nothing to run: give at least one penalty and one seed.")
-        if self.weights == "none" and self.source is None:
-            raise InputError("weights=none trains a source model from scratch: give its data with --source.")
-        if self.weights == "none" and self.recipe.mean == "weights":
-            raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
-
-    def runs(self):
-        """The penalties of the product, each with its seed."""
-        for symbol in dict.fromkeys(self.penalties):
-            for alpha in dict.fromkeys(self.alphas or (self.recipe.alpha_for(symbol),)):
-                for seed in dict.fromkeys(self.seeds):
-                    yield PENALTIES[symbol](alpha), seed
-
-
-def run_plan(plan, *, say=print, verbose=0):
-    """Runs what of a plan is not yet recorded, and returns all its records.
+    First come the folds of cross-validation, then the runs under what it chose. Each leaves a record under the plan's
+    workdir, so that the same call goes on where another was cut off.
 
     Args:
-        plan: a `Plan`.
+        plans: a list of `Plan`.
+        engine, cpus, gpus: where the runs are computed, as in `engines.run_jobs`.
+        estimate: whether the time of what is to be run is measured and said beforehand.
+        dry_run: whether to stop after that.
         say: called with a line of text for each step of the work.
         verbose: of Keras `fit`.
 
     Returns:
-        A list of records, in the order of the plan.
+        A list of records, in the order of the plans, each once.
 
     Raises:
         InputError: bad data, weights or settings; finished runs stay.
-        OSError: the workdir cannot be written.
+        OSError: a workdir cannot be written.
     """
-    runs = list(plan.runs())  # a bad strength is told before any work is done
-    start = _prepare_start(plan, any(isinstance(penalty, FisherPenalty) for penalty, _ in runs), say, verbose)
-    done = []
-    for number, (penalty, seed) in enumerate(runs, start=1):
-        title = f"[{number}/{len(runs)}] {penalty}, seed {seed}"
-        done.append(_run(plan, start, penalty, seed, lambda text, title=title: say(f"{title}: {text}"), verbose))
-    return done
+    for plan in plans:
+        list(plan.runs())  # a bad strength is told before any work is done
+    options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
+    starts = [_start_of(plan, say, verbose) for plan in plans]
+    trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
+    # the number of runs does not depend on what will be chosen
+    guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]
+    count = sum(len(list(plan.runs(start.units, guess))) for plan, start, guess in zip(plans, starts, guesses, strict=True))
+    if estimate or dry_run:
+        _say_plan(plans, starts, trials, count, say)
+    if dry_run:
+        return []
+    _prepare_fisher(plans, starts)
+    work = functools.partial(_run_job, say, verbose)
+    scored = run_jobs(work, trials, **options)
+    jobs = []
+    for plan, start in zip(plans, starts, strict=True):
+        selections = _select(plan, trials, scored)
+        chosen = {symbol: setting for symbol, (setting, _) in selections.items()}
+        notes = {symbol: note for symbol, (_, note) in selections.items()}
+        jobs += [(plan, setting, notes.get(setting.symbol)) for setting in plan.runs(start.units, chosen)]
+        for setting in chosen.values():
+            say(f"{plan.target}: cross-validation chose {setting.penalty}, beta {setting.beta:g}, rate {setting.learning_rate:g}")
+    return run_jobs(work, _jobs(jobs), **options)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Start:
-    """What all runs of a plan start from."""
-
-    target: Task
-    source: Task | None
-    pretrained: keras.Model
-    origin: str
-    anchors: Anchors
-    anchors_path: pathlib.Path
-    before: dict | None
-    fisher: Fisher | None
+def _jobs(triples):
+    """Numbered jobs (plan, setting, selection, title), those that would leave the same record only once."""
+    unique = list({(plan.start_key(), setting): (plan, setting, selection) for plan, setting, selection in triples}.values())
+    return [(*triple, f"[{number}/{len(unique)}] {triple[1]}") for number, triple in enumerate(unique, start=1)]
 
 
-def _prepare_start(plan, needs_fisher, say, verbose):
-    plan.workdir.mkdir(parents=True, exist_ok=True)
-    pixels = models.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
-    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
-    dataset = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
-    target = _task(plan, dataset, plan.recipe, pixels, say)
-    source = before = None
-    if plan.source is not None:
-        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, pixels, say)
-    pretrained, origin = _pretrained(plan, source, say, verbose)
-    anchors, anchors_path = _stored_anchors(plan, pretrained)
-    if source is not None:
-        before = _source_accuracy(pretrained, source, plan.recipe.crops)
-        say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
-    fisher = _fisher(plan, pretrained, source, anchors, say, verbose) if needs_fisher else None
-    return _Start(target, source, pretrained, origin, anchors, anchors_path, before, fisher)
+def _run_job(say, verbose, job):
+    plan, setting, selection, title = job
+    return _run(_start_of(plan, say, verbose), plan, setting, selection, lambda text: say(f"{title}: {text}"), verbose)
 
 
-def _run(plan, start, penalty, seed, say, verbose):
+_STARTS = {}
+
+
+def _start_of(plan, say, verbose):
+    """What a plan starts from; the last few are kept."""
+    key = plan.start_key()
+    if key not in _STARTS:
+        while len(_STARTS) >= MOST_STARTS:
+            _STARTS.pop(next(iter(_STARTS)))
+        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose)
+    return _STARTS[key]
+
+
+def _prepare_fisher(plans, starts):
+    """Estimates each Fisher diagonal that is needed here and now, so that no two runs do it at once."""
+    for plan, start in zip(plans, starts, strict=True):
+        if any(isinstance(plan.grid(symbol)[0].penalty, FisherPenalty) for symbol in plan.penalties):
+            start.fisher  # noqa: B018
+
+
+def _run(start, plan, setting, selection, say, verbose):
     """One fine-tuning with its evaluation, or its record if it has one."""
-    fisher = start.fisher if isinstance(penalty, FisherPenalty) else None
-    settings = _settings(plan, start, penalty, seed, fisher)
-    folder = plan.workdir / "runs" / f"{penalty.symbol}-{penalty.alpha:g}-seed{seed}-{records.run_key(settings)}"
-    if (folder / "run.json").exists():
-        record = records.read_record(folder / "run.json")
-        say(f"already finished, target accuracy {record['results']['accuracy']:.1%}")
-        return record
-    say(f"{plan.recipe.iterations} iterations")
-    link_or_copy(start.anchors_path, folder / "anchors.safetensors")
-    options = {"fisher": fisher, "seed": seed, "run_dir": folder, "verbose": verbose, "save": plan.save_models}
-    run = finetune(start.pretrained, start.target, penalty, plan.recipe, anchors=start.anchors, **options)
-    results, kept = evaluate(run.model, start.target, crops=plan.recipe.crops), ""
-    if start.source is not None:
-        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before, crops=plan.recipe.crops)
-        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}"
-    record = _write(folder, settings, run, results, fisher)
-    say(f"target accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
+    fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
+    recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    settings = _settings(plan, start, setting, recipe, fisher)
+    path = _folder(plan, setting, settings) / "run.json"
+    if path.exists():
+        record = records.read_record(path)
+        if selection is not None and record.get("selection") != selection:
+            records.write_record(path, {**record, "selection": selection})  # run before as a point of a grid, and chosen now
+        say(f"already finished, accuracy {record['results']['accuracy']:.1%}")
+        return records.read_record(path)
+    say(f"{recipe.iterations} iterations")
+    options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
+    if setting.fold is not None:
+        task = fold_tasks(start.target, plan.folds)[setting.fold]
+        run = finetune(start.pretrained, task, setting.penalty, recipe, **options)
+        results, kept = evaluate(run.model, task, crops=recipe.crops), " on the fold"
+    else:
+        link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
+        options |= {"run_dir": path.parent, "save": plan.save_models}
+        run = finetune(start.pretrained, start.target, setting.penalty, recipe, **options)
+        results, kept = _measure(run, start, recipe)
+    record = _write(path, settings, run, results, fisher, selection)
+    say(f"accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
     keras.utils.clear_session(free_memory=True)
     return record
 
 
-def _task(plan, dataset, recipe, pixels, say):
-    say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
-    mean = recipe.mean_for(dataset.name, pixels)
-    options = {"mean": mean, "skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
-    task = prepare(dataset, preprocessing_of(recipe, pixels), **options)
-    say(f"{dataset.name}: pixels {task.pixels}, {_origin_of_mean(recipe.mean, mean)}")
-    skipped = task.train.skipped + task.test.skipped
-    if skipped:
-        say(f"{dataset.name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
-    return task
+def _measure(run, start, recipe):
+    """What a run on all training images is measured by: target accuracy, source accuracy, and R² of activations."""
+    results, kept = evaluate(run.model, start.target, crops=recipe.crops, answers=True), ""
+    results["right"] = np.packbits(results["right"]).tobytes().hex()
+    if start.source is not None:
+        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before, crops=recipe.crops)
+        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}"
+    if start.units:
+        target = start.target
+        batches = test_batches(target.train, target.preprocessing, target.mean, batch_size=recipe.batch_size)
+        results["r2"] = {name: box(values) for name, values in activation_r2(run.model, start.pretrained, batches).items()}
+    return results, kept
 
 
-def _pretrained(plan, source, say, verbose):
-    """The pre-trained model, and what tells it from others: trained from scratch, downloaded or read."""
-    if plan.weights.endswith(".keras"):
-        return models.load_model(plan.weights), "file"
-    classes = len(source.classes) if source is not None else models.head_classes(plan.weights) or 1000
-    shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
-    if plan.weights != "none":
-        model = models.backbone(plan.backbone, classes, weights=plan.weights, **shape)
-        return model, "imagenet" if plan.weights == "imagenet" else "file"
-    keras.utils.set_random_seed(0)
-    model = models.backbone(plan.backbone, classes, **shape)
-    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": _plain(plan.source_recipe)}
-    key = records.run_key({**identity, "backbone": plan.backbone, **_plain(shape), "versions": records.versions()})
-    folder = plan.workdir / "sources" / key
-    path = folder / "weights.safetensors"
-    if path.exists():
-        models.load_weights(model, path)
-        say(f"source model: trained before, read from {path}")
-    else:
-        say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
-        run = train_source(model, source, plan.source_recipe, run_dir=folder, verbose=verbose, save=False)
-        Anchors.of(model, source.pixels).save(path)
-        say(f"source model: trained in {run.seconds:.1f} s")
-    return models.detached_copy(model), "scratch"
-
-
-def _stored_anchors(plan, pretrained):
-    """The anchors of the pre-trained model, and the file under the workdir that all runs share."""
-    anchors = Anchors.of(pretrained)
-    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}.safetensors"
-    if path.exists():
-        return Anchors.load(path), path
-    anchors.save(path)
-    return anchors, path
-
-
-def _source_accuracy(pretrained, source, crops):
-    classes = pretrained.output_shape[-1]
-    if classes != len(source.classes):
-        raise InputError(
-            f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
-            "give the source data it was trained on, or no --source."
+def _select(plan, trials, scored):
+    """By symbol, the setting that has the highest mean accuracy over the folds, and a note of all scores for the record."""
+    if not plan.folds:
+        return {}
+    accuracy = {(job[0].start_key(), job[1]): record["results"]["accuracy"] for job, record in zip(trials, scored, strict=True)}
+    chosen = {}
+    for symbol in dict.fromkeys(plan.penalties):
+        candidates = []
+        for s in plan.grid(symbol):
+            folds = tuple(accuracy[plan.start_key(), dataclasses.replace(s, seed=fold, fold=fold)] for fold in range(plan.folds))
+            candidates.append(Candidate(s.alpha, s.beta, s.learning_rate, folds))
+        best = Selection(type(s.penalty), plan.recipe, tuple(candidates)).best
+        chosen[symbol] = (
+            plan.grid(symbol)[candidates.index(best)],
+            {
+                "folds": plan.folds,
+                "candidates": records.plain([[c.alpha, c.beta, c.learning_rate, c.mean] for c in candidates]),
+            },
         )
-    return evaluate(pretrained, source, crops=crops)
+    return chosen
 
 
-def _fisher(plan, pretrained, source, anchors, say, verbose):
-    """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
-    f = plan.fisher
-    count = len(source.train) if f.images is None else min(f.images, len(source.train))
-    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
-    identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    seen = {"preprocessing": _plain(source.preprocessing), "mean": source.mean.tolist()}
-    key = records.run_key({**identity, **seen})
-    path = plan.workdir / "fisher" / f"{key}.safetensors"
-    if path.exists():
-        fisher = Fisher.load(path)
-        say(f"Fisher diagonal: estimated before, read from {path}")
-    else:
-        say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
-        order = np.random.default_rng(0).permutation(len(source.train))[:count]  # so that any part is a fair sample
-        batches = test_batches(source.train, source.preprocessing, source.mean, batch_size=f.batch, order=order)
-        options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": _short(source.name)}
-        fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
-        fisher.save(path)
-        write_histograms(path.parent / "tensorboard" / key, fisher)
-    worst = max(fisher.standard_error().values())
-    say(f"Fisher diagonal: {fisher.provenance['images']} images, relative standard error of a layer at most {worst:.1%}")
-    for name, value in f.transforms:
-        fisher = getattr(fisher, name)(*([] if value is None else [value]))
-    return fisher
+def _say_plan(plans, starts, trials, count, say):
+    """Says how many runs there are, and about how long the training of those without a record will take here."""
+    finished = [len(list(path.glob("*/run.json"))) for name in ("folds", "runs") for path in {p.workdir / name for p in plans}]
+    left = max(0, len(trials) + count - sum(finished))
+    seconds = left * plans[0].recipe.iterations * _seconds_per_step(plans[0], starts[0]) if left else 0
+    length = datetime.timedelta(seconds=round(seconds))
+    say(f"plan: {len(trials)} runs on folds, then {count} runs; {left} are left, about {length} of training on this machine")
 
 
-def _settings(plan, start, penalty, seed, fisher):
+def _seconds_per_step(plan, start):
+    """The median time of a training step here, after the first ones."""
+    times = []
+    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
+    recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None)
+    setting = next(iter(plan.grid(plan.penalties[0])))
+    penalty = PENALTIES["l2_sp"](1.0) if isinstance(setting.penalty, FisherPenalty) else setting.penalty
+    finetune(start.pretrained, start.target, penalty, recipe, anchors=start.anchors, callbacks=[clock], verbose=0)
+    return statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+
+
+def _settings(plan, start, setting, recipe, fisher):
     """What a run's result depends on; the key of the run is made of it."""
-    return {
-        "source": _short(start.source.name if start.source is not None else plan.weights),
-        "target": _short(start.target.name),
+    settings = {
+        "source": short_name(start.source.name if start.source is not None else plan.weights),
+        "target": short_name(start.target.name),
         "target_digest": start.target.digest,
         "source_digest": start.source.digest if start.source is not None else None,
         "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
@@ -287,30 +204,27 @@ def _settings(plan, start, penalty, seed, fisher):
         "anchors": start.anchors.digest,
         "weights": start.origin,
         "backbone": plan.backbone,
-        "pixels": _plain(start.target.pixels),
+        "pixels": records.plain(start.target.pixels),
         "source_mean": start.source.mean.tolist() if start.source is not None else None,
-        "penalty": penalty.symbol,
-        "alpha": penalty.alpha,
-        "beta": plan.recipe.beta,
-        "seed": seed,
-        "recipe": _plain(plan.recipe),
-        **({"fisher": fisher.digest} if fisher is not None else {}),
+        "penalty": setting.symbol,
+        "alpha": setting.alpha,
+        "beta": setting.beta,
+        "seed": setting.seed,
+        "frozen": setting.frozen,
+        "recipe": records.plain(recipe),
     }
+    if setting.fold is not None:
+        settings["fold"] = [setting.fold, plan.folds]
+    return {**settings, "fisher": fisher.digest} if fisher is not None else settings
 
 
-def _origin_of_mean(choice, mean):
-    """Where the mean of a task comes from, in words."""
-    if mean is not None:
-        return "which was given" if isinstance(choice, tuple) else f"that of the {choice}"
-    return "that of its training images" + (", as the authors publish none for it" if choice == "authors" else "")
+def _folder(plan, setting, settings):
+    """The folder of a run, under folds/ or runs/ of the workdir."""
+    kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
+    return plan.workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(settings)}"
 
 
-def _short(path):
-    """The last two parts of a path: enough to tell tasks apart in a table, and no record of a machine."""
-    return "/".join(pathlib.Path(path).parts[-2:])
-
-
-def _write(folder, settings, run, results, fisher):
+def _write(path, settings, run, results, fisher, selection):
     record = {
         "settings": settings,
         "versions": records.versions(),
@@ -322,11 +236,7 @@ def _write(folder, settings, run, results, fisher):
         "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
         "seconds": run.seconds,
         **({"fisher": fisher.provenance} if fisher is not None else {}),
+        **({"selection": selection} if selection is not None else {}),
     }
-    records.write_record(folder / "run.json", record)
-    return records.read_record(folder / "run.json")
-
-
-def _plain(value):
-    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
-    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
+    records.write_record(path, record)
+    return records.read_record(path)

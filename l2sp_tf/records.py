@@ -1,5 +1,6 @@
 """run.json: one record for each finished run, the only thing that tables and figures read."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -24,6 +25,11 @@ REQUIRED = {
 def run_key(settings):
     """Sixteen hexadecimal digits that name a run: equal settings, equal key."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plain(value):
+    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
 
 
 def versions():

@@ -20,9 +20,9 @@ FLOORS = [
     {"convert", "models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
     {"activations", "evaluation"},
     {"training"},
-    {"plans", "selection"},
+    {"engines", "plans", "selection"},
     {"starts"},
-    {"engines", "experiments", "figures", "cli"},
+    {"experiments", "figures", "cli"},
 ]
 
 

@@ -1,0 +1,197 @@
+"""Plans: what to run for a pair of tasks, and for each table and figure of the paper."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+from l2sp_tf.errors import InputError
+from l2sp_tf.recipe import Recipe
+from l2sp_tf.records import plain
+from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+
+STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
+FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
+MOST_FROZEN = 8
+RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherPlan:
+    """How the Fisher diagonal is estimated, on central crops of the source's training images in random order.
+
+    Attributes:
+        mode, samples, tolerance: as `fisher_diagonal` takes them.
+        images: how many images; None for all.
+        batch: images a batch.
+        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None.
+    """
+
+    mode: str = "rademacher"
+    samples: int = 1
+    images: int | None = None
+    batch: int = 64
+    tolerance: float | None = None
+    transforms: tuple = ()
+
+    def __post_init__(self):
+        for name, value in self.transforms:
+            if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
+                raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One run: a penalty's symbol and strengths, the learning rate, how many units are frozen, the seed, and the fold or None."""
+
+    symbol: str
+    alpha: float
+    beta: float
+    learning_rate: float
+    frozen: int = 0
+    seed: int = 0
+    fold: int | None = None
+
+    @property
+    def penalty(self):
+        """The penalty itself."""
+        return PENALTIES[self.symbol](self.alpha)
+
+    def __str__(self):
+        where = f"fold {self.fold}" if self.fold is not None else f"seed {self.seed}"
+        frozen = f", {self.frozen} units frozen" if self.frozen else ""
+        return f"{self.penalty}, beta {self.beta:g}, rate {self.learning_rate:g}{frozen}, {where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: the product of penalties, strengths and seeds on one pair of tasks.
+
+    Attributes:
+        workdir: the folder that gets anchors/, sources/ and runs/.
+        source, target: data sets, as `load_dataset` takes them; source may be None if the
+            weights come from elsewhere, and then nothing is measured on the source task.
+        backbone: as `models.backbone` takes it, with widths, depths and block.
+        weights: "none" to train the source model from scratch, "imagenet", or a file.
+        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
+        penalties: symbols of PENALTIES.
+        alphas: strengths; empty for the recipe's own of each penalty (with folds: its grid).
+        seeds: one run for each.
+        recipe, source_recipe: of fine-tuning and of training from scratch.
+        per_class: training images a class of the target; None for all.
+        subset_seed: draws them at random; None as `load_dataset` takes it.
+        protocol: whose splits: "paper" or "authors".
+        data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
+        skip_bad_images: leave out images that cannot be decoded.
+        save_models: keep each fine-tuned model beside its record.
+        fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
+        betas, learning_rates: more values than the recipe's one; empty for that.
+        frozen: how many of the first units are frozen, a run for each number; None for up to 8
+            numbers spread over all units (Fig. 3).
+        folds: with 2 or more, cross-validation on the target's training images chooses one of the
+            alphas, betas and learning rates for each penalty, and only that one is run.
+    """
+
+    workdir: pathlib.Path
+    source: str | None
+    target: str
+    backbone: str
+    weights: str
+    penalties: tuple
+    alphas: tuple
+    seeds: tuple
+    recipe: Recipe
+    source_recipe: Recipe
+    pixels: str | None = None
+    widths: tuple = (16, 32, 64)
+    depths: tuple = (1, 1, 1)
+    block: str = "basic"
+    per_class: int | None = None
+    subset_seed: int | None = None
+    protocol: str = "paper"
+    data_dir: str | None = None
+    skip_bad_images: bool = False
+    save_models: bool = True
+    fisher: FisherPlan = FisherPlan()
+    betas: tuple = ()
+    learning_rates: tuple = ()
+    frozen: tuple | None = (0,)
+    folds: int = 0
+
+    def __post_init__(self):
+        for symbol in self.penalties:
+            if symbol not in PENALTIES:
+                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
+            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
+                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
+        if not self.penalties or not self.seeds:
+            raise InputError("There is nothing to run: give at least one penalty and one seed.")
+        if self.weights == "none" and self.source is None:
+            raise InputError("weights=none trains a source model from scratch: give its data with --source.")
+        if self.weights == "none" and self.recipe.mean == "weights":
+            raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
+
+        if self.folds < 0 or self.folds == 1:
+            raise InputError(f"folds is {self.folds}: give at least 2, or 0 for no cross-validation.")
+
+    def start_key(self):
+        """Equal for plans whose runs start from the same data and model."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in RUN_FIELDS}
+        return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
+
+    def grid(self, symbol):
+        """The settings of a penalty: the product of alphas, betas and learning rates, in that order."""
+        alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
+        betas, rates = self.betas or (self.recipe.beta,), self.learning_rates or (self.recipe.learning_rate,)
+        combinations = itertools.product(*(dict.fromkeys(values) for values in (alphas, betas, rates)))
+        return [Setting(symbol, *combination) for combination in combinations]
+
+    def trials(self):
+        """What cross-validation runs: every setting of every penalty on every fold."""
+        settings = (setting for symbol in dict.fromkeys(self.penalties) for setting in self.grid(symbol))
+        return [dataclasses.replace(s, seed=fold, fold=fold) for s in settings for fold in range(self.folds)]
+
+    def runs(self, units=0, chosen=None):
+        """What is run on all training images.
+
+        Args:
+            units: how many units the backbone has; needed where `frozen` is None.
+            chosen: the setting of each penalty that cross-validation chose, by symbol.
+        """
+        frozen = self.frozen if self.frozen is not None else spread(units, MOST_FROZEN)
+        for symbol in dict.fromkeys(self.penalties):
+            for setting in [chosen[symbol]] if chosen else self.grid(symbol):
+                for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(self.seeds)):
+                    yield dataclasses.replace(setting, frozen=n, seed=seed)
+
+
+def spread(last, most):
+    """The whole numbers from 0 to `last`, or `most` of them evenly spread."""
+    count = min(most, last + 1)
+    return tuple(round(i * last / max(count - 1, 1)) for i in range(count))
+
+
+def study(name, plan):
+    """The plans that a table or a figure of the paper needs, made from one for its data, weights and recipe.
+
+    Tables 2 and 3 and Fig. 4 compare L2, L2-SP and L2-SP-Fisher, Fig. 2 all penalties, under settings that
+    cross-validation chose. Fig. 3 freezes the first units under L2 and L2-SP. Fig. 1 runs L2-SP over alpha and beta.
+
+    Args:
+        name: one of STUDIES.
+        plan: a `Plan`; its penalties do not count, and its alphas, betas and learning rates are searched.
+
+    Raises:
+        InputError: the name is unknown, or the Fisher penalties lack source images.
+    """
+    if name not in STUDIES:
+        raise InputError(f"The experiment {name!r} is unknown: give one of {', '.join(STUDIES)}.")
+    if name == "all":
+        return [*study("figure_2", plan), *study("figure_3", plan), *study("figure_1", plan)]
+    if name == "figure_1":
+        alphas, betas = plan.alphas or plan.recipe.grid_for("l2_sp"), plan.betas or FIGURE_1_BETAS
+        changes = {"alphas": alphas, "betas": betas, "learning_rates": (), "seeds": plan.seeds[:1], "folds": 0, "frozen": (0,)}
+        return [dataclasses.replace(plan, penalties=("l2_sp",), **changes)]
+    penalties = {"figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}.get(name, ("l2", "l2_sp", "l2_sp_fisher"))
+    frozen = plan.frozen if plan.frozen is None or any(plan.frozen) else None
+    return [dataclasses.replace(plan, penalties=penalties, frozen=frozen if name == "figure_3" else (0,))]

@@ -1,0 +1,182 @@
+"""What the runs of a plan start from: both tasks, the pre-trained model, its anchors and its Fisher diagonal."""
+
+import dataclasses
+import functools
+import pathlib
+
+import keras
+import numpy as np
+
+from l2sp_tf import models, records
+from l2sp_tf.anchors import Anchors
+from l2sp_tf.data import Task, load_dataset, prepare, test_batches
+from l2sp_tf.errors import InputError
+from l2sp_tf.evaluation import evaluate
+from l2sp_tf.fisher import Fisher, fisher_diagonal
+from l2sp_tf.monitor import write_histograms
+from l2sp_tf.plans import Plan
+from l2sp_tf.training import preprocessing_of, train_source
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """What all runs of a plan start from.
+
+    Attributes:
+        plan: the `Plan`.
+        target, source: a `Task` each; source may be None.
+        pretrained: the pre-trained model.
+        origin: "scratch", "imagenet" or "file".
+        anchors, anchors_path: of the pre-trained model, and their file.
+        before: the source accuracy of the pre-trained model, as `evaluate` returns it, or None.
+        say, verbose: as in `prepare_start`.
+    """
+
+    plan: Plan
+    target: Task
+    source: Task | None
+    pretrained: keras.Model
+    origin: str
+    anchors: Anchors
+    anchors_path: pathlib.Path
+    before: dict | None
+    say: object
+    verbose: int
+
+    @functools.cached_property
+    def fisher(self):
+        """The Fisher diagonal of the pre-trained model on the source's training images, transformed as the plan says."""
+        return _fisher(self.plan, self.pretrained, self.source, self.anchors, self.say, self.verbose)
+
+    @functools.cached_property
+    def units(self):
+        """How many units can be frozen: 0 if the backbone's units cannot be told."""
+        try:
+            return len(models.units(self.pretrained))
+        except InputError:
+            return 0
+
+
+def prepare_start(plan, *, say=print, verbose=0):
+    """Loads the data of a plan, and trains or loads its pre-trained model; what was made before is read.
+
+    Args:
+        plan: a `Plan`.
+        say: called with a line of text for each step.
+        verbose: of Keras `fit`.
+
+    Raises:
+        InputError: bad data or weights.
+        OSError: the workdir cannot be written.
+    """
+    plan.workdir.mkdir(parents=True, exist_ok=True)
+    pixels = models.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
+    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
+    dataset = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
+    target = _task(plan, dataset, plan.recipe, pixels, say)
+    source = before = None
+    if plan.source is not None:
+        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, pixels, say)
+    pretrained, origin = _pretrained(plan, source, say, verbose)
+    anchors, anchors_path = _stored_anchors(plan, pretrained)
+    if source is not None:
+        before = _source_accuracy(pretrained, source, plan.recipe.crops)
+        say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
+    return Start(plan, target, source, pretrained, origin, anchors, anchors_path, before, say, verbose)
+
+
+def _task(plan, dataset, recipe, pixels, say):
+    say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
+    mean = recipe.mean_for(dataset.name, pixels)
+    options = {"mean": mean, "skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+    task = prepare(dataset, preprocessing_of(recipe, pixels), **options)
+    say(f"{dataset.name}: pixels {task.pixels}, {_origin_of_mean(recipe.mean, mean)}")
+    skipped = task.train.skipped + task.test.skipped
+    if skipped:
+        say(f"{dataset.name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
+    return task
+
+
+def _pretrained(plan, source, say, verbose):
+    """The pre-trained model, and what tells it from others: trained from scratch, downloaded or read."""
+    if plan.weights.endswith(".keras"):
+        return models.load_model(plan.weights), "file"
+    classes = len(source.classes) if source is not None else models.head_classes(plan.weights) or 1000
+    shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+    if plan.weights != "none":
+        model = models.backbone(plan.backbone, classes, weights=plan.weights, **shape)
+        return model, "imagenet" if plan.weights == "imagenet" else "file"
+    keras.utils.set_random_seed(0)
+    model = models.backbone(plan.backbone, classes, **shape)
+    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": records.plain(plan.source_recipe)}
+    key = records.run_key({**identity, "backbone": plan.backbone, **records.plain(shape), "versions": records.versions()})
+    folder = plan.workdir / "sources" / key
+    path = folder / "weights.safetensors"
+    if path.exists():
+        models.load_weights(model, path)
+        say(f"source model: trained before, read from {path}")
+    else:
+        say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
+        run = train_source(model, source, plan.source_recipe, run_dir=folder, verbose=verbose, save=False)
+        Anchors.of(model, source.pixels).save(path)
+        say(f"source model: trained in {run.seconds:.1f} s")
+    return models.detached_copy(model), "scratch"
+
+
+def _stored_anchors(plan, pretrained):
+    """The anchors of the pre-trained model, and the file under the workdir that all runs share."""
+    anchors = Anchors.of(pretrained)
+    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}.safetensors"
+    if path.exists():
+        return Anchors.load(path), path
+    anchors.save(path)
+    return anchors, path
+
+
+def _source_accuracy(pretrained, source, crops):
+    classes = pretrained.output_shape[-1]
+    if classes != len(source.classes):
+        raise InputError(
+            f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
+            "give the source data it was trained on, or no --source."
+        )
+    return evaluate(pretrained, source, crops=crops)
+
+
+def _fisher(plan, pretrained, source, anchors, say, verbose):
+    """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
+    f = plan.fisher
+    count = len(source.train) if f.images is None else min(f.images, len(source.train))
+    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
+    identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
+    seen = {"preprocessing": records.plain(source.preprocessing), "mean": source.mean.tolist()}
+    key = records.run_key({**identity, **seen})
+    path = plan.workdir / "fisher" / f"{key}.safetensors"
+    if path.exists():
+        fisher = Fisher.load(path)
+        say(f"Fisher diagonal: estimated before, read from {path}")
+    else:
+        say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
+        order = np.random.default_rng(0).permutation(len(source.train))[:count]  # so that any part is a fair sample
+        batches = test_batches(source.train, source.preprocessing, source.mean, batch_size=f.batch, order=order)
+        options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": short_name(source.name)}
+        fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
+        fisher.save(path)
+        write_histograms(path.parent / "tensorboard" / key, fisher)
+    worst = max(fisher.standard_error().values())
+    say(f"Fisher diagonal: {fisher.provenance['images']} images, relative standard error of a layer at most {worst:.1%}")
+    for name, value in f.transforms:
+        fisher = getattr(fisher, name)(*([] if value is None else [value]))
+    return fisher
+
+
+def _origin_of_mean(choice, mean):
+    """Where the mean of a task comes from, in words."""
+    if mean is not None:
+        return "which was given" if isinstance(choice, tuple) else f"that of the {choice}"
+    return "that of its training images" + (", as the authors publish none for it" if choice == "authors" else "")
+
+
+def short_name(path):
+    """The last two parts of a path: enough to tell tasks apart in a table, and no record of a machine."""
+    return "/".join(pathlib.Path(path).parts[-2:])

@@ -1,0 +1,141 @@
+"""Experiments on the embedded digits: folds, choice, records, resumption, and Ray."""
+
+import dataclasses
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from test_engines import ray  # noqa: F401
+from test_plans import plan
+
+import l2sp_tf as l2sp
+from l2sp_tf import experiments, records, report
+from l2sp_tf.recipe import Recipe
+
+RECIPE = Recipe.digits().replace(iterations=6, batch_size=16)
+SOURCE_RECIPE = Recipe.source(RECIPE).replace(iterations=20)
+
+
+def tiny(workdir, **changes):
+    options = {"recipe": RECIPE, "source_recipe": SOURCE_RECIPE, "widths": (4, 8), "depths": (1, 1), "per_class": 10}
+    return plan(workdir=workdir, **{"seeds": (0,), "penalties": ("l2_sp",), "save_models": False, **options, **changes})
+
+
+def run(plans, **options):
+    said = []
+    return experiments.run_plans(plans, say=said.append, **options), said
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir in which cross-validation has chosen between two strengths, what was run, and what was said."""
+    workdir = tmp_path_factory.mktemp("experiment")
+    made = tiny(workdir, folds=2, alphas=(1000.0, 0.1), frozen=(0, 1))
+    return made, *run([made], estimate=True)
+
+
+def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
+    made, found, said = finished
+    assert any("plan: 4 runs on folds, then 2 runs; 6 are left, about 0:00:" in line for line in said)
+    assert sum("[" in line and "accuracy" in line for line in said) == 6
+    assert [record["settings"]["frozen"] for record in found] == [0, 1]
+
+
+def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(finished):
+    made, found, _ = finished
+    folds = [records.read_record(path) for path in made.workdir.glob("folds/*/run.json")]
+    scores = {
+        alpha: np.mean([r["results"]["accuracy"] for r in folds if r["settings"]["alpha"] == alpha]) for alpha in made.alphas
+    }
+    assert {r["settings"]["alpha"] for r in found} == {max(scores, key=scores.get)}
+    candidates = found[0]["selection"]["candidates"]
+    assert [c[0] for c in candidates] == list(made.alphas)
+    assert [c[3] for c in candidates] == pytest.approx([scores[alpha] for alpha in made.alphas])
+    assert all(r["results"]["total"] == 10 and r["settings"]["fold"][1] == 2 for r in folds)  # of 20 training images
+
+
+def test_a_record_holds_what_tables_and_figures_need(finished):
+    record = finished[1][0]
+    assert report.right(record).sum() == record["results"]["correct"]
+    assert list(record["results"]["r2"]) == ["conv1_relu", "conv2_block1_out", "conv3_block1_out"]
+    assert 0 <= record["results"]["r2"]["conv1_relu"]["med"] <= 1
+    frozen = finished[1][1]["results"]["r2"]
+    assert frozen["conv1_relu"]["whislo"] == pytest.approx(1)
+    assert report.table_3(finished[1]).rows and report.table_2(finished[1]).rows[0][1].endswith("(1)")
+
+
+def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
+    made, found, _ = finished
+    again, said = run([made])
+    assert again == found and sum("already finished" in line for line in said) == 6
+    more = dataclasses.replace(made, alphas=(5.0,))
+    nothing, said = run([more], dry_run=True)
+    assert nothing == [] and not list(made.workdir.glob("folds/l2_sp-5-*"))
+
+
+def test_an_interrupted_experiment_goes_on(finished):
+    made, found, _ = finished
+    for pattern in ("folds/l2_sp-0.1-fold1-*/run.json", "runs/*/run.json"):
+        next(made.workdir.glob(pattern)).unlink()
+    again, said = run([made])
+    assert sum("already finished" in line for line in said) == 4
+    assert [r["settings"] for r in again] == [r["settings"] for r in found]
+
+
+def test_a_run_that_was_a_grid_point_becomes_the_chosen_one(finished, tmp_path):
+    made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
+    grid = dataclasses.replace(made, folds=0)
+    first, _ = run([grid])
+    assert not any("selection" in record for record in first)
+    (chosen,), said = run([made])
+    assert chosen["selection"] and sum("already finished" in line for line in said) == 1
+    assert chosen["settings"] in [record["settings"] for record in first]
+
+
+def test_plans_that_share_runs_run_them_once(tmp_path):
+    made = tiny(tmp_path)
+    found, said = run([made, dataclasses.replace(made, alphas=(0.1, 1.0))])
+    assert [r["settings"]["alpha"] for r in found] == [1.0, 0.1]  # 1 is the digits' own
+    assert sum("source model: training" in line for line in said) == 1
+
+
+def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path):
+    with pytest.raises(l2sp.InputError, match="11 folds"):
+        run([tiny(tmp_path, folds=11)])
+
+
+def kill_one_worker(workdir, killed):
+    """Kills a Ray worker that is busy, once the first record is there."""
+    for _ in range(1200):
+        if list(workdir.glob("folds/*/run.json")):
+            for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    command = path.read_bytes()
+                except OSError:
+                    continue
+                if command.startswith(b"ray::l2sp_tf"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    killed.append(path.parent.name)
+                    return
+        time.sleep(0.1)
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="finds workers in /proc")
+def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
+    made = dataclasses.replace(finished[0], workdir=tmp_path)
+    killed = []
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
+    killer.start()
+    found, _ = run([made], engine="ray")
+    killer.join()
+    assert len(killed) == 1
+    local = [records.read_record(path) for path in finished[0].workdir.glob("folds/*/run.json")]
+    remote = [records.read_record(path) for path in tmp_path.glob("folds/*/run.json")]
+    keys = ("alpha", "beta", "frozen", "seed", "fold", "target_digest", "penalty")
+    where = lambda record: [record["settings"].get(key) for key in keys]  # noqa: E731
+    assert sorted(map(where, remote)) == sorted(map(where, local))
+    assert len(found) == 2 and all(set(r) == set(finished[1][0]) for r in found)
