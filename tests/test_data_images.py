@@ -236,3 +236,10 @@ def test_a_crop_that_does_not_fit_an_image_of_unknown_sides_fails():
 def test_a_blur_that_makes_no_sense_is_refused(kernel_size, sigma):
     with pytest.raises(InputError, match="blur"):
         ops.random_blur(photo(9, 8, 3), [1, 2], kernel_size, sigma)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_the_inside_of_a_blur_needs_no_more_than_its_margin(dtype):
+    batch, mean = photo(3, 9, 10, 3).astype(dtype), np.array([1.0, 2.0, 3.0], np.float32)
+    inside = ops.blur_inside(batch[:, 1:9, 2:10], tf.constant(SEEDS[:3]), mean=mean)
+    np.testing.assert_allclose(inside, ops.random_blur(batch, SEEDS[:3])[:, 3:7, 4:8] - mean, rtol=1e-5, atol=1e-3)

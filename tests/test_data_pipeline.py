@@ -273,12 +273,6 @@ def test_a_stream_resumes_to_the_bit(start):
         np.testing.assert_array_equal(labels, labels_again)
 
 
-def test_batches_larger_than_a_piece_resume_to_the_bit(monkeypatch):
-    monkeypatch.setattr(pipeline, "PIECE_BYTES", 4 * 6 * 6 * 3 * 4)
-    assert [pipeline._piece(batch_size, 6) for batch_size in (6, 8, 7, 1)] == [3, 4, 1, 1]
-    test_a_stream_resumes_to_the_bit(5)
-
-
 def packed_images(sides, seed=0):
     """Images with sides of their own."""
     sides = np.array(sides)

@@ -86,20 +86,21 @@ def random_blur(image, seed, kernel_size=5, sigma=(0.1, 2.0)):
     return _unbatched(tf.ensure_shape(blur_inside(padded, seeds, kernel_size, sigma), images.shape), image)
 
 
-def blur_inside(images, seeds, kernel_size=5, sigma=(0.1, 2.0)):
+def blur_inside(images, seeds, kernel_size=5, sigma=(0.1, 2.0), mean=0.0):
     """What `random_blur` makes of the pixels that are at least kernel_size // 2 away from the border.
 
     Args:
         images: uint8 or float32 [b, h + kernel_size - 1, w + kernel_size - 1, c].
         seeds: int32 or int64 [b, 2].
         kernel_size, sigma: as in `random_blur`.
+        mean: subtracted afterwards, a number or float32 [c].
 
     Returns:
         float32 [b, h, w, c].
     """
     low, high = sigma
     sigmas = low + (high - low) * _uniform(seeds, 1)[:, 0]
-    return _convolution(kernel_size)(tf.cast(images, tf.float32), _gaussian_kernels(sigmas, kernel_size))
+    return _convolution(kernel_size, images.dtype)(images, _gaussian_kernels(sigmas, kernel_size), mean)
 
 
 def random_distortion(image, seed):
@@ -262,17 +263,19 @@ def _gaussian_kernels(sigmas, kernel_size):
 
 
 @functools.cache
-def _convolution(kernel_size):
+def _convolution(kernel_size, dtype):
     """A function that convolves images [b, h, w, c] with kernels [kernel_size, b], one each, where they fit inside."""
 
-    def convolve(images, kernels):
+    def convolve(images, kernels, mean):
+        images = tf.cast(images, tf.float32)
         height, width = tf.unstack(tf.shape(images)[1:3] - kernel_size + 1)
         kernels = kernels[:, :, None, None, None]
         images = sum(kernels[i] * images[:, i : i + height] for i in range(kernel_size))
-        return sum(kernels[i] * images[:, :, i : i + width] for i in range(kernel_size))
+        return sum(kernels[i] * images[:, :, i : i + width] for i in range(kernel_size)) - mean
 
     # compiled, the sums become one loop; one by one, each term would pass through the memory
-    signature = [tf.TensorSpec([None] * 4, tf.float32), tf.TensorSpec([kernel_size, None], tf.float32)]
+    shapes = (([None] * 4, dtype), ([kernel_size, None], tf.float32), (None, tf.float32))
+    signature = [tf.TensorSpec(shape, kind) for shape, kind in shapes]
     return tf.function(convolve, input_signature=signature, jit_compile=True, autograph=False)
 
 

@@ -20,7 +20,6 @@ from l2sp_tf.pixels import PixelFormat
 MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
-PIECE_BYTES = 2**23  # of the float32 crops that one call makes: more would leave the processor's caches
 ALIGNMENT = 64  # bytes: TensorFlow stops the process when it meets shared memory that starts elsewhere
 
 
@@ -267,15 +266,13 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     places = tf.data.Dataset.from_generator(
         lambda: _training_order(len(images), batch_size, seed, start, iterations), output_signature=(spec, spec)
     )
-    piece = _piece(batch_size, preprocessing.crop)
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
 
     def make(epochs, indices):
         return _augmented(read, preprocessing, mean, seed, epochs, indices), tf.gather(labels, indices)
 
-    batches = places.rebatch(piece).map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    return batches.rebatch(batch_size, drop_remainder=True).prefetch(2)
+    return places.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
 def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1):
@@ -352,12 +349,6 @@ def _training_order(count, batch_size, seed, start, iterations):
         yield epochs, indices
 
 
-def _piece(batch_size, size):
-    """The largest part of a batch that is worked on at once: it divides the batch, so resuming cuts no differently."""
-    limit = max(1, PIECE_BYTES // (size * size * 3 * 4))
-    return max(part for part in range(1, min(batch_size, limit) + 1) if batch_size % part == 0)
-
-
 def _augmented(read, preprocessing, mean, seed, epochs, indices):
     """Section 4.1's random blur, mirror and crop of images [b], each by its own seeds: float32 [b, crop, crop, 3].
 
@@ -372,12 +363,12 @@ def _augmented(read, preprocessing, mean, seed, epochs, indices):
     margin = p.blur_kernel // 2 if p.blur == "gaussian" else 0
     rows, columns = ops.random_places(read.sides(indices), p.crop, seeds(2), seeds(1) if p.mirror else None, margin)
     if p.blur == "authors":
-        x = _distorted(read, indices, seeds(0), rows, columns)
+        x = _distorted(read, indices, seeds(0), rows, columns) - mean
     elif p.blur == "gaussian":
-        x = ops.blur_inside(read.window(indices, rows, columns), seeds(0), p.blur_kernel, p.blur_sigma)
+        x = ops.blur_inside(read.window(indices, rows, columns), seeds(0), p.blur_kernel, p.blur_sigma, mean)
     else:
-        x = tf.cast(read.window(indices, rows, columns), tf.float32)
-    return _ordered(tf.ensure_shape(x, [None, p.crop, p.crop, 3]) - mean, p)
+        x = tf.cast(read.window(indices, rows, columns), tf.float32) - mean
+    return _ordered(tf.ensure_shape(x, [indices.shape[0], p.crop, p.crop, 3]), p)
 
 
 def _distorted(read, indices, seeds, rows, columns):
