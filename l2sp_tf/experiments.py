@@ -13,6 +13,7 @@ from l2sp_tf import records
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.data import test_batches
 from l2sp_tf.engines import run_jobs
+from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
@@ -54,6 +55,9 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         list(plan.runs())  # a bad strength is told before any work is done
     options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
     starts = [_start_of(plan, say, verbose) for plan in plans]
+    for plan, start in zip(plans, starts, strict=True):
+        if max(plan.frozen or (0,)) > start.units:
+            raise InputError(f"frozen is {max(plan.frozen)}, but the backbone has {start.units} units that can be frozen.")
     trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
     # the number of runs does not depend on what will be chosen
     guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]

@@ -195,6 +195,11 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--mean=target"], "mean is 'target'"),
         (["--mean=1,2"], "mean is ('1', '2')"),
         (["--mean=weights"], "weights=none has no mean yet"),
+        (["--folds=1"], "folds is 1"),
+        (["--folds=99"], "99 folds were asked for"),
+        (["--frozen=9"], "frozen is 9, but the backbone has 4 units"),
+        (["--learning_rate=fast"], "no list of numbers"),
+        (["--source=a,b", "--weights=x,y,z"], "2 sources but 3 weights"),
     ]
     monkeypatch.syspath_prepend(str(ROOT))
     import train
@@ -207,6 +212,31 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("w/runs/*"))
+
+
+def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import train
+
+    with flagsaver.flagsaver():
+        pairs = ["--source=a,b", "--weights=x.keras,y.keras", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
+        train.FLAGS(["train.py", *pairs, "--learning_rate=0.02"])
+        plans = train.plans_from_flags()
+        assert [(p.source, p.weights, p.target, p.per_class) for p in plans] == [
+            (source, weights, "t", n) for source, weights in (("a", "x.keras"), ("b", "y.keras")) for n in (30, 60)
+        ]
+        assert {(p.betas, p.frozen, p.learning_rates, p.folds) for p in plans} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
+        train.FLAGS(["train.py", "--experiment=figure_3"])
+        (first, *_) = train.plans_from_flags()
+        assert first.penalties == ("l2", "l2_sp") and first.folds == train.DEFAULT_FOLDS
+    with flagsaver.flagsaver():
+        train.FLAGS(["train.py", "--experiment=table_2"])
+        (plan,) = train.plans_from_flags()
+        assert (plan.source, plan.target, plan.per_class) == ("digits/source", "digits/target", 25)
+        assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)
+    from l2sp_tf import plans, selection
+
+    assert plans.STUDIES == train.STUDIES and selection.LEARNING_RATES == train.LEARNING_RATES
 
 
 def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
