@@ -8,10 +8,13 @@ median of the paired ratios and their spread (10th and 90th percentile).
     python -m benchmarks.fisher --network=cifar --rounds=20
     python -m benchmarks.fisher --network=resnet50 --rounds=8
     python -m benchmarks.fisher --network=cifar --backpack      # needs torch and backpack-for-pytorch
+    python -m benchmarks.fisher --network=cifar --memory        # peak memory, measured and by the formula of fisher_diagonal
 """
 
 import argparse
 import copy
+import math
+import multiprocessing
 import resource
 import time
 
@@ -82,6 +85,31 @@ def fisher_step(model, images, mode, **arguments):
     return step
 
 
+def predicted_bytes(model, batch, columns):
+    """Peak memory of a pass beside the model, by the formula in the docstring of `fisher_diagonal`."""
+    outputs = sum(math.prod(layer.output.shape[1:]) * (1 + columns * bool(layer.weights)) for layer in model.layers)
+    largest = 0
+    for layer in model.layers:
+        if isinstance(layer, (keras.layers.Conv2D, keras.layers.Dense)):
+            *positions, filters = layer.output.shape[1:]
+            p, channels = math.prod(positions), layer.input.shape[-1]
+            largest = max(largest, p * channels + columns * (2 * p * filters + 2 * channels * filters))
+    return 4 * (batch * (outputs + largest) + 4 * model.count_params())
+
+
+def measure_memory(name, mode, results):
+    """Puts (growth of this process's peak memory, prediction) of a pass into `results`; for a process of its own."""
+    model, images, from_logits = network(name)
+    fisher_step(model, images[:1], mode)()  # what tracing takes is not the pass's
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = fisher_step(model, images, mode)
+    for _ in range(3):
+        step()
+    growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    columns = fisher.MOST_COLUMNS if mode == "exact" else 1  # the gradients of these networks fit into GRADIENT_BYTES
+    results.put((growth, predicted_bytes(model, len(images), columns)))
+
+
 def backpack_steps(modes, images, classes=10):
     """The gradient and the passes of BackPACK on the network of `cifar_resnet`, in PyTorch on the same number of threads."""
     import backpack
@@ -144,7 +172,17 @@ def main():
     parser.add_argument("--modes", default="rademacher,mc,exact")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--backpack", action="store_true", help="also measure BackPACK (PyTorch) on the same architecture")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
     arguments = parser.parse_args()
+    if arguments.memory:
+        for mode in arguments.modes.split(","):
+            results = multiprocessing.get_context("spawn").Queue()
+            child = multiprocessing.get_context("spawn").Process(target=measure_memory, args=(arguments.network, mode, results))
+            child.start()
+            growth, prediction = results.get()
+            child.join()
+            print(f"{mode}: peak grew by {growth / 2**20:.0f} MiB, formula {prediction / 2**20:.0f}: {growth / prediction:.2f}")
+        return
     model, images, from_logits = network(arguments.network)
     modes = arguments.modes.split(",")
     if arguments.network == "resnet50" and "exact" in modes:

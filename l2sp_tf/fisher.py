@@ -197,11 +197,11 @@ def fisher_diagonal(
     traced, and its weights are cast). Probabilities and cotangents are computed, and batches summed,
     in float64; a float32 square below 1e-38 is 0.
 
-    Peak memory beside the model is about 4 (B (A + max_l(P C + c (2 P K + 2 C K))) + 4 N) bytes: B
-    images a batch, A floats of layer outputs for each image, N weights, c backward passes side by
-    side (3, or up to 9 where their gradients fit into 1 GiB); P output positions, C input and K output
-    channels of the layer for which this is largest. A batch that does not fit is split, with the
-    same result.
+    Peak memory beside the model is at most about 4 (B (A + c S + max_l(P C + c (2 P K + 2 C K))) + 4 N)
+    bytes: B images a batch, A floats of layer outputs for each image, S of them from layers with weights, N
+    weights, c backward passes side by side (1 for a draw; in exact mode 3, or up to 9 where their gradients
+    fit into 1 GiB); P output positions, C input and K output channels of the layer for which this is
+    largest. A batch that does not fit is split, with the same result.
 
     Args:
         model: a built Keras classifier, with logits or a softmax [B, K] as its only output. The

@@ -1,6 +1,10 @@
 """The Fisher diagonal against brute force, its sampled modes, its numerics and its file."""
 
 import contextlib
+import os
+import pathlib
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -627,3 +631,13 @@ def test_agrees_with_backpack():
         kernel = kernel.transpose(2, 3, 1, 0) if kernel.ndim == 4 else kernel.T
         np.testing.assert_allclose(f[f"{name}/kernel"], kernel, rtol=1e-3, atol=1e-5 * kernel.max())
         np.testing.assert_allclose(f[f"{name}/bias"], module.bias.diag_ggn_exact.numpy(), rtol=1e-3)
+
+
+def test_peak_memory_stays_below_the_formula():
+    root = pathlib.Path(__file__).parents[1]
+    command = [sys.executable, "-m", "benchmarks.fisher", "--memory", "--modes=rademacher,exact"]
+    printed = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=True
+    )
+    ratios = [float(line.rpartition(" ")[2]) for line in printed.stdout.splitlines() if "formula" in line]
+    assert len(ratios) == 2 and all(0.1 < ratio <= 1 for ratio in ratios)
