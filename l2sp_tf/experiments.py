@@ -126,32 +126,55 @@ def _run(start, plan, setting, selection, say, verbose):
     say(f"{recipe.iterations} iterations")
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
     if setting.fold is not None:
-        task = fold_tasks(start.target, plan.folds)[setting.fold]
-        run = finetune(start.pretrained, task, setting.penalty, recipe, **options)
-        results, kept = evaluate(run.model, task, crops=recipe.crops), " on the fold"
+        record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
     else:
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
         options |= {"run_dir": path.parent, "save": plan.save_models}
         run = finetune(start.pretrained, start.target, setting.penalty, recipe, **options)
-        results, kept = _measure(run, start, recipe)
-    record = _write(path, settings, run, results, fisher, selection)
-    say(f"accuracy {results['accuracy']:.1%}{kept} ({run.seconds:.1f} s)")
+        record = _record_of(run, _measure(run, start, recipe))
+    results, seconds = record["results"], record["seconds"]
+    extra = {"fisher": fisher.provenance if fisher is not None else None, "selection": selection}
+    record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
+    records.write_record(path, record)
+    kept = " on the fold" if setting.fold is not None else ""
+    kept += f", source {results['source']['target_statistics']['accuracy']:.1%}" if "source" in results else ""
+    say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")
     keras.utils.clear_session(free_memory=True)
-    return record
+    return records.read_record(path)
+
+
+def _run_fold(task, start, setting, recipe, options):
+    """The record of a run on a fold. One that diverges has an accuracy of 0, so that the search goes on without it."""
+    try:
+        run = finetune(start.pretrained, task, setting.penalty, recipe, **options)
+    except FloatingPointError as error:
+        results = {"accuracy": 0.0, "correct": 0, "total": len(task.test), "diverged": str(error)}
+        return {"results": results, "seconds": 0.0, "anchors": {"digest": start.anchors.digest}, "coverage": {"digest": ""}}
+    return _record_of(run, evaluate(run.model, task, crops=recipe.crops))
+
+
+def _record_of(run, results):
+    """What a record says of a run and its results."""
+    counts = {name: list(counts) for name, counts in run.coverage.counts.items()}
+    return {
+        "coverage": {"digest": run.coverage.digest, "counts": counts},
+        "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
+        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
+        "seconds": run.seconds,
+    }
 
 
 def _measure(run, start, recipe):
     """What a run on all training images is measured by: target accuracy, source accuracy, and R² of activations."""
-    results, kept = evaluate(run.model, start.target, crops=recipe.crops, answers=True), ""
+    results = evaluate(run.model, start.target, crops=recipe.crops, answers=True)
     results["right"] = np.packbits(results["right"]).tobytes().hex()
     if start.source is not None:
         results["source"] = retention(run.model, start.pretrained, start.source, before=start.before, crops=recipe.crops)
-        kept = f", source {results['source']['target_statistics']['accuracy']:.1%}"
     if start.units:
         target = start.target
         batches = test_batches(target.train, target.preprocessing, target.mean, batch_size=recipe.batch_size)
         results["r2"] = {name: box(values) for name, values in activation_r2(run.model, start.pretrained, batches).items()}
-    return results, kept
+    return results
 
 
 def _select(plan, trials, scored):
@@ -226,21 +249,3 @@ def _folder(plan, setting, settings):
     """The folder of a run, under folds/ or runs/ of the workdir."""
     kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
     return plan.workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(settings)}"
-
-
-def _write(path, settings, run, results, fisher, selection):
-    record = {
-        "settings": settings,
-        "versions": records.versions(),
-        "coverage": {
-            "digest": run.coverage.digest,
-            "counts": {name: list(counts) for name, counts in run.coverage.counts.items()},
-        },
-        "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
-        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
-        "seconds": run.seconds,
-        **({"fisher": fisher.provenance} if fisher is not None else {}),
-        **({"selection": selection} if selection is not None else {}),
-    }
-    records.write_record(path, record)
-    return records.read_record(path)

@@ -86,7 +86,7 @@ def cross_validate(
     """Chooses alpha, beta and the learning rate on stratified folds of the training images (section 4.2).
 
     Each setting is fine-tuned once on the rest of each fold, and scored by its accuracy on the fold, with central
-    crops. The test images are never read. Refit on all training images with
+    crops; a run that diverges has the accuracy 0. The test images are never read. Refit on all training images with
     `finetune(pretrained, data, selection.best_penalty, selection.best_recipe)`.
 
     Args:
@@ -113,8 +113,11 @@ def cross_validate(
         accuracies = []
         for number, part in enumerate(parts):
             options = {"anchors": anchors, "fisher": fisher, "seed": number, "verbose": verbose}
-            run = finetune(pretrained, part, penalty(alpha), setting, **options)
-            accuracies.append(evaluate(run.model, part, crops=setting.crops)["accuracy"])
+            try:
+                run = finetune(pretrained, part, penalty(alpha), setting, **options)
+                accuracies.append(evaluate(run.model, part, crops=setting.crops)["accuracy"])
+            except FloatingPointError:  # it diverged
+                accuracies.append(0.0)
         candidates.append(Candidate(alpha, beta, rate, tuple(accuracies)))
     return Selection(penalty, recipe, tuple(candidates))
 

@@ -103,6 +103,12 @@ def test_plans_that_share_runs_run_them_once(tmp_path):
     assert sum("source model: training" in line for line in said) == 1
 
 
+def test_a_setting_that_diverges_is_recorded_so_and_not_chosen(tmp_path):
+    (record,), said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
+    assert record["settings"]["alpha"] == 0.1 and record["selection"]["candidates"][0][3] == 0
+    assert sum("The loss is" in line for line in said) == 2
+
+
 def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path):
     with pytest.raises(l2sp.InputError, match="11 folds"):
         run([tiny(tmp_path, folds=11)])

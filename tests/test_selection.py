@@ -69,3 +69,9 @@ def test_the_best_is_the_first_of_equals_and_grids_have_defaults():
     assert all(len(RECIPE.grid_for(symbol)) > 2 for symbol in l2sp.regularizers.PENALTIES)
     with pytest.raises(l2sp.InputError, match="no grid"):
         RECIPE.grid_for("other")
+
+
+def test_a_setting_that_diverges_is_not_chosen(pretrained):
+    options = {"learning_rates": (0.01,), "folds": 2}
+    selection = l2sp.cross_validate(pretrained, task(), l2sp.L2SP, RECIPE, alphas=(1e12, 0.1), **options)
+    assert selection.candidates[0].accuracies == (0.0, 0.0) and selection.best.alpha == 0.1
