@@ -46,8 +46,8 @@ class Selection:
 
     @property
     def best(self):
-        """The candidate with the highest mean accuracy, the first of several."""
-        return max(self.candidates, key=lambda candidate: candidate.mean)
+        """The candidate with the highest mean accuracy; of equals the strongest penalty, and of those the first."""
+        return max(self.candidates, key=lambda candidate: (candidate.mean, candidate.alpha))
 
     @property
     def best_penalty(self):

@@ -61,11 +61,13 @@ def test_test_images_are_never_read(pretrained):
     l2sp.cross_validate(pretrained, made, l2sp.L2, RECIPE.replace(iterations=2), alphas=(0.1,), learning_rates=(0.01,), folds=2)
 
 
-def test_the_best_is_the_first_of_equals_and_grids_have_defaults():
+def test_the_best_of_equals_is_the_strongest_penalty_and_grids_have_defaults():
     candidates = tuple(
         Candidate(alpha, 0.01, 0.01, accuracies) for alpha, accuracies in ((1, (0.5, 0.7)), (2, (0.6, 0.6)), (3, (0.1,)))
     )
-    assert Selection(l2sp.L2, RECIPE, candidates).best.alpha == 1
+    assert Selection(l2sp.L2, RECIPE, candidates).best.alpha == 2
+    fast = Candidate(2, 0.01, 0.02, (0.6, 0.6))
+    assert Selection(l2sp.L2, RECIPE, (*candidates, fast)).best is candidates[1]
     assert all(len(RECIPE.grid_for(symbol)) > 2 for symbol in l2sp.regularizers.PENALTIES)
     with pytest.raises(l2sp.InputError, match="no grid"):
         RECIPE.grid_for("other")
