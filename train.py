@@ -56,7 +56,7 @@ flags.DEFINE_integer("run_cpus", 1, "CPUs that a run asks of the Ray cluster.", 
 flags.DEFINE_float("run_gpus", 0, "GPUs, or a part of one, that a run asks of the Ray cluster.", lower_bound=0)
 flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l2_sp_fisher, l1_sp, gl_sp, gl_sp_fisher.")
 flags.DEFINE_list("alpha", "", "Strengths; by default the recipe's own for each penalty.")
-flags.DEFINE_list("beta", "0.01", "Strengths of L2 on the new layer.")
+flags.DEFINE_list("beta", "", "Strengths of L2 on the new layer; by default 0.01.")
 flags.DEFINE_list("seeds", "0,1,2,3,4", "Seeds, a run for each.")
 flags.DEFINE_enum(
     "protocol", "paper", ["paper", "authors"], "Whose numbers are the defaults, and whose split of caltech256 is taken."
@@ -66,7 +66,7 @@ flags.DEFINE_integer("iterations", None, "Steps of fine-tuning.")
 flags.DEFINE_integer("source_iterations", None, "Steps of training the source model; by default four times --iterations.")
 flags.DEFINE_list("learning_rate", "", "Initial rates of fine-tuning, divided by 10 after two thirds of the steps.")
 flags.DEFINE_integer("folds", 0, "Folds of the training images that choose alpha, beta and the rate; 0: every one is run.")
-flags.DEFINE_list("frozen", "0", "Numbers of first units that are frozen; all: up to 8 numbers spread over all units.")
+flags.DEFINE_list("frozen", "0", "Numbers of first units that are frozen; all: up to 8 numbers spread over them.")
 flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
 flags.DEFINE_integer("batch_size", None, "Images a step.")
 flags.DEFINE_integer("resize", None, "Pixels on a side after resizing, of both sides or of the shorter one.")

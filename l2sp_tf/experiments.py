@@ -56,8 +56,9 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
     starts = [_start_of(plan, say, verbose) for plan in plans]
     for plan, start in zip(plans, starts, strict=True):
-        if max(plan.frozen or (0,)) > start.units:
-            raise InputError(f"frozen is {max(plan.frozen)}, but the backbone has {start.units} units that can be frozen.")
+        if max(plan.frozen or (0,)) > max(start.units - 1, 0):
+            most = max(start.units - 1, 0)
+            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
     trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
     # the number of runs does not depend on what will be chosen
     guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]

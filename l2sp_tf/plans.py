@@ -87,7 +87,7 @@ class Plan:
         fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
         betas, learning_rates: more values than the recipe's one; empty for that.
         frozen: how many of the first units are frozen, a run for each number; None for up to 8
-            numbers spread over all units (Fig. 3).
+            numbers spread over all units but the last (Fig. 3).
         folds: with 2 or more, cross-validation on the target's training images chooses one of the
             alphas, betas and learning rates for each penalty, and only that one is run.
     """
@@ -158,7 +158,7 @@ class Plan:
             units: how many units the backbone has; needed where `frozen` is None.
             chosen: the setting of each penalty that cross-validation chose, by symbol.
         """
-        frozen = self.frozen if self.frozen is not None else spread(units, MOST_FROZEN)
+        frozen = self.frozen if self.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
         for symbol in dict.fromkeys(self.penalties):
             for setting in [chosen[symbol]] if chosen else self.grid(symbol):
                 for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(self.seeds)):

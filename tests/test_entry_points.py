@@ -197,7 +197,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--mean=weights"], "weights=none has no mean yet"),
         (["--folds=1"], "folds is 1"),
         (["--folds=99"], "99 folds were asked for"),
-        (["--frozen=9"], "frozen is 9, but the backbone has 4 units"),
+        (["--frozen=9"], "frozen is 9, but of this backbone's units at most 3 can be frozen"),
         (["--learning_rate=fast"], "no list of numbers"),
         (["--source=a,b", "--weights=x,y,z"], "2 sources but 3 weights"),
     ]
@@ -233,6 +233,8 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
         train.FLAGS(["train.py", "--experiment=table_2"])
         (plan,) = train.plans_from_flags()
         assert (plan.source, plan.target, plan.per_class) == ("digits/source", "digits/target", 25)
+        train.FLAGS(["train.py", "--experiment=figure_1"])
+        assert [len(p.betas) for p in train.plans_from_flags()] == [4]
         assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)
     from l2sp_tf import plans, selection
 

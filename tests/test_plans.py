@@ -36,7 +36,7 @@ def test_trials_are_every_setting_on_every_fold():
 def test_frozen_units_are_spread_over_the_backbone():
     assert spread(3, 8) == (0, 1, 2, 3) and spread(0, 8) == (0,)
     assert spread(34, 8) == (0, 5, 10, 15, 19, 24, 29, 34)
-    assert [r.frozen for r in plan(penalties=("l2",), seeds=(0,), frozen=None).runs(units=2)] == [0, 1, 2]
+    assert [r.frozen for r in plan(penalties=("l2",), seeds=(0,), frozen=None).runs(units=3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", STUDIES)
