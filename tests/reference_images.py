@@ -40,20 +40,28 @@ def blur(image, sigma, kernel_size):
 
 
 def resize(image, height, width):
-    """Bilinear resize of [h, w, c]: a tent over each new pixel's centre, as wide as the shrinking asks for, in float64."""
+    """Resize of [h, w, c] as one sum over all pixels for each new one, in float64.
+
+    Along a side that shrinks a pixel counts by how much of it the new one covers; along one that is stretched
+    by a tent over the new pixel's centre.
+    """
     resized = np.zeros((height, width, image.shape[2]))
     for y in range(height):
-        rows = _tent(y, image.shape[0], height)
+        rows = _shares(y, image.shape[0], height)
         for x in range(width):
-            columns = _tent(x, image.shape[1], width)
+            columns = _shares(x, image.shape[1], width)
             for c in range(image.shape[2]):
                 resized[y, x, c] = rows @ image[:, :, c].astype(np.float64) @ columns
     return resized
 
 
-def _tent(place, old, new):
-    centre, width = (place + 0.5) * old / new, max(1.0, old / new)
-    weights = np.array([max(0.0, 1 - abs(i + 0.5 - centre) / width) for i in range(old)])
+def _shares(place, old, new):
+    if new > old:
+        centre = (place + 0.5) * old / new
+        weights = np.array([max(0.0, 1 - abs(i + 0.5 - centre)) for i in range(old)])
+    else:
+        first, last = place * old / new, (place + 1) * old / new
+        weights = np.array([max(0.0, min(i + 1, last) - max(i, first)) for i in range(old)])
     return weights / weights.sum()
 
 

@@ -17,7 +17,10 @@ BLURS = ("gaussian", "authors", "none")
 
 
 def resize(image, size, mode="squash"):
-    """Resizes bilinearly, smoothed where it shrinks so that nothing aliases.
+    """Resizes by averaging areas where a side shrinks, so that nothing aliases, and bilinearly where it is stretched.
+
+    A new pixel is the mean of the rectangle [i h / h', (i + 1) h / h') x [j w / w', (j + 1) w / w') that it covers of
+    the image, pixels that lie in it in part counting by that part.
 
     Args:
         image: [h, w, c] or [b, h, w, c], in 0..255, of any numeric dtype.
@@ -33,12 +36,17 @@ def resize(image, size, mode="squash"):
     """
     check_resize_mode(mode)
     image = tf.convert_to_tensor(image)
-    sides = [size, size]
+    old = tf.shape(image)[-3:-1]
+    new = tf.constant([size, size])
     if mode == "shorter_side":
-        old = tf.cast(tf.shape(image)[-3:-1], tf.int64)
-        sides = tf.cast(old * size // tf.reduce_min(old), tf.int32)
-    resized = tf.image.resize(image, sides, method="bilinear", antialias=True)
-    return tf.cast(tf.clip_by_value(tf.round(resized), 0, 255), tf.uint8)
+        long = tf.cast(old, tf.int64)
+        new = tf.cast(long * size // tf.reduce_min(long), tf.int32)
+    resized = tf.image.resize(image, tf.minimum(old, new), method="area")
+    is_stretched = tf.reduce_any(new > old)
+    resized = tf.cond(is_stretched, lambda: tf.image.resize(resized, new, method="bilinear"), lambda: resized)
+    sides = [size, size] if mode == "squash" else [None, None]
+    resized = tf.ensure_shape(resized, [*image.shape[:-3], *sides, image.shape[-1]])
+    return tf.cast(tf.round(resized), tf.uint8)
 
 
 def to_three_channels(image):

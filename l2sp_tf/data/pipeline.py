@@ -269,6 +269,7 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
 
+    @tf.autograph.experimental.do_not_convert  # it has no branches, and converting it takes half a second
     def make(epochs, indices):
         return _augmented(read, preprocessing, mean, seed, epochs, indices), tf.gather(labels, indices)
 
@@ -301,6 +302,7 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
     read, labels = images.reader, tf.constant(images.labels)
     mean, size = tf.constant(mean, tf.float32), preprocessing.crop
 
+    @tf.autograph.experimental.do_not_convert
     def make(indices):
         places = _central_place if crops == 1 else _ten_places
         views = [read.window(indices, *place) for place in places(read.sides(indices), size)]
@@ -424,9 +426,12 @@ def _decoded_files(split, size, mode):
         source = np.arange(len(split))
         read = lambda i: tf.ensure_shape(tf.numpy_function(split.read, [i], tf.string, stateful=False), [])  # noqa: E731
     dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(split)), source))
-    dataset = dataset.map(
-        lambda i, place: (i, _decode_bytes(read(place), size, mode)), num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    )
+
+    @tf.autograph.experimental.do_not_convert
+    def make(i, place):
+        return i, _decode_bytes(read(place), size, mode)
+
+    dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     first, decoded = 0, {}
     for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
         decoded[int(i)] = pixels
@@ -450,7 +455,7 @@ def _with_second_try(split, size, mode, first, last, decoded):
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
 
 
-@tf.function
+@tf.function(autograph=False)
 def _decode_bytes(content, size, mode):
     """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
     is_jpeg = tf.io.is_jpeg(content)
