@@ -71,6 +71,7 @@ flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the s
 flags.DEFINE_integer("batch_size", None, "Images a step.")
 flags.DEFINE_integer("resize", None, "Pixels on a side after resizing, of both sides or of the shorter one.")
 flags.DEFINE_enum("resize_mode", None, ["squash", "shorter_side"], "Squash both sides to --resize, or keep the aspect.")
+flags.DEFINE_enum("resize_filter", None, ["area", "bilinear"], "Average areas, or interpolate as the authors' code does.")
 flags.DEFINE_integer("crop", None, "Side of the crop, in pixels.")
 flags.DEFINE_integer("crops", None, "Crops of each test image: 1 (central), or 10 (corners, centre, mirrored; averaged).")
 flags.DEFINE_enum("blur", None, ["gaussian", "authors", "none"], "Random blur; authors: their colour distortion instead.")
@@ -166,7 +167,7 @@ def recipes_from_flags(is_digits):
     from l2sp_tf.recipe import Recipe
 
     recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
-    names = ("params", "iterations", "batch_size", "resize", "resize_mode", "crop", "crops", "blur", "mirror")
+    names = ("params", "iterations", "batch_size", "resize", "resize_mode", "resize_filter", "crop", "crops", "blur", "mirror")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     if FLAGS.mean is not None:
         given["mean"] = tuple(FLAGS.mean) if len(FLAGS.mean) > 1 else FLAGS.mean[0]

@@ -43,6 +43,7 @@ class Recipe:
         params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
         resize, crop: pixels on a side.
         resize_mode: "squash" (both sides become `resize`) or "shorter_side" (the aspect is kept).
+        resize_filter: "area" (smooth where it shrinks) or "bilinear" (as in the authors' code).
         blur: "gaussian", "authors" (their colour distortion) or "none"; blur_kernel: pixels;
             blur_sigma: range, in pixels.
         mirror: whether images are mirrored at random.
@@ -71,6 +72,7 @@ class Recipe:
     blur_sigma: tuple = (0.1, 2.0)
     mirror: bool = True
     resize_mode: str = "squash"
+    resize_filter: str = "area"
     crops: int = 1
     mean: str | tuple = "training"
     log_every: int | None = None
@@ -167,8 +169,9 @@ class Recipe:
 
     @classmethod
     def authors(cls):
-        """Where the authors' code differs: 9001 steps, decay after 5000, kernels only, colours distorted, fixed means."""
-        return cls(iterations=9001, decay_at=5000, params="kernels", blur="authors", mean="authors")
+        """Where the authors' code differs: 9001 steps, decay after 5000, kernels only, images and means as they make them."""
+        images = {"resize_filter": "bilinear", "blur": "authors", "mean": "authors"}
+        return cls(iterations=9001, decay_at=5000, params="kernels", **images)
 
     @classmethod
     def digits(cls):

@@ -30,7 +30,7 @@ class Run:
 
 def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
     """The `Preprocessing` that a recipe asks for, for a network that sees pixels in this format."""
-    names = ("resize", "resize_mode", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
+    names = ("resize", "resize_mode", "resize_filter", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
     return Preprocessing(**{name: getattr(recipe, name) for name in names}, pixels=pixels)
 
 

@@ -55,6 +55,20 @@ def resize(image, height, width):
     return resized
 
 
+def resize_as_in_tensorflow_1(image, height, width):
+    """Bilinear resize of [h, w, c] about the places (y h / height, x w / width), in float64."""
+    resized = np.zeros((height, width, image.shape[2]))
+    for y in range(height):
+        for x in range(width):
+            top, left = y * image.shape[0] / height, x * image.shape[1] / width
+            for row in (int(top), int(top) + 1):
+                for column in (int(left), int(left) + 1):
+                    share = (1 - abs(row - top)) * (1 - abs(column - left))
+                    pixel = image[min(row, image.shape[0] - 1), min(column, image.shape[1] - 1)]
+                    resized[y, x] += share * pixel.astype(np.float64)
+    return resized
+
+
 def _shares(place, old, new):
     if new > old:
         centre = (place + 0.5) * old / new

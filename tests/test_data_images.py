@@ -13,6 +13,7 @@ from l2sp_tf.errors import InputError
 OPERATIONS = {
     "resize": lambda image, seed: ops.resize(image, 5),
     "resize_shorter_side": lambda image, seed: ops.resize(image, 5, "shorter_side"),
+    "resize_bilinear": lambda image, seed: ops.resize(image, 5, filter="bilinear"),
     "to_three_channels": lambda image, seed: ops.to_three_channels(image),
     "random_blur": lambda image, seed: ops.random_blur(image, seed),
     "random_distortion": lambda image, seed: ops.random_distortion(image, seed),
@@ -76,6 +77,15 @@ def test_resize_of_the_shorter_side_keeps_the_aspect(height, width, sides):
     assert np.abs(resized.numpy() - reference.resize(image, *sides)).max() <= 0.501
     with pytest.raises(InputError, match="resize_mode is 'stretch'"):
         ops.resize(image, 6, "stretch")
+
+
+@pytest.mark.parametrize("shape", [(12, 7, 3), (4, 5, 1), (4, 17, 3), (11, 5, 3), (6, 6, 3)])
+def test_the_authors_filter_is_that_of_tensorflow_1(shape):
+    image = photo(*shape)
+    resized = ops.resize(image.astype(np.uint8), 6, filter="bilinear")
+    assert np.abs(resized.numpy() - reference.resize_as_in_tensorflow_1(image, 6, 6)).max() <= 0.501
+    with pytest.raises(InputError, match="resize_filter is 'cubic'"):
+        ops.resize(image, 6, filter="cubic")
 
 
 def test_resize_to_the_same_size_changes_nothing():

@@ -12,7 +12,7 @@ from PIL import Image
 
 from l2sp_tf.data import images as ops
 from l2sp_tf.data import pipeline
-from l2sp_tf.data.datasets import Split, load_dataset
+from l2sp_tf.data.datasets import Dataset, Split, load_dataset
 from l2sp_tf.data.pipeline import Images, Preprocessing, channel_mean, decode, test_batches, training_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.pixels import PIXELS, PixelFormat
@@ -439,6 +439,7 @@ def test_streams_refuse_what_makes_no_sense():
         ({"resize": 256.0}, "resize is 256.0"),
         ({"blur": "box"}, "blur is 'box': it must be gaussian, authors or none"),
         ({"resize_mode": "stretch"}, "resize_mode is 'stretch'"),
+        ({"resize_filter": "cubic"}, "resize_filter is 'cubic'"),
         ({"pixels": "bgr"}, "pixels is 'bgr'"),
         ({"blur_kernel": 4}, "blur kernel is 4"),
         ({"blur_sigma": (2.0, 0.1)}, "sigma range"),
@@ -468,6 +469,15 @@ def test_a_part_of_the_images_shares_their_pixels_and_streams_alone():
         for (x, y), (other_x, other_y) in zip(stream(part, **options, **more), stream(alone, **options, **more), strict=True):
             np.testing.assert_array_equal(x, other_x)
             np.testing.assert_array_equal(y, other_y)
+
+
+def test_prepare_resizes_by_the_filter_that_is_asked_for(tmp_path):
+    image = picture(9, 20, 3)
+    split = split_of(tmp_path, {"a.png": encoded(image, "PNG")})
+    dataset = Dataset("one", ("a",), split, split)
+    for name, reference_resize in (("area", reference.resize), ("bilinear", reference.resize_as_in_tensorflow_1)):
+        task = pipeline.prepare(dataset, Preprocessing(resize=6, crop=4, resize_filter=name))
+        assert np.abs(task.train[0] - reference_resize(image, 6, 6)).max() <= 0.501
 
 
 def test_prepare_takes_a_mean_that_is_given():

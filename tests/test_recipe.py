@@ -12,7 +12,7 @@ def test_the_defaults_are_the_papers():
     assert (r.resize, r.crop, r.mirror, r.blur, r.params) == (256, 224, True, "gaussian", "all")
     assert r.learning_rate in (0.005, 0.01, 0.02)
     a = l2sp.Recipe.authors()
-    assert (a.iterations, a.decay_step, a.params, a.blur) == (9001, 5000, "kernels", "authors")
+    assert (a.iterations, a.decay_step, a.params, a.blur, a.resize_filter) == (9001, 5000, "kernels", "authors", "bilinear")
     assert (a.resize, a.resize_mode, a.crop, a.crops) == (256, "squash", 224, 1)
 
 

@@ -13,40 +13,52 @@ import tensorflow as tf
 from l2sp_tf.errors import InputError
 
 RESIZE_MODES = ("squash", "shorter_side")
+RESIZE_FILTERS = ("area", "bilinear")
 BLURS = ("gaussian", "authors", "none")
 
 
-def resize(image, size, mode="squash"):
+def resize(image, size, mode="squash", filter="area"):
     """Resizes by averaging areas where a side shrinks, so that nothing aliases, and bilinearly where it is stretched.
 
     A new pixel is the mean of the rectangle [i h / h', (i + 1) h / h') x [j w / w', (j + 1) w / w') that it covers of
-    the image, pixels that lie in it in part counting by that part.
+    the image, pixels that lie in it in part counting by that part. The other filter is that of the authors' code,
+    TensorFlow 1's: the four pixels about the place (i h / h', j w / w'), weighted bilinearly, however much it shrinks.
 
     Args:
         image: [h, w, c] or [b, h, w, c], in 0..255, of any numeric dtype.
         size: the new height and width, or the new shorter side.
         mode: "squash" gives both sides this size; "shorter_side" keeps the aspect, and the longer
             side becomes floor(longer * size / shorter).
+        filter: "area", or "bilinear" for the authors'.
 
     Returns:
         uint8 of the new size, rounded to the nearest integer.
 
     Raises:
-        InputError: the mode is unknown.
+        InputError: the mode or the filter is unknown.
     """
-    check_resize_mode(mode)
+    check_resize(mode, filter)
     image = tf.convert_to_tensor(image)
     old = tf.shape(image)[-3:-1]
     new = tf.constant([size, size])
     if mode == "shorter_side":
         long = tf.cast(old, tf.int64)
         new = tf.cast(long * size // tf.reduce_min(long), tf.int32)
-    resized = tf.image.resize(image, tf.minimum(old, new), method="area")
-    is_stretched = tf.reduce_any(new > old)
-    resized = tf.cond(is_stretched, lambda: tf.image.resize(resized, new, method="bilinear"), lambda: resized)
+    resized = _resized_as_in_tensorflow_1(image, new) if filter == "bilinear" else _resized_by_area(image, old, new)
     sides = [size, size] if mode == "squash" else [None, None]
     resized = tf.ensure_shape(resized, [*image.shape[:-3], *sides, image.shape[-1]])
     return tf.cast(tf.round(resized), tf.uint8)
+
+
+def _resized_by_area(image, old, new):
+    resized = tf.image.resize(image, tf.minimum(old, new), method="area")
+    return tf.cond(tf.reduce_any(new > old), lambda: tf.image.resize(resized, new, method="bilinear"), lambda: resized)
+
+
+def _resized_as_in_tensorflow_1(image, new):
+    images = image if image.shape.rank == 4 else image[None]
+    resized = tf.compat.v1.image.resize_bilinear(images, new, align_corners=False, half_pixel_centers=False)
+    return _unbatched(resized, image)
 
 
 def to_three_channels(image):
@@ -216,10 +228,11 @@ def central_crop(image, size):
     return image[..., top : top + size, left : left + size, :]
 
 
-def check_resize_mode(mode):
-    """Raises InputError unless `mode` is a way to resize."""
-    if mode not in RESIZE_MODES:
-        raise InputError(f"resize_mode is {mode!r}: it must be {' or '.join(RESIZE_MODES)}")
+def check_resize(mode, filter="area"):
+    """Raises InputError unless `mode` and `filter` are ways to resize."""
+    for name, value, known in (("resize_mode", mode, RESIZE_MODES), ("resize_filter", filter, RESIZE_FILTERS)):
+        if value not in known:
+            raise InputError(f"{name} is {value!r}: it must be {' or '.join(known)}")
 
 
 def check_blur(kernel_size, sigma):

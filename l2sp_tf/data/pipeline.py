@@ -30,6 +30,7 @@ class Preprocessing:
     Attributes:
         resize: both sides are squashed to this many pixels, or the shorter one is made so long.
         resize_mode: "squash" or "shorter_side".
+        resize_filter: "area", or "bilinear" for that of the authors' code.
         crop: the side of the square that the network sees.
         blur: "gaussian", "authors" (their colour distortion, before the mean is subtracted) or "none".
         blur_kernel: the width of the Gaussian kernel in pixels, odd.
@@ -46,13 +47,14 @@ class Preprocessing:
     mirror: bool = True
     pixels: PixelFormat = PixelFormat()
     resize_mode: str = "squash"
+    resize_filter: str = "area"
 
     def __post_init__(self):
         _check_count("resize", self.resize)
         _check_count("crop", self.crop)
         if self.crop > self.resize:
             raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}")
-        ops.check_resize_mode(self.resize_mode)
+        ops.check_resize(self.resize_mode, self.resize_filter)
         if self.blur not in ops.BLURS:
             raise InputError(f"blur is {self.blur!r}: it must be {', '.join(ops.BLURS[:-1])} or {ops.BLURS[-1]}")
         if not isinstance(self.pixels, PixelFormat):
@@ -137,13 +139,23 @@ def _shared_tensor(array):
     return tf.convert_to_tensor(array)
 
 
-def decode(split, size, *, mode="squash", skip_bad_images=False, progress=None, memory_limit_bytes=2**31, cache_dir=None):
+def decode(
+    split,
+    size,
+    *,
+    mode="squash",
+    filter="area",
+    skip_bad_images=False,
+    progress=None,
+    memory_limit_bytes=2**31,
+    cache_dir=None,
+):
     """Reads and decodes every image of a split, makes it three-channel and resizes it.
 
     Args:
         split: a Split.
         size: the side of the result, or its shorter side.
-        mode: "squash" or "shorter_side", as `resize` takes it.
+        mode, filter: as `resize` takes them.
         skip_bad_images: leave out what cannot be decoded, instead of raising.
         progress: called with (images done, images in all) from time to time.
         memory_limit_bytes: a larger result lies in a file, which is mapped into memory.
@@ -158,10 +170,11 @@ def decode(split, size, *, mode="squash", skip_bad_images=False, progress=None, 
         OSError: a file cannot be read, or the cache cannot be written.
     """
     _check_count("size", size)
-    ops.check_resize_mode(mode)
-    chunks = _decoded_files(split, size, mode) if split.pixels is None else _decoded_arrays(split, size, mode)
+    ops.check_resize(mode, filter)
+    how = (size, mode, filter)
+    chunks = _decoded_files(split, how) if split.pixels is None else _decoded_arrays(split, how)
     kept, bad = [], []
-    with _store(split, size, mode, memory_limit_bytes, cache_dir) as store:
+    with _store(split, how, memory_limit_bytes, cache_dir) as store:
         for first, last, pixels, reasons in chunks:
             bad.extend(reasons.items())
             kept.extend(i for i in range(first, last) if i not in reasons)
@@ -219,7 +232,7 @@ def prepare(dataset, preprocessing, *, mean=None, skip_bad_images=False, progres
         InputError, OSError: as in `decode`.
     """
     options = {"skip_bad_images": skip_bad_images, "progress": progress, "cache_dir": cache_dir}
-    options["mode"] = preprocessing.resize_mode
+    options |= {"mode": preprocessing.resize_mode, "filter": preprocessing.resize_filter}
     train, test = (decode(split, preprocessing.resize, **options) for split in (dataset.train, dataset.test))
     mean = channel_mean(train) if mean is None else np.asarray(mean, np.float32)
     return Task(dataset.name, dataset.classes, dataset.digest, train, test, mean, preprocessing)
@@ -411,14 +424,14 @@ def _ordered(x, preprocessing):
     return x[..., ::-1] if pixels.channel_order == "bgr" else x
 
 
-def _decoded_arrays(split, size, mode):
+def _decoded_arrays(split, how):
     """Yields (first, last, uint8 [last - first, h, w, 3], {}) over the images of an array."""
     for first in range(0, len(split), DECODE_BATCH):
         last = min(first + DECODE_BATCH, len(split))
-        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), size, mode).numpy(), {}
+        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), *how).numpy(), {}
 
 
-def _decoded_files(split, size, mode):
+def _decoded_files(split, how):
     """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
     if split.files is not None:
         source, read = [os.fsencode(path) for path in split.files], tf.io.read_file
@@ -429,34 +442,34 @@ def _decoded_files(split, size, mode):
 
     @tf.autograph.experimental.do_not_convert
     def make(i, place):
-        return i, _decode_bytes(read(place), size, mode)
+        return i, _decode_bytes(read(place), *how)
 
     dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     first, decoded = 0, {}
     for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
         decoded[int(i)] = pixels
         if len(decoded) == DECODE_BATCH:
-            yield first, int(i) + 1, *_with_second_try(split, size, mode, first, int(i) + 1, decoded)
+            yield first, int(i) + 1, *_with_second_try(split, how, first, int(i) + 1, decoded)
             first, decoded = int(i) + 1, {}
     if first < len(split):
-        yield first, len(split), *_with_second_try(split, size, mode, first, len(split), decoded)
+        yield first, len(split), *_with_second_try(split, how, first, len(split), decoded)
 
 
-def _with_second_try(split, size, mode, first, last, decoded):
+def _with_second_try(split, how, first, last, decoded):
     """Reads again the files first..last-1 that the parallel pass dropped, to learn why."""
     reasons = {}
     for i in range(first, last):
         if i not in decoded:
             content = split.read(i)  # raises OSError where the disk is at fault and not the image
             try:
-                decoded[i] = _decode_bytes(tf.constant(content), size, mode).numpy()
+                decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
             except tf.errors.InvalidArgumentError:
                 reasons[i] = _reason(content)
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
 
 
 @tf.function(autograph=False)
-def _decode_bytes(content, size, mode):
+def _decode_bytes(content, size, mode, filter):
     """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
     is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
@@ -465,7 +478,7 @@ def _decode_bytes(content, size, mode):
     with tf.control_dependencies(checks):  # the pixels of a huge image are never made
         content = tf.identity(content)
     image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
-    return ops.resize(image, size, mode)
+    return ops.resize(image, size, mode, filter)
 
 
 def _png_sides(content):
@@ -500,10 +513,11 @@ def _check_every_class_is_left(split, kept):
 
 
 @contextlib.contextmanager
-def _store(split, size, mode, memory_limit_bytes, cache_dir):
+def _store(split, how, memory_limit_bytes, cache_dir):
     """Yields where to append the pixels of a split: memory, or a file that appears when all are written."""
-    identity = hashlib.sha256(repr((split.names, size, mode)).encode()).hexdigest()[:16]
+    identity = hashlib.sha256(repr((split.names, *how)).encode()).hexdigest()[:16]
     path = pathlib.Path(default_cache_dir() if cache_dir is None else cache_dir) / f"pixels-{identity}.uint8"
+    size, mode, _ = how
     needed = len(split) * size * size * 3
     if mode == "shorter_side":
         needed = max(needed, memory_limit_bytes)  # not known yet
