@@ -78,6 +78,10 @@ flags.DEFINE_enum("blur", None, ["gaussian", "authors", "none"], "Random blur; a
 flags.DEFINE_bool("mirror", None, "Random mirror; off for the digits.")
 flags.DEFINE_bool("skip_bad_images", False, "Leave out images that cannot be decoded, and count them, instead of stopping.")
 flags.DEFINE_bool("save_models", True, "Keep each fine-tuned model beside its record.")
+flags.DEFINE_integer(
+    "checkpoint_every", 500, "Steps between two checkpoints, from which an interrupted run goes on; 0: the last step alone."
+)
+flags.DEFINE_bool("deterministic", False, "Repeat to the bit on one machine: TensorFlow's operations are made deterministic.")
 flags.DEFINE_enum("fisher_mode", "rademacher", ["rademacher", "mc", "exact"], "How F_jj is estimated on the source images.")
 flags.DEFINE_integer("fisher_samples", 1, "Draws for each image, in the modes rademacher and mc.", lower_bound=1)
 flags.DEFINE_integer("fisher_images", None, "Source images for F_jj; by default all training images.", lower_bound=1)
@@ -150,6 +154,8 @@ def plan_from_flags(source, weights, target):
         data_dir=FLAGS.data_dir,
         skip_bad_images=FLAGS.skip_bad_images,
         save_models=FLAGS.save_models,
+        checkpoint_every=FLAGS.checkpoint_every,
+        deterministic=FLAGS.deterministic,
         fisher=FisherPlan(
             mode=FLAGS.fisher_mode,
             samples=FLAGS.fisher_samples,

@@ -11,6 +11,7 @@ import numpy as np
 
 from l2sp_tf import records
 from l2sp_tf.activations import activation_r2, box
+from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.data import test_batches
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
@@ -124,19 +125,22 @@ def _run(start, plan, setting, selection, say, verbose):
             records.write_record(path, {**record, "selection": selection})  # run before as a point of a grid, and chosen now
         say(f"already finished, accuracy {record['results']['accuracy']:.1%}")
         return records.read_record(path)
-    say(f"{recipe.iterations} iterations")
+    checkpoints = Checkpoints(path.parent / "checkpoints")
+    say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
+    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every}
+    link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
     if setting.fold is not None:
         record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
     else:
-        link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
-        options |= {"run_dir": path.parent, "save": plan.save_models}
-        run = finetune(start.pretrained, start.target, setting.penalty, recipe, **options)
+        run = finetune(start.pretrained, start.target, setting.penalty, recipe, save=plan.save_models, **options)
         record = _record_of(run, _measure(run, start, recipe))
     results, seconds = record["results"], record["seconds"]
     extra = {"fisher": fisher.provenance if fisher is not None else None, "selection": selection}
+    extra["deterministic"] = plan.deterministic or None
     record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
     records.write_record(path, record)
+    checkpoints.remove()
     kept = " on the fold" if setting.fold is not None else ""
     kept += f", source {results['source']['target_statistics']['accuracy']:.1%}" if "source" in results else ""
     say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")
@@ -147,7 +151,7 @@ def _run(start, plan, setting, selection, say, verbose):
 def _run_fold(task, start, setting, recipe, options):
     """The record of a run on a fold. One that diverges has an accuracy of 0, so that the search goes on without it."""
     try:
-        run = finetune(start.pretrained, task, setting.penalty, recipe, **options)
+        run = finetune(start.pretrained, task, setting.penalty, recipe, save=False, **options)
     except FloatingPointError as error:
         results = {"accuracy": 0.0, "correct": 0, "total": len(task.test), "diverged": str(error)}
         return {"results": results, "seconds": 0.0, "anchors": {"digest": start.anchors.digest}, "coverage": {"digest": ""}}

@@ -41,6 +41,16 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
+def sync_folder(path):
+    """Makes sure that the names in a folder are on the disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def link_or_copy(source, target):
     """Makes `target` the same file as `source` where the disk can, and a copy of it where not."""
     with atomic_path(target) as temporary:

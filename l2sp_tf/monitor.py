@@ -1,14 +1,16 @@
 """What a training shows while it runs: TensorBoard scalars and a CSV log, kept apart from the loss."""
 
+import contextlib
 import csv
 import math
 import pathlib
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.variables import first_not_finite, keyed_weights, match_keys
 
 
 class Monitor(keras.callbacks.Callback):
@@ -16,10 +18,11 @@ class Monitor(keras.callbacks.Callback):
 
     Every `log_every` steps it writes one row to `<folder>/log.csv` and the same scalars, with
     the distance of each layer besides, to `<folder>/tensorboard`. Cross-entropy and accuracy
-    are means over the steps since the row before; penalty and distances are of that moment.
+    are means over the steps since the row before; penalty and distances are of that moment. A log
+    that cannot be written is warned of once, and training goes on.
 
     Args:
-        folder: where to write; None writes nothing, and keeps the rows in `rows`.
+        folder: where to write, in place of the log of an earlier run; None writes nothing, and keeps the rows in `rows`.
         anchors: the pre-trained weights, or None for a training from scratch.
         log_every: steps between two rows.
         iterations: the last step, which is always logged.
@@ -29,7 +32,21 @@ class Monitor(keras.callbacks.Callback):
         super().__init__()
         self.folder = None if folder is None else pathlib.Path(folder)
         self.anchors, self.log_every, self.iterations = anchors, log_every, iterations
-        self.rows, self._step = [], 0
+        self._logged, self._step = [], 0
+        self._writer = None
+
+    @property
+    def rows(self):
+        """The rows so far, as dicts."""
+        return [row for row, _ in self._logged]
+
+    def state(self):
+        """What `restore` needs, of what JSON can hold."""
+        return {"logged": self._logged}
+
+    def restore(self, step, state):
+        """Goes on after `step`, with the rows that were logged until then."""
+        self._step, self._logged = step, [tuple(pair) for pair in state["logged"]]
 
     def on_train_begin(self, logs=None):
         weights = {key: weight for key, weight in keyed_weights(self.model).items() if weight.variable.trainable}
@@ -40,10 +57,10 @@ class Monitor(keras.callbacks.Callback):
             if self.anchors[other].shape == tuple(weights[key].variable.shape)
         }
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / "log.csv").open("w", newline="", encoding="utf-8")
-            self._csv = None
-            self._writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
+            with self._warned():
+                self._open()
+                for entry in self._logged:
+                    self._write(*entry)
 
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
@@ -57,16 +74,40 @@ class Monitor(keras.callbacks.Callback):
             "learning_rate": float(self.model.optimizer.learning_rate),
             "distance": math.sqrt(sum(d * d for d in layers.values())),
         }
-        self.rows.append(row)
-        if self.folder is not None:
-            self._write(row, layers)
+        self._logged.append((row, layers))
+        if self._writer is not None:
+            with self._warned():
+                self._write(row, layers)
         if self._step != self.iterations:  # Keras shows the metrics once more at the end
             self.model.reset_metrics()
 
     def on_train_end(self, logs=None):
-        if self.folder is not None:
+        if self._writer is not None:
             self._file.close()
             self._writer.close()
+
+    def rewrite(self, model):
+        """Writes what was restored, where no training follows."""
+        self.set_model(model)
+        self.on_train_begin()
+        self.on_train_end()
+
+    @contextlib.contextmanager
+    def _warned(self):
+        """Turns the failure to write a log into a warning, and the log off."""
+        try:
+            yield
+        except (OSError, tf.errors.OpError) as error:
+            self._writer = None
+            warnings.warn(f"The log in {self.folder} cannot be written ({error}); training goes on without it.", stacklevel=3)
+
+    def _open(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
+            path.unlink()  # TensorBoard would show its points beside those of this run
+        self._file = (self.folder / "log.csv").open("w", newline="", encoding="utf-8")
+        self._csv = None
+        self._writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
 
     def _write(self, row, layers):
         if self._csv is None:
@@ -74,7 +115,7 @@ class Monitor(keras.callbacks.Callback):
             self._csv.writeheader()
         self._csv.writerow(row)
         self._file.flush()
-        with self._writer.as_default(step=self._step):
+        with self._writer.as_default(step=row["step"]):
             for name, value in row.items():
                 if name != "step":
                     tf.summary.scalar(name, value)
@@ -106,15 +147,25 @@ def write_histograms(folder, arrays):
 
 
 class FiniteLoss(keras.callbacks.Callback):
-    """Stops a training whose loss is not finite, and says at which step.
+    """Stops a training whose loss is not finite, and says at which step, and in which layer it shows first.
+
+    Args:
+        start: the steps that were done before this training.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
 
+    def __init__(self, start=0):
+        super().__init__()
+        self.start = start
+
     def on_train_batch_end(self, batch, logs=None):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
+            key = first_not_finite(self.model)
+            where = f"{key} is the first weight that is not finite" if key else "all weights are still finite"
             raise FloatingPointError(
-                f"The loss is {float(loss)} after step {batch + 1}: lower the learning rate or the strength."
+                f"The loss is {float(loss)} after step {self.start + batch + 1}, and {where}: "
+                "lower the learning rate or the strength."
             )

@@ -13,7 +13,7 @@ from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
-RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
+RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models", "checkpoint_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Plan:
             numbers spread over all units but the last (Fig. 3).
         folds: with 2 or more, cross-validation on the target's training images chooses one of the
             alphas, betas and learning rates for each penalty, and only that one is run.
+        checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
+        deterministic: whether TensorFlow's operations are made to repeat to the bit.
     """
 
     workdir: pathlib.Path
@@ -117,6 +119,8 @@ class Plan:
     learning_rates: tuple = ()
     frozen: tuple | None = (0,)
     folds: int = 0
+    checkpoint_every: int = 500
+    deterministic: bool = False
 
     def __post_init__(self):
         for symbol in self.penalties:
@@ -131,6 +135,10 @@ class Plan:
         if self.weights == "none" and self.recipe.mean == "weights":
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
+        if self.checkpoint_every < 0:
+            raise InputError(
+                f"checkpoint_every is {self.checkpoint_every}: give a number of steps, or 0 for the last step alone."
+            )
         if self.folds < 0 or self.folds == 1:
             raise InputError(f"folds is {self.folds}: give at least 2, or 0 for no cross-validation.")
 

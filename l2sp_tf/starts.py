@@ -6,9 +6,11 @@ import pathlib
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
+from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.data import Task, load_dataset, prepare, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate
@@ -69,6 +71,8 @@ def prepare_start(plan, *, say=print, verbose=0):
         InputError: bad data or weights.
         OSError: the workdir cannot be written.
     """
+    if plan.deterministic:
+        tf.config.experimental.enable_op_determinism()
     plan.workdir.mkdir(parents=True, exist_ok=True)
     pixels = models.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
     places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
@@ -117,8 +121,10 @@ def _pretrained(plan, source, say, verbose):
         say(f"source model: trained before, read from {path}")
     else:
         say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
-        run = train_source(model, source, plan.source_recipe, run_dir=folder, verbose=verbose, save=False)
+        options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
+        run = train_source(model, source, plan.source_recipe, **options)
         Anchors.of(model, source.pixels).save(path)
+        Checkpoints(folder / "checkpoints").remove()
         say(f"source model: trained in {run.seconds:.1f} s")
     return models.detached_copy(model), "scratch"
 

@@ -1,31 +1,46 @@
 """One run: a plain Keras model is compiled and fitted by a recipe."""
 
+import contextlib
 import dataclasses
+import hashlib
 import pathlib
-import time
 
 import keras
 
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
+from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.models import freeze_first, save_model, with_new_head
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.recipe import Recipe
+from l2sp_tf.records import plain
 from l2sp_tf.regularizers import L2
+
+CHECKPOINT_EVERY = 500  # steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: the fine-tuned model, what was penalised, where it started, and its log."""
+    """A finished run: the fine-tuned model, what was penalised, where it started, and its log.
+
+    Attributes:
+        model: the fine-tuned `keras.Model`.
+        coverage: the `Coverage`.
+        anchors: the `Anchors`, or None.
+        history: the rows of the log, dicts.
+        seconds: the time of training, before interruptions too.
+        resumed_at: the step at which a checkpoint was taken up, 0 for none.
+    """
 
     model: keras.Model
     coverage: Coverage
     anchors: Anchors | None
     history: list
     seconds: float
+    resumed_at: int = 0
 
 
 def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
@@ -49,12 +64,17 @@ def finetune(
     callbacks=(),
     verbose=1,
     save=True,
+    checkpoint_every=CHECKPOINT_EVERY,
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
     The copy gets a new head; weights shared with `pretrained` are penalised with `penalty`,
     the head with L2 of strength `recipe.beta`. `pretrained` itself is not changed. Python's,
     NumPy's and TensorFlow's random seeds are set to `seed`.
+
+    With a `run_dir` the run is saved there from time to time. If it is cut off, by Ctrl-C, SIGTERM or a
+    crash, the same call takes up the newest checkpoint, and ends in the same weights and log as a run
+    that was not cut off: to the bit where TensorFlow's operations are deterministic.
 
     Args:
         pretrained: a built functional or Sequential Keras model.
@@ -66,18 +86,19 @@ def finetune(
         fisher: for the Fisher penalties a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
         frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3).
-        run_dir: a folder for the log, TensorBoard, `anchors.safetensors` and `model.keras`;
+        run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
             None writes nothing.
-        callbacks: more Keras callbacks.
+        callbacks: more Keras callbacks; what they remember is not in the checkpoints.
         verbose: of Keras `fit`: 1 shows a progress bar with the time left.
         save: whether `model.keras` is written to `run_dir`.
+        checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
 
     Returns:
         A `Run`.
 
     Raises:
-        InputError: a bad argument.
-        FloatingPointError: the loss is not finite.
+        InputError: a bad argument; the checkpoint in `run_dir` is of another run; another process is at work there.
+        FloatingPointError: the loss is not finite; the checkpoint before it stays.
     """
     recipe = recipe or Recipe()
     if isinstance(data, Dataset) and pixels is None:
@@ -89,16 +110,29 @@ def finetune(
     if frozen:
         freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
-    return _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbose, save)
+    folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
+    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose)
 
 
-def train_source(model, data, recipe, *, pixels=None, seed=0, run_dir=None, callbacks=(), verbose=1, save=True):
+def train_source(
+    model,
+    data,
+    recipe,
+    *,
+    pixels=None,
+    seed=0,
+    run_dir=None,
+    callbacks=(),
+    verbose=1,
+    save=True,
+    checkpoint_every=CHECKPOINT_EVERY,
+):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
         model: a built Keras model with random weights, which is trained in place.
-        data, recipe, pixels, seed, run_dir, callbacks, verbose, save: as in `finetune`; the strength of L2
-            is the recipe's, and pixels are RGB by default.
+        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every: as in `finetune`; the
+            strength of L2 is the recipe's, and pixels are RGB by default.
 
     Returns:
         A `Run` without anchors.
@@ -107,7 +141,8 @@ def train_source(model, data, recipe, *, pixels=None, seed=0, run_dir=None, call
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
-    return _fit(model, coverage, None, task, recipe, seed, run_dir, callbacks, verbose, save)
+    folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
+    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose)
 
 
 def as_task(data, recipe, pixels):
@@ -123,40 +158,83 @@ def as_task(data, recipe, pixels):
     raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
 
 
-def _fit(model, coverage, anchors, task, recipe, seed, run_dir, callbacks, verbose, save):
-    """Compiles and fits `model`, which carries the penalties of `coverage`."""
-    if run_dir is not None and anchors is not None:
-        _keep_anchors(anchors, pathlib.Path(run_dir) / "anchors.safetensors")
-    model.compile(
-        optimizer=recipe.optimizer(),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        ],
-    )
-    batches = training_batches(
-        task.train, task.preprocessing, task.mean, batch_size=recipe.batch_size, seed=seed, iterations=recipe.iterations
-    )
-    monitor = Monitor(run_dir, anchors, log_every=recipe.log_interval, iterations=recipe.iterations)
-    began = time.monotonic()
-    # One Keras epoch is the whole run, so that the progress bar tells the time left of the run.
+class _RunFolder:
+    """The folder of a run, and what is kept there."""
+
+    def __init__(self, path, save, checkpoint_every):
+        if checkpoint_every < 0:
+            raise InputError(f"checkpoint_every is {checkpoint_every}: give a number of steps, or 0 for the last step alone.")
+        self.path, self.save, self.checkpoint_every = pathlib.Path(path), save, checkpoint_every
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+
+
+def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose):
+    """Compiles and fits `model`, which carries the penalties of `coverage`, in a `_RunFolder` or in memory alone."""
+    metrics = [
+        keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
+        keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+    ]
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    path = None if folder is None else folder.path
+    monitor = Monitor(path, anchors, log_every=recipe.log_interval, iterations=recipe.iterations)
+    keeper = Checkpointing(monitor, metrics, recipe.iterations)
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            stack.enter_context(locked(path))
+            if anchors is not None:
+                _keep_anchors(anchors, path / "anchors.safetensors", folder.checkpoints.newest)
+            stops = stack.enter_context(deferred_signals())
+            keeper.keep(folder.checkpoints, _identity(model, coverage, task, recipe, seed), folder.checkpoint_every, stops)
+        model.compile(optimizer=recipe.optimizer(), loss=loss, metrics=metrics)
+        start = keeper.restore(model)
+        if start < recipe.iterations:
+            _train(
+                model, task, recipe, seed, [AnchorGuard(coverage), FiniteLoss(start), monitor, keeper, *callbacks], start, verbose
+            )
+        else:
+            monitor.rewrite(model)
+    if folder is not None and folder.save:
+        save_model(model, path / "model.keras", task.pixels)
+    if folder is not None:
+        folder.checkpoints.remove(keep=1)
+    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start)
+
+
+def _train(model, task, recipe, seed, callbacks, start, verbose):
+    """Fits a compiled model from step `start` on."""
+    options = {"batch_size": recipe.batch_size, "seed": seed, "start": start, "iterations": recipe.iterations}
     model.fit(
-        batches,
-        epochs=1,
-        steps_per_epoch=recipe.iterations,
-        callbacks=[AnchorGuard(coverage), FiniteLoss(), monitor, *callbacks],
+        training_batches(task.train, task.preprocessing, task.mean, **options),
+        epochs=1,  # of Keras: the whole run, so that the progress bar tells the time left of it
+        steps_per_epoch=recipe.iterations - start,
+        callbacks=callbacks,
         shuffle=False,  # the batches come shuffled
         verbose=verbose,
     )
-    seconds = time.monotonic() - began
-    if run_dir is not None and save:
-        save_model(model, pathlib.Path(run_dir) / "model.keras", task.pixels)
-    return Run(model, coverage, anchors, monitor.rows, seconds)
 
 
-def _keep_anchors(anchors, path):
-    """Saves the anchors beside the run, or stops if the folder holds those of another start."""
+def _identity(model, coverage, task, recipe, seed):
+    """What makes a run this one and no other."""
+    penalties = {}
+    for weight in coverage.weights:
+        penalties.setdefault(weight.group, []).append(str(weight))
+    images = hashlib.sha256(task.train.labels.tobytes() + task.train.starts.tobytes()).hexdigest()  # which part of the data set
+    return {
+        "recipe": plain(recipe),
+        "seed": seed,
+        "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
+        "coverage": coverage.digest,
+        "anchors": coverage.anchors_digest,
+        "start": Anchors.of(model).digest,
+        "data": {"name": task.name, "digest": task.digest, "images": images, "mean": task.mean.tolist()},
+        "pixels": plain(task.preprocessing.pixels),
+    }
+
+
+def _keep_anchors(anchors, path, step):
+    """Saves the anchors beside a new run, or stops if those of one that goes on after `step` are lost or others."""
+    if not path.exists() and step:
+        raise InputError(f"{path} is missing, but the run has a checkpoint of step {step}: put the file back, or remove them.")
     if not path.exists():
         anchors.save(path)
     elif Anchors.load(path).digest != anchors.digest:

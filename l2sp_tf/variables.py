@@ -3,6 +3,7 @@
 import dataclasses
 
 import keras
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,19 @@ def keyed_weights(model):
     if not found:
         raise ValueError(f"The model {model.name!r} has no weights: build it, or call it on an input, first.")
     return found
+
+
+def first_not_finite(model):
+    """The key of the first weight that holds a number that is not finite, or None.
+
+    Statistics of normalisation come first: a forward pass writes them, so they tell in which layer
+    the numbers left the range, where a backward pass spreads them to all weights at once.
+
+    Args:
+        model: a built Keras model.
+    """
+    weights = sorted(keyed_weights(model).values(), key=lambda weight: weight.variable.trainable)  # stable
+    return next((w.key for w in weights if not np.isfinite(w.variable.numpy().astype("float32")).all()), None)
 
 
 def match_keys(keys, known):

@@ -190,7 +190,8 @@ def test_a_folder_with_other_anchors_stops_the_run(pretrained, tmp_path):
     with pytest.raises(l2sp.InputError, match="holds other anchors"):
         l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
     again = l2sp.Anchors.load(tmp_path / "anchors.safetensors")
-    l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, anchors=again, run_dir=tmp_path, verbose=0)
+    again.save(tmp_path / "b/anchors.safetensors")
+    l2sp.finetune(first.model, task(), l2sp.L2SP(0.1), RECIPE, anchors=again, run_dir=tmp_path / "b", verbose=0)
 
 
 def test_the_last_metrics_that_keras_shows_are_those_of_the_last_row(pretrained):
