@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from test_plans import plan
 
 import l2sp_tf as l2sp
 from l2sp_tf import experiments, records, report
+from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.recipe import Recipe
 
 RECIPE = Recipe.digits().replace(iterations=6, batch_size=16)
@@ -145,3 +147,26 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
     where = lambda record: [record["settings"].get(key) for key in keys]  # noqa: E731
     assert sorted(map(where, remote)) == sorted(map(where, local))
     assert len(found) == 2 and all(set(r) == set(finished[1][0]) for r in found)
+
+
+def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
+    made, *_ = finished
+    whole = dataclasses.replace(made, folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
+    cut = dataclasses.replace(whole, workdir=tmp_path / "b")
+    for part in (whole, cut):
+        shutil.copytree(made.workdir / "sources", part.workdir / "sources")
+    (expected,), _ = run([whole])
+    save = Checkpoints.save
+
+    def saved_then_stopped(self, step, arrays, state):
+        save(self, step, arrays, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", saved_then_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run([cut])
+    (found,), said = run([cut])
+    assert any("6 iterations, from step 2 on" in line for line in said)
+    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert not list(tmp_path.glob("*/runs/*/checkpoints"))
