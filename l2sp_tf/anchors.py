@@ -13,6 +13,7 @@ import safetensors.numpy
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PixelFormat
+from l2sp_tf.reading import parse_json, refusing
 from l2sp_tf.variables import keyed_weights, match_keys
 
 FORMAT = "l2sp_tf.anchors.v1"
@@ -105,7 +106,8 @@ class Anchors(Arrays):
                 f"{path} is no file of anchors (its format is {metadata.get('format')!r}): give one that Anchors.save wrote."
             )
         pixels = PixelFormat.from_json(metadata["pixels"], path) if "pixels" in metadata else None
-        anchors = cls(arrays, pixels, _provenance(metadata, path))
+        provenance = parse_json(metadata.get("provenance", "null"), f"The provenance in {path} is damaged")
+        anchors = cls(arrays, pixels, provenance)
         if anchors.digest != metadata.get("digest"):
             raise InputError(f"The anchors in {path} are damaged: their digest is not the one in the manifest; use another copy.")
         return anchors
@@ -136,13 +138,6 @@ class Anchors(Arrays):
             )
         for key, weight in weights.items():
             weight.variable.assign(self[pairs[key]])
-
-
-def _provenance(metadata, path):
-    try:
-        return json.loads(metadata.get("provenance", "null"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"The provenance in {path} is damaged ({error}): use another copy.") from error
 
 
 def manifest_of(arrays):
@@ -186,16 +181,12 @@ def load_arrays(path):
             shape, dtype or sha256 in the manifest.
     """
     path = _existing(path)
-    try:
+    with refusing(f"{path} is damaged or not a file that this project wrote"):
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
-            manifest = json.loads(metadata.pop("manifest", "null"))
+            manifest = parse_json(metadata.pop("manifest", "null"), f"The manifest of {path} is damaged")
             raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
         arrays = {entry["name"]: _decode(raw.pop(entry["name"]), entry) for entry in manifest}
-    except OSError:
-        raise
-    except Exception as error:  # the reader raises exceptions of many kinds for a damaged file
-        raise InputError(f"{path} is damaged or not a file that this project wrote ({error}): use another copy.") from error
     if raw:
         raise InputError(f"{path} holds arrays that its manifest does not list ({', '.join(sorted(raw)[:5])}): use another copy.")
     return arrays, metadata
@@ -208,14 +199,10 @@ def read_header(path):
         InputError: the file is missing, or is not such a file.
     """
     path = _existing(path)
-    try:
+    with refusing(f"{path} is damaged or no safetensors file"):
         with safetensors.safe_open(path, framework="numpy") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not iterable)
             return dict(file.metadata() or {}), shapes
-    except OSError:
-        raise
-    except Exception as error:  # the reader raises exceptions of many kinds for a damaged file
-        raise InputError(f"{path} is damaged or no safetensors file ({error}): use another copy.") from error
 
 
 def _existing(path):
@@ -229,8 +216,10 @@ def _decode(array, entry):
     """Restores the dtype of one stored array and checks it against its manifest entry."""
     if array.dtype.name != entry["dtype"]:
         array = array.view(np.dtype(getattr(ml_dtypes, entry["dtype"], entry["dtype"])))
-    if list(array.shape) != entry["shape"] or _sha256(array) != entry["sha256"]:
-        raise ValueError(f"the array {entry['name']!r} does not have the shape and sha256 of the manifest")
+    is_numeric = array.dtype.kind in "fiub" or hasattr(ml_dtypes, array.dtype.name)
+    found = {"name": entry["name"], "shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
+    if found != entry or not is_numeric:
+        raise ValueError(f"the array {entry['name']!r} does not have the shape, dtype and sha256 of the manifest")
     return array
 
 

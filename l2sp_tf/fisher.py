@@ -17,10 +17,12 @@ import tensorflow as tf
 from l2sp_tf.anchors import Anchors, Arrays, digest_of, load_arrays, save_arrays
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher_rules import check_layers, instrumented
+from l2sp_tf.reading import parse_json, refusing
 from l2sp_tf.variables import keyed_weights
 
 FORMAT = "l2sp_tf.fisher.v1"
 MODES = ("rademacher", "mc", "exact")
+PROVENANCE = {"source", "images", "mode", "samples", "seed", "first", "model", "transforms"}
 # Cotangents go through the backward pass side by side, sharing what depends on the input alone: 3 of them, or up to 9 as
 # long as their gradients take no more than so many bytes.
 COLUMNS, MOST_COLUMNS, GRADIENT_BYTES = 3, 9, 2**30
@@ -74,7 +76,7 @@ class Fisher(Arrays):
             raise InputError(
                 f"{path} is no Fisher diagonal (its format is {metadata.get('format')!r}): give one that Fisher.save wrote."
             )
-        fisher = cls(arrays, json.loads(metadata["provenance"]), json.loads(metadata["statistics"]))
+        fisher = cls(arrays, *_header(metadata, path))
         if fisher.digest != metadata.get("digest"):
             raise InputError(f"The Fisher diagonal in {path} is damaged: its digest is not that of its header; use another copy.")
         return fisher
@@ -570,6 +572,23 @@ def _length(x):
 def _full(dtype):
     """float64 for float64, float32 for every other dtype."""
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+
+
+def _header(metadata, path):
+    """The provenance and the statistics in the metadata of a file, checked."""
+    what = f"The Fisher diagonal in {path} is damaged"
+    provenance = parse_json(metadata.get("provenance", ""), what)
+    statistics = parse_json(metadata.get("statistics", ""), what, finite=False)  # the sums of huge entries overflow
+    with refusing(what):
+        counts = [count for batches, images, _, _ in statistics.values() for count in (batches, images)]
+        numbers = [number for sums in statistics.values() for number in sums]
+        if not all(type(number) in (int, float) for number in numbers) or not all(0 < count < math.inf for count in counts):
+            raise ValueError("its statistics are no sums over images")
+        if not PROVENANCE.issubset(provenance) or type(provenance["images"]) is not int or provenance["images"] < 1:
+            raise ValueError("its provenance lacks a field, or has no number of images")
+        if provenance["mode"] not in MODES or not isinstance(provenance["transforms"], list):
+            raise ValueError("its provenance has no mode or no list of transforms")
+    return provenance, statistics
 
 
 def _relative_error(batches, images, first, second):

@@ -1,5 +1,6 @@
 """Backbones, their weights, the new head, and freezing the first n units (Fig. 3)."""
 
+import io
 import pathlib
 import re
 import tempfile
@@ -12,6 +13,7 @@ from l2sp_tf.anchors import Anchors, read_header
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
+from l2sp_tf.reading import h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.regularizers import Penalty
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
 from l2sp_tf.variables import keyed_weights, set_regularizer
@@ -19,6 +21,7 @@ from l2sp_tf.variables import keyed_weights, set_regularizer
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
 PIXELS_MEMBER = "l2sp_tf/pixels.json"  # of the zip that a .keras file is
+SPARE_BYTES = 2**28  # that a model may take beyond the numbers of its file, such as for another dtype
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
@@ -86,7 +89,13 @@ def load_weights(model, path):
         Anchors.of(load_model(path)).restore(model)
     elif path.name.endswith(".weights.h5"):
         _check_h5(model, path)
-        model.load_weights(path)
+        before = model.get_weights()
+        try:
+            with refusing(f"The weights file {path} is damaged"):
+                model.load_weights(path)
+        except InputError:
+            model.set_weights(before)
+            raise
     else:
         raise InputError(f"The weights file {path} is of an unknown kind: give a .safetensors, .weights.h5 or .keras file.")
 
@@ -97,10 +106,8 @@ def _check_h5(model, path):
         own = pathlib.Path(folder) / "own.weights.h5"
         model.save_weights(own)
         expected = _h5_shapes(own)
-    try:
+    with refusing(f"The weights file {path} is damaged"):
         found = _h5_shapes(path)
-    except OSError as error:
-        raise InputError(f"The weights file {path} is damaged ({error}): use another copy.") from error
     wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
     if wrong:
         listed = "; ".join(f"{name} {expected.get(name, 'missing')} / {found.get(name, 'missing')}" for name in wrong[:5])
@@ -109,24 +116,33 @@ def _check_h5(model, path):
 
 
 def _h5_shapes(path):
-    shapes = {}
     with h5py.File(path) as file:
-        file.visititems(lambda name, item: shapes.update({name: item.shape}) if isinstance(item, h5py.Dataset) else None)
+        shapes = h5_shapes(file, path.stat().st_size)
     return {name: shape for name, shape in shapes.items() if not name.startswith("optimizer")}
 
 
 def load_model(path):
-    """Reads a `.keras` file without its optimizer.
+    """Reads a `.keras` file without its optimizer, and without running anything that it asks for.
 
     Raises:
-        InputError: the file is missing, damaged, or made of layers unknown here.
+        InputError: the file is missing, damaged, made of layers unknown here, or needs more memory than its size allows.
     """
-    if not pathlib.Path(path).is_file():
+    path = pathlib.Path(path)
+    if not path.is_file() or path.suffix != ".keras":
         raise InputError(f"There is no model file {path}: give the path of a .keras file.")
-    try:
-        return keras.models.load_model(path, compile=False)
-    except Exception as error:  # zip, JSON, HDF5 and class look-ups fail each in their own way
-        raise InputError(f"The model file {path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    what = f"The model file {path} cannot be loaded"
+    with open_zip(path) as archive, refusing(what):
+        parse_json(archive.read("config.json"), what)
+        with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+            h5_shapes(file, path.stat().st_size)
+    # the weights of all variables lie in the file; a model may have a few more of its own making
+    with refusing(what), variables_within(_most_bytes(path), what + ", as it has"):
+        return keras.models.load_model(path, compile=False, safe_mode=True)
+
+
+def _most_bytes(path):
+    """How many bytes the variables of a model may take whose weights lie in a file, which may keep them in fewer bits."""
+    return 4 * path.stat().st_size + SPARE_BYTES
 
 
 def save_model(model, path, pixels):
@@ -154,12 +170,9 @@ def stored_pixels(path):
     if path.suffix == ".safetensors":
         text = read_header(path)[0].get("pixels")
     elif path.suffix == ".keras":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if PIXELS_MEMBER in archive.namelist():
-                    text = archive.open(PIXELS_MEMBER).read(10_000)
-        except (zipfile.BadZipFile, ValueError, RuntimeError, NotImplementedError) as error:
-            raise InputError(f"The model file {path} is damaged ({error}): use another copy.") from error
+        with open_zip(path) as archive, refusing(f"The model file {path} is damaged"):
+            if PIXELS_MEMBER in archive.namelist():
+                text = archive.open(PIXELS_MEMBER).read(10_000)
     return None if text is None else PixelFormat.from_json(text, path)
 
 

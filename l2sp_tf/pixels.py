@@ -5,6 +5,7 @@ import json
 import math
 
 from l2sp_tf.errors import InputError
+from l2sp_tf.reading import parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,12 @@ class PixelFormat:
         Raises:
             InputError: it is something else.
         """
+        what = f"The pixel format in {where} is damaged"
+        values = parse_json(text, what)
         try:
-            return cls(**json.loads(text))
-        except (TypeError, ValueError, RecursionError) as error:  # InputError is a ValueError
-            raise InputError(f"The pixel format in {where} is damaged ({error}): use another copy.") from error
+            return cls(**values)
+        except (TypeError, ValueError) as error:  # InputError is a ValueError
+            raise InputError(f"{what} ({str(error)[:300]}): use another copy.") from error
 
 
 def named_pixels(name):
@@ -87,7 +90,7 @@ def three_numbers(name, values):
     """
     try:
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = ()
     if isinstance(values, str) or len(numbers) != 3 or not all(map(math.isfinite, numbers)):
         raise InputError(f"{name} is {values!r}: give three finite numbers, for red, green and blue")

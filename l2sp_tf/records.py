@@ -6,11 +6,13 @@ import json
 import math
 import pathlib
 import platform
+import re
 import warnings
 from importlib import metadata
 
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import write_text
+from l2sp_tf.reading import read_json
 
 FORMAT = "l2sp_tf.run.v1"
 REQUIRED = {
@@ -20,6 +22,8 @@ REQUIRED = {
     "results": {"accuracy": float, "correct": int, "total": int},
     "versions": {},
 }
+ACCURACY = {"accuracy": float, "correct": int, "total": int}
+BOX = ("whislo", "q1", "med", "q3", "whishi")  # of R², None where no feature varies
 
 
 def run_key(settings):
@@ -56,10 +60,7 @@ def read_record(path):
     Raises:
         InputError: it is no JSON, of another format, or a field is missing or of the wrong type.
     """
-    try:
-        record = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is no record: it is not JSON ({error}); remove it and run its run again.") from error
+    record = read_json(path, f"{path} is no record")
     check_record(record, path)
     return record
 
@@ -93,14 +94,29 @@ def check_record(record, path):
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise InputError(f"{path} is no record of the format {FORMAT}: remove it and run its run again.")
     for section, fields in REQUIRED.items():
-        if not isinstance(record.get(section), dict):
-            raise InputError(f"{path} has no section {section!r}: remove it and run its run again.")
-        for field, kind in fields.items():
-            if not _is(record[section].get(field), kind):
-                value = record[section].get(field)
-                raise InputError(
-                    f"{path} has {section}.{field} = {value!r}, not a {kind.__name__}: remove it and run its run again."
-                )
+        _check_fields(record, section, fields, path)
+    settings, results = record["settings"], record["results"]
+    _check_fields(record, "settings", {"frozen": int} if "frozen" in settings else {}, path)
+    if "source" in results:
+        for measured in ("before", "target_statistics", "source_statistics"):
+            _check_fields(results["source"], measured, ACCURACY, path)
+    r2, right = results.get("r2", {}), results.get("right", "")
+    boxes = list(r2.values()) if isinstance(r2, dict) else [r2]
+    if not all(isinstance(box, dict) and all(box.get(n) is None or _is(box[n], float) for n in BOX) for box in boxes):
+        raise InputError(f"{path} has results.r2 that are no boxes: remove it and run its run again.")
+    if not isinstance(right, str) or not re.fullmatch(r"([0-9a-f]{2})*", right):
+        raise InputError(f"{path} has results.right that are no bytes: remove it and run its run again.")
+
+
+def _check_fields(parent, section, fields, path):
+    """Raises InputError unless `parent` has a dict of that name whose fields are of these kinds."""
+    found = parent.get(section) if isinstance(parent, dict) else None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} has no section {section!r}: remove it and run its run again.")
+    for field, kind in fields.items():
+        if not _is(found.get(field), kind):
+            value = repr(found.get(field))[:100]
+            raise InputError(f"{path} has {section}.{field} = {value}, not a {kind.__name__}: remove it and run its run again.")
 
 
 def _is(value, kind):

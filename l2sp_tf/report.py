@@ -92,10 +92,15 @@ def summary(records):
         single run); "before" is the pre-trained model's accuracy. "title" names the target as the paper
         does, "frozen" counts frozen units, "selected" tells whether cross-validation chose the
         setting, and "records" are the row's own.
+
+    Raises:
+        InputError: a record has an unknown penalty.
     """
     groups = collections.defaultdict(list)
     for record in records:
         s = record["settings"]
+        if s["penalty"] not in LABELS:
+            raise InputError(f"A record has the penalty {s['penalty'][:100]!r}: remove it, or give one of {', '.join(LABELS)}.")
         rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe", "fisher", "frozen"))
         groups[(s["source"], s["target"], s["penalty"], s["alpha"], s["beta"], rest)].append(record)
     rows = []

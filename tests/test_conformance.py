@@ -15,6 +15,7 @@ from l2sp_tf.regularizers import PENALTIES
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"errors", "files", "variables"},
+    {"reading"},
     {"pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "models", "attach", "fisher", "fisher_rules", "checkpoints", "monitor", "report"},
