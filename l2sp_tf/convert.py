@@ -14,6 +14,7 @@ import tensorflow as tf
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.errors import InputError
 from l2sp_tf.pixels import PIXELS, named_pixels, three_numbers
+from l2sp_tf.reading import SPARE_BYTES, refusing, variables_within
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet
 from l2sp_tf.torch_files import read_state_dict
 from l2sp_tf.variables import keyed_weights
@@ -130,7 +131,9 @@ def _match(arrays, backbone, name_of, bias, classes, path):
     if bias in arrays and classes is not None and classes != arrays[bias].size:
         raise InputError(f"{path} has a head of {arrays[bias].size} classes, not {classes}: give --classes={arrays[bias].size}.")
     found = arrays[bias].size if bias in arrays else classes or 1
-    model = imagenet_resnet(backbone, found, image_size=32)
+    limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single
+    with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
+        model = imagenet_resnet(backbone, found, image_size=32)
     names = {key: name_of(*key.split("/")) for key in keyed_weights(model)}
     shapes = {names[key]: tuple(weight.variable.shape) for key, weight in keyed_weights(model).items()}
     wrong = [
@@ -149,17 +152,20 @@ def _match(arrays, backbone, name_of, bias, classes, path):
 
 def _read_checkpoint(path, files):
     """The variables of a TensorFlow checkpoint that belong to the model, as a dict from name to array."""
-    try:
+    with refusing(f"{path} is damaged or no checkpoint"):  # TensorFlow raises errors of many kinds for it
         reader = tf.train.load_checkpoint(str(path))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-        claimed = sum(math.prod(shape) * dtypes[name].size for name, shape in shapes.items() if dtypes[name].is_floating)
-        if claimed > sum(file.stat().st_size for file in files):
+        shapes = {name: shape for name, shape in shapes.items() if not _is_slot(name)}
+        claimed = sum(math.prod(shape) * dtypes[name].size for name, shape in shapes.items())
+        if claimed > _bytes_of(files):
             raise ValueError("it claims more numbers than it has bytes for")
-        return {name: reader.get_tensor(name) for name in shapes if not _is_slot(name)}
-    except Exception as error:  # TensorFlow raises errors of many kinds for a damaged checkpoint
-        raise InputError(
-            f"{path} is damaged or no checkpoint ({' '.join(str(error).split())[:300]}): use another copy."
-        ) from error
+        if not all(dtypes[name].is_floating for name in shapes):
+            raise ValueError("it holds variables that are no real numbers")
+        return {name: reader.get_tensor(name) for name in shapes}
+
+
+def _bytes_of(files):
+    return sum(file.stat().st_size for file in files)
 
 
 def _provenance(origin, backbone, files):

@@ -1,6 +1,7 @@
 """Backbones, their weights, the new head, and freezing the first n units (Fig. 3)."""
 
 import io
+import math
 import pathlib
 import re
 import tempfile
@@ -13,7 +14,7 @@ from l2sp_tf.anchors import Anchors, read_header
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
-from l2sp_tf.reading import h5_shapes, open_zip, parse_json, refusing, variables_within
+from l2sp_tf.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.regularizers import Penalty
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
 from l2sp_tf.variables import keyed_weights, set_regularizer
@@ -21,7 +22,6 @@ from l2sp_tf.variables import keyed_weights, set_regularizer
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
 PIXELS_MEMBER = "l2sp_tf/pixels.json"  # of the zip that a .keras file is
-SPARE_BYTES = 2**28  # that a model may take beyond the numbers of its file, such as for another dtype
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
@@ -47,13 +47,16 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
         raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
     if weights == "imagenet" and name not in RESNETS:
         raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
-    if name == "small":
-        model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
-    elif name in RESNETS:
-        model = _resnet(RESNETS[name], num_classes, image_size, weights)
-    else:
-        model = imagenet_resnet(name, num_classes, image_size)
-    if weights not in (None, "imagenet"):
+    from_file = weights not in (None, "imagenet")
+    limit = _most_bytes(_existing(weights)) if from_file else math.inf  # the file may have said how many classes there are
+    with variables_within(limit, f"The backbone {name} with {num_classes} classes has"):
+        if name == "small":
+            model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
+        elif name in RESNETS:
+            model = _resnet(RESNETS[name], num_classes, image_size, weights)
+        else:
+            model = imagenet_resnet(name, num_classes, image_size)
+    if from_file:
         load_weights(model, weights)
     return model
 
@@ -80,9 +83,7 @@ def load_weights(model, path):
         InputError: the file is missing, damaged, of an unknown kind, or of another
             architecture (both sides are listed); the model then keeps its weights.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
+    path = _existing(path)
     if path.suffix == ".safetensors":
         Anchors.load(path).restore(model)
     elif path.suffix == ".keras":
@@ -98,6 +99,13 @@ def load_weights(model, path):
             raise
     else:
         raise InputError(f"The weights file {path} is of an unknown kind: give a .safetensors, .weights.h5 or .keras file.")
+
+
+def _existing(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
+    return path
 
 
 def _check_h5(model, path):
@@ -163,9 +171,7 @@ def stored_pixels(path):
     Raises:
         InputError: the file is missing or damaged.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
+    path = _existing(path)
     text = None
     if path.suffix == ".safetensors":
         text = read_header(path)[0].get("pixels")

@@ -16,6 +16,7 @@ from l2sp_tf.errors import InputError
 
 MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
 MAX_IMAGE_BYTES = 2**28  # of an image file
+SPARE_BYTES = 2**28  # that a file may unpack to, or a model take, whatever the size of the file
 MAX_JSON_BYTES = 2**26
 MAX_JSON_DEPTH = 100
 BFLOAT16 = np.dtype("V2")  # as Keras writes it to HDF5
@@ -45,7 +46,7 @@ def refusing(what, advice="use another copy"):
 
 def unpacked_limit(size):
     """How many bytes a file of `size` bytes may unpack to: a hundred times its size, and 256 MiB."""
-    return 100 * size + 2**28
+    return 100 * size + SPARE_BYTES
 
 
 def parse_json(text, what, *, finite=True):
@@ -196,7 +197,7 @@ def variables_within(limit, what):
     """Refuses the models built inside the block whose variables take more than `limit` bytes, before they take them.
 
     Args:
-        limit: in bytes.
+        limit: in bytes; infinite for none.
         what: how the sentence of the error begins.
 
     Raises:
@@ -216,5 +217,5 @@ def variables_within(limit, what):
             raise InputError(f"{what} more numbers than a file of its size can hold: use another copy.")
         return make(**options)
 
-    with tf.variable_creator_scope(creator):
+    with contextlib.nullcontext() if limit == math.inf else tf.variable_creator_scope(creator):
         yield

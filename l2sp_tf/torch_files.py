@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from l2sp_tf.errors import InputError
+from l2sp_tf.reading import check_members, refusing
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6
 DTYPES = {
@@ -51,14 +52,11 @@ def read_state_dict(path):
     if not path.is_file():
         raise InputError(f"There is no file {path}: give the path of a PyTorch file.")
     content = path.read_bytes()  # what the file claims of its sizes is checked against these bytes before memory is taken
-    try:
+    with refusing(f"{path} is damaged or no state dict of PyTorch"):
         if path.suffix == ".safetensors":
             return safetensors.numpy.load(content)
-        found = _read_zip(content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
+        found = _read_zip(path, content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
         return _weights(found)
-    except Exception as error:  # a damaged pickle or zip fails in ways of any kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise InputError(f"{path} is damaged or no state dict of PyTorch ({reason}): use another copy.") from error
 
 
 def _weights(found):
@@ -105,13 +103,45 @@ class _DescribeParameter:
         return tensor
 
 
+class _OrderedDict:
+    """Stands in for OrderedDict: keys may be texts and numbers only, as the hash of nested tuples takes for ever."""
+
+    __slots__ = ()
+
+    def __call__(self, pairs=()):
+        return collections.OrderedDict((_key(key), value) for key, value in pairs)
+
+
+def _key(key):
+    if type(key) not in (str, int):
+        raise pickle.UnpicklingError(f"a {type(key).__name__} is a name in it")
+    return key
+
+
 ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "OrderedDict"): _OrderedDict(),
     ("torch._utils", "_rebuild_tensor"): _DescribeTensor(),
     ("torch._utils", "_rebuild_tensor_v2"): _DescribeTensor(),
     ("torch._utils", "_rebuild_parameter"): _DescribeParameter(),
     **{("torch", name): dtype.name for name, dtype in DTYPES.items()},  # a text, which cannot be called
 }
+
+
+# What no state dict needs: BYTEARRAY8 takes memory for any length that a file claims, others hash or make any object.
+REFUSED = (
+    "BYTEARRAY8",
+    "DICT",
+    "EMPTY_SET",
+    "ADDITEMS",
+    "FROZENSET",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+)
 
 
 # The unpickler written in Python: that in C takes memory for any index that a file puts into its memo.
@@ -127,14 +157,28 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no state dict needs")
         return ALLOWED[module, name]
 
-    def get_extension(self, code):
-        raise pickle.UnpicklingError(f"it asks for the extension {code}, which no state dict needs")
+    def load_setitem(self):
+        _key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self):
+        for key in self.stack[::2]:
+            _key(key)
+        super().load_setitems()
+
+    def load_refused(self):
+        raise pickle.UnpicklingError("it makes objects that no state dict needs")
+
+    refused = dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused)
+    own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    dispatch = pickle._Unpickler.dispatch | refused | own
 
     def persistent_load(self, pid):
         kind, dtype, key, _location, count, *view = pid
-        if kind != "storage" or dtype not in {d.name for d in DTYPES.values()} or any(v is not None for v in view):
+        known = type(kind) is type(dtype) is str and kind == "storage" and dtype in {d.name for d in DTYPES.values()}
+        if not known or any(v is not None for v in view):
             raise pickle.UnpicklingError("it refers to something else than a storage of numbers")
-        storage = _Storage(str(key), np.dtype(getattr(ml_dtypes, dtype, dtype)), count)
+        storage = _Storage(str(_key(key)), np.dtype(getattr(ml_dtypes, dtype, dtype)), count)
         self.itemsizes[storage.key] = storage.dtype.itemsize
         return storage
 
@@ -162,9 +206,10 @@ class _Found:
         return np.lib.stride_tricks.as_strided(flat, shape, [dtype.itemsize * s for s in strides], writeable=False)
 
 
-def _read_zip(content):
+def _read_zip(path, content):
     """The format since PyTorch 1.6: a zip of data.pkl and one uncompressed file for each storage."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        check_members(archive.infolist(), path)
         members = {info.filename: info for info in archive.infolist()}
         sizes = [info.file_size for info in archive.infolist()]
         if sum(sizes) > len(content) or any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
@@ -192,7 +237,7 @@ def _read_legacy(content):
     unpickler = _Unpickler(file)
     contents, keys = unpickler.load(), _Unpickler(file).load()
     place, storages = file.tell(), {}
-    for key in map(str, keys):
+    for key in [str(_key(key)) for key in keys]:
         (count,) = struct.unpack_from("<q", content, place)
         end = place + 8 + count * unpickler.itemsizes[key]
         if count < 0 or end > len(content):

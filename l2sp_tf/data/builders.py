@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 import re
+import struct
 import tarfile
 
 import tensorflow as tf
@@ -10,8 +11,7 @@ import tensorflow_datasets as tfds
 
 from l2sp_tf.data.fetch import Download
 from l2sp_tf.errors import InputError
-
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS, refusing
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):
@@ -47,7 +47,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         """Yields the images of a tar file in the order of `places`, pairs of a member's name and its class."""
         with tarfile.open(path, "r:") as archive:
             for number, (place, label) in enumerate(places):
-                yield number, {"image": as_jpeg_or_png(archive.extractfile(place).read()), "label": label}
+                content = archive.extractfile(place).read(MAX_IMAGE_BYTES)  # a sparse member has any size
+                yield number, {"image": as_jpeg_or_png(content), "label": label}
 
 
 class Caltech256(_Builder):
@@ -110,22 +111,45 @@ class MitIndoors67(_Builder):
 
 def as_jpeg_or_png(content):
     """The bytes of an image file: those of a GIF or BMP, which some .jpg files are, become a PNG of the same pixels."""
-    if content.startswith(SIGNATURES):
-        return content
     try:
+        if not 0 < _declared_pixels(content) <= MAX_PIXELS:
+            return content
         image = tf.io.decode_image(content, channels=3, expand_animations=False)
-    except tf.errors.InvalidArgumentError:
+    except (IndexError, struct.error, tf.errors.OpError):
         return content  # a bad image: it is named when the set is decoded
     return tf.io.encode_png(image).numpy()
 
 
+def _declared_pixels(content):
+    """How many pixels a GIF (all its pictures together) or BMP declares; 0 for all else."""
+    if content.startswith(b"BM"):
+        width, height = struct.unpack_from("<ii", content, 18)
+        return abs(width * height)
+    if not content.startswith((b"GIF87a", b"GIF89a")):
+        return 0
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    pixels, place = width * height, 13 + _colours(flags)
+    while content[place] in b"!,":  # an extension or a picture; ";" ends the file
+        place += 2
+        if content[place - 2 : place - 1] == b",":
+            width, height, flags = struct.unpack_from("<HHB", content, place + 3)
+            pixels, place = pixels + width * height, place + 9 + _colours(flags)
+        while content[place]:  # blocks of up to 255 bytes, each after its length
+            place += 1 + content[place]
+        place += 1
+    return pixels
+
+
+def _colours(flags):
+    """The bytes of a GIF's table of colours, 0 where the flags say that there is none."""
+    return 3 * 2 ** (flags % 8 + 1) if flags & 128 else 0
+
+
 def _members(path):
     """The names of the files in a tar file."""
-    try:
+    with refusing(f"{path} is damaged or no tar file", "load it again"):
         with tarfile.open(path, "r:") as archive:
             return [member.name for member in archive if member.isfile()]
-    except (tarfile.TarError, EOFError) as error:
-        raise InputError(f"{path} is damaged or no tar file ({error}): load it again") from error
 
 
 def _lines(path, count):

@@ -1,6 +1,5 @@
 """Data sets and their splits: the embedded digits, a folder of images, a zip of one, or a prepared set of TFDS."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -8,14 +7,13 @@ import os
 import pathlib
 import re
 import shutil
-import stat
 import tempfile
 import zipfile
-import zlib
 
 import numpy as np
 
 from l2sp_tf.errors import InputError
+from l2sp_tf.reading import MAX_IMAGE_BYTES, open_zip, refusing
 
 SPLITS = ("train", "test")
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -74,8 +72,11 @@ class Split:
         )
 
     def read(self, i):
-        """The bytes of the i-th image file."""
-        return self.files[i].read_bytes() if self.records is None else self.records.read(i)
+        """The bytes of the i-th image file; of one that is too large for an image only the first."""
+        if self.records is not None:
+            return self.records.read(i)
+        with self.files[i].open("rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,8 +105,9 @@ class Dataset:
                 sha.update(split.records.prints.tobytes())
             else:
                 for path in split.files:
-                    content = path.read_bytes()
-                    sha.update(repr((path.parts[-2:], len(content), hashlib.sha256(content).hexdigest())).encode())
+                    with path.open("rb") as file:
+                        content = hashlib.file_digest(file, "sha256").hexdigest()
+                        sha.update(repr((path.parts[-2:], file.tell(), content)).encode())
         return sha.hexdigest()
 
     def characteristics(self):
@@ -271,7 +273,8 @@ def _folder_entries(root):
             if path.is_dir() and top.name in SPLITS:
                 # a listing without a stat of each file: class folders may be large
                 with os.scandir(path) as entries:
-                    yield from (f"{top.name}/{path.name}/{e.name}" + "/" * e.is_dir() for e in entries)
+                    # a pipe or a device is no image, whatever its name: reading it might never end
+                    yield from (f"{top.name}/{path.name}/{e.name}" + "/" * (not e.is_file()) for e in entries)
 
 
 def _layout(entries, where):
@@ -355,42 +358,17 @@ def _zip(name, archive, path, cache_dir):
     """The data set in the zip `archive`, `path` being its own path or that of a folder in it."""
     inside = path.relative_to(archive).as_posix()
     prefix = "" if inside == "." else f"{inside}/"
-    with _zip_errors(archive), zipfile.ZipFile(archive) as file:
-        members = file.infolist()
-        _check_members(members, archive)
-        members = {m.filename[len(prefix) :]: m for m in members if m.filename.startswith(prefix)}
+    with open_zip(archive) as file:
+        members = {m.filename[len(prefix) :]: m for m in file.infolist() if m.filename.startswith(prefix)}
         members.pop("", None)
         if not members:
             raise InputError(f"{archive} has no folder {inside!r}")
         layout = _layout(_with_folders(members), path)
         folder = cache_dir / _cache_name(archive, prefix)
         if not folder.is_dir():
-            _extract(file, members, layout, folder)
+            with refusing(f"{archive} is damaged", "copy it again"):
+                _extract(file, members, layout, folder)
     return _from_files(name, folder, layout, shown=path)
-
-
-@contextlib.contextmanager
-def _zip_errors(archive):
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise InputError(f"{archive} is damaged or not a zip file ({error}): copy it again") from error
-    except (NotImplementedError, RuntimeError) as error:  # what zipfile raises for encrypted members and odd compressions
-        raise InputError(f"{archive} cannot be unpacked ({error}): pack it again without encryption") from error
-
-
-def _check_members(members, archive):
-    """Raises InputError for a member that could be written elsewhere, and for a zip that would fill the disk."""
-    for member in members:
-        parts = re.split(r"[/\\]", member.filename)
-        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was made on a system without modes
-        if ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise InputError(f"{archive} holds {member.filename!r}, which leads out of the folder it is unpacked to")
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise InputError(f"{archive} holds {member.filename!r}, which is a link or a device: only files are unpacked")
-    size, limit = sum(member.file_size for member in members), 100 * archive.stat().st_size + 2**30
-    if size > limit:
-        raise InputError(f"{archive} would unpack to {size:,} bytes, more than the {limit:,} allowed for its size")
 
 
 def _with_folders(names):
@@ -415,7 +393,8 @@ def _extract(file, members, layout, folder):
                 (temporary / split / name).mkdir(parents=True)
                 for image in files:
                     place = f"{split}/{name}/{image}"
-                    (temporary / place).write_bytes(file.read(members[place]))
+                    with file.open(members[place]) as source, (temporary / place).open("wb") as target:
+                        shutil.copyfileobj(source, target, 2**20)
         try:
             temporary.rename(folder)
         except OSError:

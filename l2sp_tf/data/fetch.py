@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import http.client
 import pathlib
+import re
 import shutil
 import urllib.error
 import urllib.parse
@@ -100,7 +101,8 @@ def _load(download, part):
             raise
         with response:
             resumed = response.status == http.client.PARTIAL_CONTENT
-            expected = int(response.headers["Content-Length"]) + done * resumed if "Content-Length" in response.headers else None
+            length = response.headers.get("Content-Length", "")
+            expected = int(length) + done * resumed if re.fullmatch("[0-9]{1,18}", length) else None
             with part.open("ab" if resumed else "wb") as file:
                 shutil.copyfileobj(response, file, 2**20)
     if expected is not None and part.stat().st_size < expected:

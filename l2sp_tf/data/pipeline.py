@@ -16,8 +16,8 @@ from l2sp_tf.data.datasets import default_cache_dir
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PixelFormat
+from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS
 
-MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
 ALIGNMENT = 64  # bytes: TensorFlow stops the process when it meets shared memory that starts elsewhere
@@ -165,8 +165,8 @@ def decode(
         Images, in the order of the split.
 
     Raises:
-        InputError: an image is empty, truncated, neither a JPEG nor a PNG, or declares more than
-            178,956,970 pixels; or a class has no image left.
+        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or
+            would have more than 178,956,970 pixels before or after it is resized; or a class has no image left.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     _check_count("size", size)
@@ -434,7 +434,9 @@ def _decoded_arrays(split, how):
 def _decoded_files(split, how):
     """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
     if split.files is not None:
-        source, read = [os.fsencode(path) for path in split.files], tf.io.read_file
+        # a file too large for an image gets a name that cannot be read, and is told from others in the second try
+        source = [os.fsencode(path) if path.stat().st_size <= MAX_IMAGE_BYTES else b"" for path in split.files]
+        read = tf.io.read_file
     else:
         source = np.arange(len(split))
         read = lambda i: tf.ensure_shape(tf.numpy_function(split.read, [i], tf.string, stateful=False), [])  # noqa: E731
@@ -473,8 +475,15 @@ def _decode_bytes(content, size, mode, filter):
     """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
     is_jpeg = tf.io.is_jpeg(content)
     sides = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
-    count = tf.reduce_prod(tf.cast(sides, tf.int64))
-    checks = [tf.debugging.assert_positive(sides), tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64))]
+    long = tf.cast(sides, tf.int64)
+    count = tf.reduce_prod(long)
+    if mode == "shorter_side":  # a line of pixels would become a long band
+        count = tf.maximum(count, tf.reduce_max(long) * size // tf.reduce_min(long) * size)
+    checks = [
+        tf.debugging.assert_positive(sides),
+        tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
+        tf.debugging.assert_less_equal(tf.strings.length(content), MAX_IMAGE_BYTES),
+    ]
     with tf.control_dependencies(checks):  # the pixels of a huge image are never made
         content = tf.identity(content)
     image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))

@@ -12,10 +12,12 @@ import tensorflow_datasets as tfds
 from l2sp_tf.data.datasets import ACCEPTED, Dataset, Split, default_cache_dir
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.reading import MAX_IMAGE_BYTES, read_json, refusing
 
 # Their test images are published without labels, so that accuracy is measured on the validation images.
 UNLABELLED_TEST = ("imagenet2012", "places365_small")
 AUTHORS_TRAIN, AUTHORS_TEST = 60, 20  # images of each class of Caltech 256 that the authors' lists have
+MAX_CLASSES = 10**6
 TFRECORD_HEADER, TFRECORD_FOOTER = 12, 4  # bytes before and after a record: its length and checksum, and its own checksum
 
 
@@ -119,11 +121,38 @@ def known_names():
 
 
 def find_prepared(name, data_dir=None):
-    """The builder of a prepared set, read from its folder alone; None where it is not there."""
-    try:
-        return tfds.core.read_only_builder.builder_from_files(name, data_dir=data_folder(data_dir))
-    except tfds.core.registered.DatasetNotFoundError:
-        return None
+    """The builder of a prepared set, read from its folder alone; None where it is not there.
+
+    Raises:
+        InputError: the files that describe the set are damaged, or name other features or files than a set's own.
+    """
+    place = data_folder(data_dir)
+    with refusing(f"The data set {name} in {place} is damaged", "remove its folder, and run prepare.py again"):
+        _check_features(place / name.partition(":")[0])
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=place)
+        except tfds.core.registered.DatasetNotFoundError:
+            return None
+        for split in builder.info.splits.values():
+            if any(pathlib.Path(path).parent != pathlib.Path(builder.data_path) for path in split.filepaths):
+                raise ValueError(f"the files of {split.name} lie elsewhere")
+        return builder
+
+
+def _check_features(folder):
+    """Refuses features of other packages, which TFDS would import, and more classes than a set can have."""
+    for path in folder.rglob("features.json"):
+        described = [read_json(path, f"{path} is damaged")]
+        for value in described:  # grows while it is walked
+            described.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
+            if not isinstance(value, dict):
+                continue
+            for key in ("pythonClassName", "python_class_name", "type"):
+                if key in value and not str(value[key]).startswith("tensorflow_datasets.core.features."):
+                    raise ValueError(f"{path} asks for {str(value[key])[:100]}, which is no feature of TFDS")
+            for key in ("numClasses", "num_classes"):
+                if not 0 <= int(value.get(key, 0)) <= MAX_CLASSES:
+                    raise ValueError(f"{path} has {value[key]} classes, more than the {MAX_CLASSES:,} allowed")
 
 
 def _prepared(name, data_dir):
@@ -157,6 +186,10 @@ def _split(builder, split, image, label, cache_dir):
     labels = index.pop("labels").astype(np.int32)
     if len(labels) and labels.min() < 0:
         raise InputError(f"the {split} images of {builder.name} have no labels: give another data set")
+    if len(labels) and labels.max() >= builder.info.features[label].num_classes:
+        raise _damaged(builder, f"a label is {labels.max()}, beyond its classes")
+    if len(labels) != builder.info.splits[split].num_examples:
+        raise _damaged(builder, f"{split} has {len(labels)} images, not {builder.info.splits[split].num_examples}")
     names = tuple(f"{builder.name} {split} image {i}" for i in range(len(labels)))
     return Split(names, labels, records=Records(image, shards, **index))
 
@@ -176,8 +209,9 @@ def _index(builder, split, shards, image, label, cache_dir):
         parts = [_index_of_shard(builder, number, shard, image, label) for number, shard in enumerate(shards)]
         with atomic_path(path) as temporary:
             np.savez(temporary, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
-    with np.load(path) as file:
-        return dict(file)
+    with refusing(f"{path} is damaged", "remove it"):
+        with np.load(path) as file:
+            return dict(file)
 
 
 def _index_of_shard(builder, number, shard, image, label):
@@ -185,17 +219,32 @@ def _index_of_shard(builder, number, shard, image, label):
 
     def facts(record):
         example = tf.io.parse_single_example(record, features)
-        return tf.strings.length(record), example[label], tf.strings.to_hash_bucket_fast(example[image], 2**63 - 1)
+        return example[label], tf.strings.to_hash_bucket_fast(example[image], 2**63 - 1)
 
+    offset, length = _places(builder, shard)
     batches = tf.data.TFRecordDataset(shard).map(facts, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).batch(1024)
     try:
-        columns = list(zip(*batches.as_numpy_iterator(), strict=True)) or [[np.empty(0, np.int64)]] * 3
+        columns = list(zip(*batches.as_numpy_iterator(), strict=True)) or [[np.empty(0, np.int64)]] * 2
     except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
         raise _damaged(builder, f"{shard} is damaged") from error
-    length, labels, prints = (np.concatenate(column).astype(np.int64) for column in columns)
-    ends = np.cumsum(length + TFRECORD_HEADER + TFRECORD_FOOTER)
-    offset = ends - length - TFRECORD_FOOTER
+    labels, prints = (np.concatenate(column).astype(np.int64) for column in columns)
     return {"shard": np.full(len(length), number), "offset": offset, "length": length, "labels": labels, "prints": prints}
+
+
+def _places(builder, shard):
+    """Where the records of a shard lie, and their bytes, checked before TensorFlow takes memory for them: two int64 [n]."""
+    offset, length, place, end = [], [], 0, pathlib.Path(shard).stat().st_size
+    with open(shard, "rb", buffering=0) as file:
+        while place < end:
+            file.seek(place)
+            header = file.read(TFRECORD_HEADER)
+            size = int.from_bytes(header[:8], "little")
+            offset.append(place + TFRECORD_HEADER)
+            length.append(size)
+            place = offset[-1] + size + TFRECORD_FOOTER
+            if size > MAX_IMAGE_BYTES or place > end:
+                raise _damaged(builder, f"{shard} is damaged")
+    return np.array(offset, np.int64), np.array(length, np.int64)
 
 
 def _damaged(builder, what):
