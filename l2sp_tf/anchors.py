@@ -160,7 +160,7 @@ def save_arrays(path, arrays, metadata):
     Args:
         path: the file.
         arrays: a mapping from name to NumPy array of any dtype of NumPy or ml_dtypes.
-        metadata: a dict of strings kept in the header beside the manifest.
+        metadata: a dict of strings kept in the header beside the manifest and a sha256 of both.
 
     Raises:
         OSError: the file cannot be written.
@@ -169,6 +169,7 @@ def save_arrays(path, arrays, metadata):
     # safetensors' NumPy reader knows no bfloat16 and no 8-bit floats: keep their bits.
     stored = {key: a if a.dtype.kind in "fiub" else a.view(f"u{a.dtype.itemsize}") for key, a in stored.items()}
     header = {**metadata, "manifest": json.dumps(manifest_of(arrays))}
+    header["sha256"] = _sha256_of(header)
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.numpy.save(stored, header))
 
@@ -177,13 +178,15 @@ def load_arrays(path):
     """Reads what `save_arrays` wrote: (arrays, metadata), each array verified.
 
     Raises:
-        InputError: the file is missing, is not such a file, or an array differs from its
-            shape, dtype or sha256 in the manifest.
+        InputError: the file is missing, is not such a file, its header differs from its sha256, or an
+            array from its shape, dtype or sha256 in the manifest.
     """
     path = _existing(path)
     with refusing(f"{path} is damaged or not a file that this project wrote"):
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
+            if metadata.pop("sha256", None) != _sha256_of(metadata):
+                raise ValueError("its header does not have the sha256 that it gives")
             manifest = parse_json(metadata.pop("manifest", "null"), f"The manifest of {path} is damaged")
             raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
         arrays = {entry["name"]: _decode(raw.pop(entry["name"]), entry) for entry in manifest}
@@ -221,6 +224,10 @@ def _decode(array, entry):
     if found != entry or not is_numeric:
         raise ValueError(f"the array {entry['name']!r} does not have the shape, dtype and sha256 of the manifest")
     return array
+
+
+def _sha256_of(metadata):
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(array):
