@@ -19,12 +19,12 @@ from l2sp_tf import records
 from l2sp_tf.anchors import load_arrays, save_arrays
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import sync_folder, write_text
+from l2sp_tf.reading import read_json
 from l2sp_tf.variables import first_not_finite
 
 FORMAT = "l2sp_tf.checkpoint.v1"
 ARRAYS, STATE, MANIFEST = "arrays.safetensors", "state.json", "manifest.json"
 UNFINISHED = ".part-"
-MOST_MANIFEST_BYTES = 2**16
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,14 +121,13 @@ class Checkpoints:
 
     def _read(self, step):
         path = self._path(step)
-        if (path / MANIFEST).stat().st_size > MOST_MANIFEST_BYTES:
-            raise InputError("its manifest is damaged.")
-        manifest = _json(path / MANIFEST)
-        for name in (ARRAYS, STATE):
-            if manifest.get(name) != _sha256(path / name):
-                raise InputError(f"{name} does not have the sha256 of the manifest.")
-        content = _json(path / STATE)
-        if content.get("format") != FORMAT or content.get("step") != step or not isinstance(content.get("state"), dict):
+        manifest = read_json(path / MANIFEST, f"{MANIFEST} is damaged")
+        if manifest != {name: _sha256(path / name) for name in (ARRAYS, STATE)}:
+            raise InputError("its files do not have the sha256 of the manifest.")
+        content = read_json(path / STATE, f"{STATE} is damaged")
+        if not isinstance(content, dict) or content.keys() != {"format", "step", "state"}:
+            raise InputError(f"{STATE} lacks a part.")
+        if content["format"] != FORMAT or content["step"] != step or not isinstance(content["state"], dict):
             raise InputError(f"{STATE} is not that of step {step} in the format {FORMAT}.")
         return Checkpoint(step, load_arrays(path / ARRAYS)[0], content["state"])
 
@@ -333,16 +332,6 @@ def _remove(path):
     """Removes a checkpoint so that at no moment a part of it looks like the whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path.name} holds no fields.")
-    return content
 
 
 def _sha256(path):
