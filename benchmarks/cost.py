@@ -39,6 +39,7 @@ RULES = {
     **dict.fromkeys(["SquaredDifference", "SqrtGrad"], _per_output(2)),
     "RsqrtGrad": _per_output(4),
     **dict.fromkeys(["Sum", "Mean", "BiasAddGrad"], lambda op: _size(op.inputs[0])),
+    "L2Loss": lambda op: 2 * _size(op.inputs[0]),
     "AddN": lambda op: (len(op.inputs) - 1) * _size(op.outputs[0]),
     "AssignAddVariableOp": lambda op: _size(op.inputs[1]),
     # largest logit, difference, exp, sum, quotient, minus the label

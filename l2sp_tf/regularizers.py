@@ -108,27 +108,27 @@ class FisherPenalty(AnchoredPenalty):
 
     def __init__(self, alpha, anchor=None, fisher=None, *, key=None, **kwargs):
         super().__init__(alpha, anchor, key=key, **kwargs)
-        self._fisher = None
+        self._root_fisher = None
         if fisher is not None:
             what = f"the Fisher diagonal of {key or type(self).__name__}"
             if np.any(np.asarray(fisher) < 0):
                 raise InputError(f"T{what[1:]} has negative entries, but it is a mean of squares: give one that is at least 0.")
-            self._fisher = _constant(fisher, what)
+            self._root_fisher = _constant(np.sqrt(np.asarray(fisher)), what)
             if self._anchor is not None:
-                _check_shapes(self, anchor=self._anchor.shape, fisher=self._fisher.shape)
+                _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
 
     @property
     def is_bound(self):
-        return super().is_bound and self._fisher is not None
+        return super().is_bound and self._root_fisher is not None
 
     def bind(self, key, *, anchor, digest, fisher=None, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
         return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor, fisher=fisher)
 
-    def _weighted_square(self, w):
-        """F_jj (w_j - w0_j)^2 for each j."""
+    def _weighted_difference(self, w):
+        """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
         difference = self._difference(w)
-        return ops.multiply(ops.cast(self._fisher, difference.dtype), ops.square(difference))
+        return ops.multiply(ops.cast(self._root_fisher, difference.dtype), difference)
 
 
 class _Grouped:
@@ -153,11 +153,11 @@ class _Grouped:
     def get_config(self):
         return {**super().get_config(), "group_axes": self.group_axes, "epsilon": self.epsilon}
 
-    def _group_norms(self, squares):
-        """sum_g sqrt(p_g) sqrt(sum over g of squares + epsilon)."""
-        axes = tuple(range(len(squares.shape) - 1)) if self.group_axes is None else self.group_axes
-        p_g = math.prod(squares.shape[axis] for axis in axes)
-        norms = _safe_sqrt(ops.sum(squares, axis=axes) if axes else squares, self.epsilon)
+    def _group_norms(self, x):
+        """sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
+        axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
+        p_g = math.prod(x.shape[axis] for axis in axes)
+        norms = _safe_sqrt(_sum_over(ops.square(x), axes), self.epsilon)
         return ops.multiply(math.sqrt(p_g), ops.sum(norms))
 
 
@@ -169,7 +169,7 @@ class L2(Penalty):
 
     def __call__(self, w):
         dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
-        return ops.multiply(self.alpha / 2, ops.sum(ops.square(ops.cast(w, dtype))))
+        return ops.multiply(self.alpha, _half_square_sum(ops.cast(w, dtype)))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -179,7 +179,7 @@ class L2SP(AnchoredPenalty):
     symbol = "l2_sp"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha / 2, ops.sum(ops.square(self._difference(w))))
+        return ops.multiply(self.alpha, _half_square_sum(self._difference(w)))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -189,7 +189,7 @@ class L2SPFisher(FisherPenalty):
     symbol = "l2_sp_fisher"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha / 2, ops.sum(self._weighted_square(w)))
+        return ops.multiply(self.alpha, _half_square_sum(self._weighted_difference(w)))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -224,7 +224,7 @@ class GroupLassoSP(_Grouped, AnchoredPenalty):
     symbol = "gl_sp"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha, self._group_norms(ops.square(self._difference(w))))
+        return ops.multiply(self.alpha, self._group_norms(self._difference(w)))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -234,7 +234,7 @@ class GroupLassoSPFisher(_Grouped, FisherPenalty):
     symbol = "gl_sp_fisher"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha, self._group_norms(self._weighted_square(w)))
+        return ops.multiply(self.alpha, self._group_norms(self._weighted_difference(w)))
 
 
 PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
@@ -250,6 +250,26 @@ def check_strength(value, name):
     if not is_number or not math.isfinite(value) or value < 0:
         raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
     return float(value)
+
+
+def _half_square_sum(x):
+    """1/2 sum_j x_j^2."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.nn.l2_loss(x)  # one pass over x, and its gradient is one more; by square and sum they are six
+    return ops.multiply(0.5, ops.sum(ops.square(x)))
+
+
+def _sum_over(x, axes):
+    """The sum over some axes; all but the last, the usual case, is a bias's gradient, which TensorFlow adds up faster."""
+    if not axes:
+        return x
+    if keras.backend.backend() == "tensorflow" and axes == tuple(range(len(x.shape) - 1)):
+        import tensorflow as tf
+
+        return tf.raw_ops.BiasAddGrad(out_backprop=x)
+    return ops.sum(x, axis=axes)
 
 
 def _safe_sqrt(x, epsilon):

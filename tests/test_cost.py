@@ -94,12 +94,12 @@ def test_each_penalty_costs_a_few_operations_a_weight_whatever_the_batch(small_n
     groups = sum(shape[-1] for shape in shared.values())
     found = cost.costs(pretrained, num_classes=7, batch=2)
     again = cost.costs(pretrained, num_classes=7, batch=3)
-    # (w - w0), square, sum; 2 d, times alpha / 2; and once added to the gradient of the loss
-    weights = {"l2": 5, "l2_sp": 6, "l2_sp_fisher": 8, "l1_sp": 6, "gl_sp": 6, "gl_sp_fisher": 8}
+    # d = w - w0, times the root of F_jj, square and sum; the gradient of each but the sum; and once added to that of the loss
+    weights = {"l2": 4, "l2_sp": 5, "l2_sp_fisher": 7, "l1_sp": 6, "gl_sp": 6, "gl_sp_fisher": 8}
     assert list(found) == ["none", *weights]
     for symbol, each in weights.items():
         row = found[symbol]
-        rest = row["extra"] - each * n - 5 * new
+        rest = row["extra"] - each * n - 4 * new
         assert 0 <= rest <= 6 * (len(shared) + 2) + (12 * groups if symbol.startswith("gl") else 0), symbol
         assert row["extra"] == again[symbol]["extra"]
         assert row["operations"] == found["none"]["operations"] + row["extra"]

@@ -1,5 +1,8 @@
 """The penalties against loops in float64, and against each other where the paper says they agree."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -203,3 +206,60 @@ def test_a_traced_step_captures_the_anchor_instead_of_embedding_it():
     penalty, variable = l2sp.L2SP(1.0, w0), keras.Variable(w0)
     graph = tf.function(lambda: penalty(variable)).get_concrete_function().graph
     assert len(graph.as_graph_def().SerializeToString()) < 20_000
+
+
+def second_derivative_product(penalty, w, v):
+    """The Hessian of a penalty times v, by differentiating the gradient."""
+    variable = keras.Variable(w)
+    with tf.GradientTape() as outer:
+        with tf.GradientTape() as inner:
+            value = penalty(variable)
+        gradient = inner.gradient(value, variable.value)
+    return outer.gradient(gradient, variable.value, output_gradients=tf.constant(v), unconnected_gradients="zero").numpy()
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 4, 5), (7, 2), (6,)])
+@pytest.mark.parametrize("name", NAMES)
+def test_second_derivatives_are_those_of_the_loops(name, shape):
+    w, w0, fisher = arrays(shape)
+    v = np.random.default_rng(1).normal(size=shape).astype("float32")
+    step = 1e-6 * v.astype("float64")
+    ahead, behind = (oracle(name, 0.3, w + sign * step, w0, fisher)[1] for sign in (1, -1))
+    product = second_derivative_product(make(name, 0.3, w0, fisher), w, v)
+    np.testing.assert_allclose(product, (ahead - behind) / 2e-6, rtol=1e-4, atol=1e-5)
+    assert np.all(np.isfinite(second_derivative_product(make(name, 0.3, w0, fisher), w0, v)))
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("l2", 1), ("l2_sp", 2), ("l2_sp_fisher", 4), ("l1_sp", 5), ("gl_sp", 5), ("gl_sp_fisher", 7)]
+)
+def test_few_tensors_of_the_size_of_the_weight_are_made(name, most):
+    """Each is a pass over memory: w - w0, what is squared and summed, and their gradients."""
+    w0 = np.zeros((3, 3, 4, 5), "float32")
+    penalty, variable = make(name, 0.1, w0, np.ones_like(w0)), keras.Variable(w0)
+
+    def step():
+        with tf.GradientTape() as tape:
+            value = penalty(variable)
+        return tape.gradient(value, variable.value)
+
+    needed = {tensor.op for tensor in tf.function(step).get_concrete_function().graph.outputs}
+    for _ in range(50):  # deeper than these graphs
+        needed |= {tensor.op for op in needed for tensor in op.inputs}
+    made = [op.outputs[0] for op in needed if op.type not in ("Identity", "Placeholder", "ReadVariableOp")]
+    assert sum(tensor.dtype == "float32" and tensor.shape == w0.shape for tensor in made) <= most
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_traced_step_and_its_anchor_are_freed(name):
+    """`tf.custom_gradient` keeps both for as long as the process lives."""
+
+    def references():
+        w0 = np.ones((4, 3), "float32")
+        penalty, variable = make(name, 0.1, w0, w0), keras.Variable(w0)
+        step = tf.function(lambda: tf.gradients(penalty(variable), variable.value))
+        return [weakref.ref(thing) for thing in (penalty, step.get_concrete_function().graph)]
+
+    found = references()
+    gc.collect()
+    assert [reference() for reference in found] == [None, None]
