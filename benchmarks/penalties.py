@@ -90,11 +90,9 @@ def main():
     pretrained = backbone(arguments.network, 1000, image_size=arguments.image_size)
     found = steps(pretrained, symbols, arguments.batch, JIT[arguments.jit_compile])
     times = paired_times(list(found.values()), arguments.rounds)
-    print(machine())
-    print(
-        f"{arguments.network}, {pretrained.count_params():,} parameters, {arguments.image_size} pixels, batch {arguments.batch}, "
-        f"{arguments.precision}, jit_compile {arguments.jit_compile}, {keras.backend.backend()} backend, {arguments.rounds} rounds"
-    )
+    size = f"{pretrained.count_params():,} parameters, {arguments.image_size} pixels, batch {arguments.batch}"
+    how = f"{arguments.precision}, jit_compile {arguments.jit_compile}, {keras.backend.backend()}, {arguments.rounds} rounds"
+    print(f"{machine()}\n{arguments.network}, {size}, {how}")
     rows = [
         [symbol, f"{1e3 * np.median(column):.2f}", spread(column / times[:, 0]), TARGETS.get(symbol, "")]
         for symbol, column in zip(found, times.T, strict=True)

@@ -1,15 +1,26 @@
-"""Fine-tuning Keras models with penalties anchored at the pre-trained weights."""
+"""Fine-tuning Keras models with penalties anchored at the pre-trained weights.
 
-from l2sp_tf.anchors import Anchors
-from l2sp_tf.attach import AnchorGuard, Coverage, attach, detach
-from l2sp_tf.errors import InputError
-from l2sp_tf.evaluation import evaluate, retention
-from l2sp_tf.fisher import Fisher, fisher_diagonal
-from l2sp_tf.models import freeze_first, with_new_head
-from l2sp_tf.recipe import Recipe
-from l2sp_tf.regularizers import L1SP, L2, L2SP, GroupLassoSP, GroupLassoSPFisher, L2SPFisher, UnboundPenaltyError
-from l2sp_tf.selection import Selection, cross_validate
-from l2sp_tf.training import Run, finetune, train_source
+Each name is imported when it is first used, so that the regularizers load without TensorFlow (on Keras' other
+backends) and the entry points answer at once.
+"""
+
+import importlib
+import sys
+import types
+
+_MODULES = {
+    "anchors": ["Anchors"],
+    "attach": ["AnchorGuard", "Coverage", "attach", "detach"],
+    "errors": ["InputError"],
+    "evaluation": ["evaluate", "retention"],
+    "fisher": ["Fisher", "fisher_diagonal"],
+    "models": ["freeze_first", "with_new_head"],
+    "recipe": ["Recipe"],
+    "regularizers": ["L1SP", "L2", "L2SP", "GroupLassoSP", "GroupLassoSPFisher", "L2SPFisher", "UnboundPenaltyError"],
+    "selection": ["Selection", "cross_validate"],
+    "training": ["Run", "finetune", "train_source"],
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "AnchorGuard",
@@ -38,3 +49,23 @@ __all__ = [
     "train_source",
     "with_new_head",
 ]
+
+
+def __getattr__(name):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps the import of a submodule from hiding the public name that it shares (`attach`)."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, getattr(value, name) if name in _HOMES and isinstance(value, types.ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

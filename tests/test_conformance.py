@@ -1,9 +1,13 @@
 """What holds for the whole project: the floors of the house, and every row of the README's tables."""
 
 import ast
+import importlib.util
 import inspect
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -72,6 +76,35 @@ def test_public_names_have_docstrings_and_are_all_listed():
     assert set(equations) == set(PENALTIES)
     for symbol, number in equations.items():
         assert PENALTIES[symbol].__doc__.startswith(f"Eq. ({number})")
+
+
+def test_public_names_are_no_modules_whatever_was_imported_first():
+    modules = "[name for name in l2sp.__all__ if isinstance(getattr(l2sp, name), types.ModuleType)]"
+    code = f"import l2sp_tf.attach, types, l2sp_tf as l2sp; print({modules})"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_the_penalties_work_on_another_backend_without_tensorflow(backend):
+    if not importlib.util.find_spec(backend):  # and not imported here, where TensorFlow is
+        pytest.skip(f"{backend} is not installed")
+    code = (
+        "import sys, numpy as np, l2sp_tf as l2sp; w = np.ones((2, 3), 'float32'); w0 = 0 * w\n"
+        "penalties = l2sp.L2(2.0), l2sp.L2SP(2.0, w0), l2sp.L2SPFisher(2.0, w0, 4 * w), l2sp.L1SP(2.0, w0)\n"
+        "penalties += l2sp.GroupLassoSP(2.0, w0), l2sp.GroupLassoSPFisher(2.0, w0, 4 * w)\n"
+        "l2sp.attach, l2sp.Anchors, l2sp.with_new_head\n"
+        "print([round(float(p(w)), 3) for p in penalties], 'tensorflow' in sys.modules)"
+    )
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": {**os.environ, "KERAS_BACKEND": backend}}
+    result = subprocess.run([sys.executable, "-c", code], **options)
+    # 6 weights of distance 1; 3 groups of 2
+    assert result.stdout == "[6.0, 6.0, 24.0, 12.0, 12.0, 24.0] False\n", result.stderr
+
+
+def test_the_package_itself_is_imported_at_once():
+    code = "import sys, l2sp_tf; print(sorted({'keras', 'tensorflow', 'numpy'} & set(sys.modules)), 'finetune' in dir(l2sp_tf))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "[] True\n"
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])
