@@ -147,7 +147,9 @@ class AnchorGuard(keras.callbacks.Callback):
     Give it to `fit` among the callbacks. When training starts it compares what `attach`
     bound with what the model's weights carry now, and raises if a trainable weight has lost
     its penalty, was unfrozen after `attach`, or sits in a layer made LoRA-enabled or
-    quantized since. It warns of an optimizer whose own weight decay pulls towards zero.
+    quantized since, or if `Proximal.of` or `Decoupled.of` took the penalties out of the gradient
+    for an optimizer that the model is not compiled with. It warns of an optimizer whose own
+    weight decay pulls towards zero.
 
     Args:
         coverage: what `attach` returned for the model.
@@ -159,6 +161,7 @@ class AnchorGuard(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         check_bound(self.model, self.coverage)
+        _check_stepped(self.model)
         decay = getattr(self.model.optimizer, "weight_decay", None)
         if decay:
             warnings.warn(
@@ -191,6 +194,20 @@ def check_bound(model, coverage):
             problem = f"should carry {row}, but carries {found!r}"
         raise UnboundPenaltyError(
             f"Training would run un-anchored: {key} {problem}; call l2sp_tf.attach(model, ...) again with the saved anchors."
+        )
+
+
+def _check_stepped(model):
+    """Penalties without a gradient need an optimizer that steps them, perhaps inside Keras' LossScaleOptimizer."""
+    optimizer = model.optimizer
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    stepped = [v for v in model.trainable_variables if getattr(v.regularizer, "stepped", False)]
+    if stepped and not getattr(optimizer, "steps_penalties", False):
+        raise UnboundPenaltyError(
+            f"Training would run un-anchored: the penalty on {stepped[0].path} is left to an optimizer that steps it, but the "
+            f"model is compiled with {type(optimizer).__name__}: compile it with what l2sp_tf.Proximal.of or Decoupled.of "
+            "returned, or call l2sp_tf.attach(model, ...) again."
         )
 
 

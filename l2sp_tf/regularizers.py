@@ -30,6 +30,7 @@ class Penalty(keras.regularizers.Regularizer):
     """
 
     symbol = ""
+    stepped = False  # True where an optimizer takes the step of the penalty (l2sp_tf.stepping): its value then has no gradient
 
     def __init__(self, alpha, *, key=None):
         self.alpha = check_strength(alpha, "alpha")
@@ -47,6 +48,11 @@ class Penalty(keras.regularizers.Regularizer):
     def get_config(self):
         """The strength and the key: small enough to live in a `.keras` file."""
         return {"alpha": self.alpha, "key": self.key}
+
+    def _weight(self, w):
+        """w in float32 at least, apart from the gradient where an optimizer takes the step."""
+        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
+        return ops.stop_gradient(ops.cast(w, dtype)) if self.stepped else ops.cast(w, dtype)
 
     def __repr__(self):
         return f"{type(self).__name__}(alpha={self.alpha:g})"
@@ -74,6 +80,11 @@ class AnchoredPenalty(Penalty):
     def is_bound(self):
         return self._anchor is not None
 
+    @property
+    def anchor(self):
+        """w0, a tensor, or None."""
+        return self._anchor
+
     def bind(self, key, *, anchor, digest, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor."""
         return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor)
@@ -91,8 +102,8 @@ class AnchoredPenalty(Penalty):
                 "before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
             )
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
-        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
-        return ops.subtract(ops.cast(w, dtype), ops.cast(self._anchor, dtype))
+        w = self._weight(w)
+        return ops.subtract(w, ops.cast(self._anchor, w.dtype))
 
 
 class FisherPenalty(AnchoredPenalty):
@@ -120,6 +131,11 @@ class FisherPenalty(AnchoredPenalty):
     @property
     def is_bound(self):
         return super().is_bound and self._root_fisher is not None
+
+    @property
+    def fisher(self):
+        """F_jj, a tensor, or None."""
+        return None if self._root_fisher is None else ops.square(self._root_fisher)
 
     def bind(self, key, *, anchor, digest, fisher=None, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
@@ -168,8 +184,7 @@ class L2(Penalty):
     symbol = "l2"
 
     def __call__(self, w):
-        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
-        return ops.multiply(self.alpha, _half_square_sum(ops.cast(w, dtype)))
+        return ops.multiply(self.alpha, _half_square_sum(self._weight(w)))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
