@@ -65,6 +65,14 @@ flags.DEFINE_enum("params", None, ["kernels", "all"], "What is penalised; by def
 flags.DEFINE_integer("iterations", None, "Steps of fine-tuning.")
 flags.DEFINE_integer("source_iterations", None, "Steps of training the source model; by default four times --iterations.")
 flags.DEFINE_list("learning_rate", "", "Initial rates of fine-tuning, divided by 10 after two thirds of the steps.")
+flags.DEFINE_enum("solver", None, ["sgd", "adam"], "The optimizer: SGD with momentum, as in the paper, or Adam.")
+flags.DEFINE_enum(
+    "penalty_step",
+    None,
+    ["gradient", "proximal", "decoupled"],
+    "How the penalty is minimised: in the loss, as in the paper; by a proximal map after each step, which leaves weights "
+    "exactly at the start; or, for l2 and l2_sp(_fisher), by a pull apart from the gradient.",
+)
 flags.DEFINE_integer("folds", 0, "Folds of the training images that choose alpha, beta and the rate; 0: every one is run.")
 flags.DEFINE_list("frozen", "0", "Numbers of first units that are frozen; all: up to 8 numbers spread over them.")
 flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
@@ -174,6 +182,7 @@ def recipes_from_flags(is_digits):
 
     recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
     names = ("params", "iterations", "batch_size", "resize", "resize_mode", "resize_filter", "crop", "crops", "blur", "mirror")
+    names += ("solver", "penalty_step")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}
     if FLAGS.mean is not None:
         given["mean"] = tuple(FLAGS.mean) if len(FLAGS.mean) > 1 else FLAGS.mean[0]

@@ -17,6 +17,7 @@ from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
+from l2sp_tf.proximal import frozen_share
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.selection import Candidate, Selection, fold_tasks
 from l2sp_tf.starts import prepare_start, short_name
@@ -161,10 +162,11 @@ def _run_fold(task, start, setting, recipe, options):
 def _record_of(run, results):
     """What a record says of a run and its results."""
     counts = {name: list(counts) for name, counts in run.coverage.counts.items()}
+    frozen = {"frozen": frozen_share(run.model)} if "frozen" in run.history[-1] else {}
     return {
         "coverage": {"digest": run.coverage.digest, "counts": counts},
         "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
-        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"]},
+        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"], **frozen},
         "seconds": run.seconds,
     }
 
@@ -243,7 +245,7 @@ def _settings(plan, start, setting, recipe, fisher):
         "beta": setting.beta,
         "seed": setting.seed,
         "frozen": setting.frozen,
-        "recipe": records.plain(recipe),
+        "recipe": records.plain(recipe.record()),
     }
     if setting.fold is not None:
         settings["fold"] = [setting.fold, plan.folds]

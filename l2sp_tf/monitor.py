@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from l2sp_tf.proximal import Proximal, frozen_share
+from l2sp_tf.stepping import unscaled
 from l2sp_tf.variables import first_not_finite, keyed_weights, match_keys
 
 
@@ -18,8 +20,9 @@ class Monitor(keras.callbacks.Callback):
 
     Every `log_every` steps it writes one row to `<folder>/log.csv` and the same scalars, with
     the distance of each layer besides, to `<folder>/tensorboard`. Cross-entropy and accuracy
-    are means over the steps since the row before; penalty and distances are of that moment. A log
-    that cannot be written is warned of once, and training goes on.
+    are means over the steps since the row before; penalty and distances are of that moment, and so is,
+    under `Proximal`, the share of anchored weights that are exactly on w0. A log that cannot be written
+    is warned of once, and training goes on.
 
     Args:
         folder: where to write, in place of the log of an earlier run; None writes nothing, and keeps the rows in `rows`.
@@ -66,14 +69,18 @@ class Monitor(keras.callbacks.Callback):
         self._step += 1
         if self._step % self.log_every and self._step != self.iterations:
             return
-        layers = self._distances()
+        layers = {"distance_by_layer": self._distances()}
+        if isinstance(unscaled(self.model.optimizer), Proximal):
+            layers["frozen_by_layer"] = frozen_share(self.model)
         row = {
             "step": self._step,
             **{name: float(value) for name, value in (logs or {}).items() if name != "loss"},
             "penalty": float(sum(self.model.losses)) if self.model.losses else 0.0,
             "learning_rate": float(self.model.optimizer.learning_rate),
-            "distance": math.sqrt(sum(d * d for d in layers.values())),
+            "distance": math.sqrt(sum(d * d for d in layers["distance_by_layer"].values())),
         }
+        if "frozen_by_layer" in layers:
+            row["frozen"] = layers["frozen_by_layer"].pop("all")
         self._logged.append((row, layers))
         if self._writer is not None:
             with self._warned():
@@ -119,8 +126,9 @@ class Monitor(keras.callbacks.Callback):
             for name, value in row.items():
                 if name != "step":
                     tf.summary.scalar(name, value)
-            for layer, value in layers.items():
-                tf.summary.scalar(f"distance_by_layer/{layer}", value)
+            for kind, values in layers.items():
+                for layer, value in values.items():
+                    tf.summary.scalar(f"{kind}/{layer}", value)
         self._writer.flush()
 
     def _distances(self):

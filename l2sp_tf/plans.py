@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 
+from l2sp_tf.decoupled import Decoupled
 from l2sp_tf.errors import InputError
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
@@ -128,6 +129,8 @@ class Plan:
                 raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
             if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
                 raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
+            if self.recipe.penalty_step == "decoupled":
+                Decoupled.check(PENALTIES[symbol](1.0))
         if not self.penalties or not self.seeds:
             raise InputError("There is nothing to run: give at least one penalty and one seed.")
         if self.weights == "none" and self.source is None:

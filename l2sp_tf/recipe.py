@@ -9,6 +9,8 @@ from l2sp_tf.pixels import three_numbers
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+SOLVERS = ("sgd", "adam")
+PENALTY_STEPS = ("gradient", "proximal", "decoupled")
 # What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
 ALPHA_GRIDS = {
     "l2": (1e-5, 1e-4, 1e-3, 1e-2),
@@ -52,6 +54,9 @@ class Recipe:
             images (the paper), "authors" for the number that the authors' code has for each data set, "weights"
             for the mean that the pre-trained weights carry, or three numbers in RGB order.
         log_every: steps between two rows of the log; None for a twentieth of the iterations.
+        solver: "sgd" (the paper) or "adam" (with Keras' defaults; momentum is not its).
+        penalty_step: "gradient" (the paper: the penalty is in the loss), "proximal" (`l2sp_tf.Proximal`) or
+            "decoupled" (`l2sp_tf.Decoupled`).
 
     Raises:
         InputError: a number is out of its range.
@@ -76,6 +81,8 @@ class Recipe:
     crops: int = 1
     mean: str | tuple = "training"
     log_every: int | None = None
+    solver: str = "sgd"
+    penalty_step: str = "gradient"
 
     def __post_init__(self):
         for name in ("iterations", "batch_size"):
@@ -95,6 +102,9 @@ class Recipe:
             raise InputError(f"decay_at is {self.decay_at}: give a step of at least 1.")
         if self.crops not in (1, 10):
             raise InputError(f"crops is {self.crops}: give 1 or 10.")
+        for name, choices in (("solver", SOLVERS), ("penalty_step", PENALTY_STEPS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(choices)}.")
         if self.log_every is not None and self.log_every < 1:
             raise InputError(f"log_every is {self.log_every}: give at least 1.")
 
@@ -115,8 +125,16 @@ class Recipe:
         return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
 
     def optimizer(self):
-        """A new SGD optimizer with momentum and the schedule."""
+        """A new optimizer with the schedule, without what `penalty_step` puts around it."""
+        if self.solver == "adam":
+            return keras.optimizers.Adam(self.schedule())
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
+
+    def record(self):
+        """The numbers as a record keeps them: the paper's kind of steps goes unsaid, as before there were others."""
+        values = dataclasses.asdict(self)
+        unsaid = {"solver": "sgd", "penalty_step": "gradient"}
+        return {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
 
     def alpha_for(self, symbol):
         """The strength of a penalty that was given none.
@@ -183,4 +201,5 @@ class Recipe:
     def source(cls, like):
         """For training a source model from scratch on images prepared as in the recipe `like`."""
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
+        changes |= {"solver": "sgd", "penalty_step": "gradient"}
         return like.replace(**changes, crops=1, log_every=None)  # crops: how it is tested must not ask for another training

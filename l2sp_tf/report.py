@@ -108,6 +108,7 @@ def summary(records):
         results, settings = [record["results"] for record in found], found[0]["settings"]
         row = {"source": source, "target": target, "penalty": penalty, "alpha": alpha, "beta": beta, "runs": len(results)}
         row |= {"title": title(settings), "frozen": settings.get("frozen", 0), "records": found}
+        row["label"] = LABELS[penalty] + variant(settings)
         row["selected"] = all("selection" in record for record in found)
         row["target_accuracy"] = _mean_sd([r["accuracy"] for r in results])
         row["accuracies"] = [100 * r["accuracy"] for r in results]
@@ -117,7 +118,17 @@ def summary(records):
                 row[name] = _mean_sd([r["source"][name]["accuracy"] for r in results])
         rows.append(row)
     order = list(LABELS)
-    return sorted(rows, key=lambda r: (r["source"], r["title"], order.index(r["penalty"]), r["frozen"], r["alpha"], r["beta"]))
+    return sorted(
+        rows,
+        key=lambda r: (r["source"], r["title"], order.index(r["penalty"]), r["label"], r["frozen"], r["alpha"], r["beta"]),
+    )
+
+
+def variant(settings):
+    """How the steps of a run differ from the paper's: ", Adam", ", proximal", ", Adam, decoupled" or nothing."""
+    recipe = settings.get("recipe") or {}
+    parts = ["Adam"] * (recipe.get("solver") == "adam") + [recipe["penalty_step"]] * ("penalty_step" in recipe)
+    return "".join(f", {part}" for part in parts)
 
 
 def title(settings):
@@ -133,8 +144,8 @@ def chosen(rows):
     setting is chosen by its test accuracy.
     """
     rows = [row for row in rows if not row["frozen"]]
-    selected = {(row["source"], row["title"], row["penalty"]) for row in rows if row["selected"]}
-    return [row for row in rows if row["selected"] or (row["source"], row["title"], row["penalty"]) not in selected]
+    selected = {(row["source"], row["title"], row["label"]) for row in rows if row["selected"]}
+    return [row for row in rows if row["selected"] or (row["source"], row["title"], row["label"]) not in selected]
 
 
 def overview(records):
@@ -143,7 +154,7 @@ def overview(records):
     rows = []
     for row in summary(records):
         frozen = f", {row['frozen']} units frozen" if row["frozen"] else ""
-        setting = (row["source"], row["title"], LABELS[row["penalty"]] + frozen, f"{row['alpha']:g}", f"{row['beta']:g}")
+        setting = (row["source"], row["title"], row["label"] + frozen, f"{row['alpha']:g}", f"{row['beta']:g}")
         source = ("-", "-", "-")
         if "before" in row:
             after = row["target_statistics"]
@@ -165,6 +176,7 @@ def table_csv(records):
     rows = []
     for row in summary(records):
         both = [value for name in STATISTICS for value in row.get(name, (None, None))]
+        row["penalty"] += variant(row["records"][0]["settings"])
         rows.append([row[name] for name in names] + [*row["target_accuracy"], row.get("before"), *both])
     return Table(columns, rows).csv()
 
@@ -199,8 +211,8 @@ def table_2(records):
     names = sorted({(row["title"], row["source"]) for row in rows})
     cells = collections.defaultdict(dict)
     for row in rows:
-        several = sum(r["penalty"] == row["penalty"] and _place(r) == _place(row) for r in rows) > 1
-        label = LABELS[row["penalty"]] + (f", alpha {row['alpha']:g}, beta {row['beta']:g}" if several else "")
+        several = sum(r["label"] == row["label"] and _place(r) == _place(row) for r in rows) > 1
+        label = row["label"] + (f", alpha {row['alpha']:g}, beta {row['beta']:g}" if several else "")
         cells[label][_place(row)] = _show(row["target_accuracy"], row["runs"])
     columns = ["penalty"] + [f"{target} (from {source})" for target, source in names]
     lines = [(label, *(line.get(name, "-") for name in names)) for label, line in cells.items()]
@@ -229,7 +241,7 @@ def table_2_tests(records):
         if all(answer is not None for row in answers for answer in row):
             higher, chance = worst_beats_best(*answers)
             criterion = f"{'yes' if higher and chance < 0.05 else 'no'} (p = {chance:.2g})"
-        names = (LABELS[row["penalty"]] + f", alpha {row['alpha']:g}" for row in (better, worse))
+        names = (row["label"] + f", alpha {row['alpha']:g}" for row in (better, worse))
         lines.append((a["title"], a["source"], *names, f"{difference:.1f}", "-" if p is None else f"{p:.2g}", criterion))
     return Table(
         ("target", "source", "better", "worse", "difference", "p of the means", "worst run beats best at 5%"),

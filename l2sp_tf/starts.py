@@ -112,7 +112,7 @@ def _pretrained(plan, source, say, verbose):
         return model, "imagenet" if plan.weights == "imagenet" else "file"
     keras.utils.set_random_seed(0)
     model = models.backbone(plan.backbone, classes, **shape)
-    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": records.plain(plan.source_recipe)}
+    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": records.plain(plan.source_recipe.record())}
     key = records.run_key({**identity, "backbone": plan.backbone, **records.plain(shape), "versions": records.versions()})
     folder = plan.workdir / "sources" / key
     path = folder / "weights.safetensors"

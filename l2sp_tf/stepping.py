@@ -59,8 +59,7 @@ class Stepping(keras.optimizers.Optimizer):
         Raises:
             InputError: as the class; or the model carries no penalty, or one that cannot be stepped.
         """
-        inner = optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
-        optimizer = optimizer if isinstance(inner, cls) else cls(optimizer)
+        optimizer = optimizer if isinstance(unscaled(optimizer), cls) else cls(optimizer)
         weights = [weight.variable for weight in keyed_weights(model).values() if weight.variable.trainable]
         penalties = [w.regularizer for w in weights if isinstance(w.regularizer, Penalty)]
         if not penalties:
@@ -150,6 +149,11 @@ class Stepping(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         optimizer = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
         return cls(**{**config, "optimizer": optimizer})
+
+
+def unscaled(optimizer):
+    """The optimizer inside Keras' LossScaleOptimizer, or the optimizer itself."""
+    return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
 
 
 def _checked(optimizer):

@@ -11,10 +11,12 @@ from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
 from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
+from l2sp_tf.decoupled import Decoupled
 from l2sp_tf.errors import InputError
 from l2sp_tf.models import freeze_first, save_model, with_new_head
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, named_pixels
+from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
 from l2sp_tf.regularizers import L2
@@ -185,7 +187,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
                 _keep_anchors(anchors, path / "anchors.safetensors", folder.checkpoints.newest)
             stops = stack.enter_context(deferred_signals())
             keeper.keep(folder.checkpoints, _identity(model, coverage, task, recipe, seed), folder.checkpoint_every, stops)
-        model.compile(optimizer=recipe.optimizer(), loss=loss, metrics=metrics)
+        model.compile(optimizer=_optimizer(recipe, model), loss=loss, metrics=metrics)
         start = keeper.restore(model)
         if start < recipe.iterations:
             _train(
@@ -198,6 +200,12 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
     if folder is not None:
         folder.checkpoints.remove(keep=1)
     return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start)
+
+
+def _optimizer(recipe, model):
+    """The optimizer that a recipe asks for, with what takes the step of the penalties that `model` carries."""
+    around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(recipe.penalty_step)
+    return around(recipe.optimizer(), model) if around else recipe.optimizer()
 
 
 def _train(model, task, recipe, seed, callbacks, start, verbose):
@@ -220,7 +228,7 @@ def _identity(model, coverage, task, recipe, seed):
         penalties.setdefault(weight.group, []).append(str(weight))
     images = hashlib.sha256(task.train.labels.tobytes() + task.train.starts.tobytes()).hexdigest()  # which part of the data set
     return {
-        "recipe": plain(recipe),
+        "recipe": plain(recipe.record()),
         "seed": seed,
         "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
         "coverage": coverage.digest,

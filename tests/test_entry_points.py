@@ -195,6 +195,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--mean=target"], "mean is 'target'"),
         (["--mean=1,2"], "mean is ('1', '2')"),
         (["--mean=weights"], "weights=none has no mean yet"),
+        (["--penalty=l1_sp", "--alpha=1", "--penalty_step=decoupled"], "Decoupled cannot step L1SP"),
         (["--folds=1"], "folds is 1"),
         (["--folds=99"], "99 folds were asked for"),
         (["--frozen=9"], "frozen is 9, but of this backbone's units at most 3 can be frozen"),
@@ -236,8 +237,10 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
         train.FLAGS(["train.py", "--experiment=figure_1"])
         assert [len(p.betas) for p in train.plans_from_flags()] == [4]
         assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)
-    from l2sp_tf import plans, selection
+    from l2sp_tf import plans, recipe, selection
 
+    for name, choices in (("solver", recipe.SOLVERS), ("penalty_step", recipe.PENALTY_STEPS)):
+        assert train.FLAGS[name].parser.enum_values == list(choices)
     assert plans.STUDIES == train.STUDIES and selection.LEARNING_RATES == train.LEARNING_RATES
 
 

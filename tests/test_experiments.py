@@ -70,6 +70,18 @@ def test_a_record_holds_what_tables_and_figures_need(finished):
     assert report.table_3(finished[1]).rows and report.table_2(finished[1]).rows[0][1].endswith("(1)")
 
 
+def test_proximal_and_plain_runs_are_told_apart(tmp_path):
+    made = tiny(tmp_path, penalties=("l1_sp",), alphas=(0.1,))
+    stepped = dataclasses.replace(made, recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
+    found, said = run([made, stepped])
+    assert "penalty_step" not in found[0]["settings"]["recipe"] and "frozen" not in found[0]["results"]
+    assert found[1]["settings"]["recipe"]["penalty_step"] == "proximal" and found[1]["settings"]["recipe"]["solver"] == "adam"
+    assert set(found[1]["results"]["frozen"]) > {"all", "conv1_conv"}
+    assert sum("source model: training" in line for line in said) == 1
+    assert [row[0] for row in report.table_2(found).rows] == ["L1-SP", "L1-SP, Adam, proximal"]
+    assert "l1_sp, Adam, proximal" in report.table_csv(found)
+
+
 def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
     made, found, _ = finished
     again, said = run([made])

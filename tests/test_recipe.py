@@ -33,10 +33,20 @@ def test_the_optimizer_is_sgd_with_momentum_and_no_decay_of_its_own():
     assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, False, None)
 
 
+def test_the_papers_kind_of_steps_goes_unsaid_in_a_record():
+    assert not {"solver", "penalty_step"} & set(l2sp.Recipe().record())
+    said = l2sp.Recipe(solver="adam", penalty_step="decoupled")
+    assert said.record()["solver"] == "adam" and said.record()["penalty_step"] == "decoupled"
+    assert set(l2sp.Recipe.source(said).record()) == set(l2sp.Recipe.source(l2sp.Recipe()).record())
+
+
 BAD = [("iterations", 0), ("batch_size", 0), ("learning_rate", float("nan")), ("learning_rate", 0), ("momentum", 1.0)]
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD, ("decay_at", 0), ("log_every", 0), ("crops", 5)])
+WORSE = [("decay_at", 0), ("log_every", 0), ("crops", 5), ("solver", "sgdw"), ("penalty_step", "none")]
+
+
+@pytest.mark.parametrize(("name", "value"), [*BAD, *WORSE])
 def test_bad_numbers_are_refused(name, value):
     with pytest.raises(l2sp.InputError, match=f"{name} is"):
         l2sp.Recipe(**{name: value})

@@ -61,6 +61,30 @@ def test_a_run_leaves_log_tensorboard_anchors_and_model(pretrained, tmp_path):
         np.testing.assert_array_equal(one, two)
 
 
+def test_a_proximal_run_logs_what_stays_at_the_start_and_leaves_a_model_that_needs_no_anchors(pretrained, tmp_path):
+    run = l2sp.finetune(pretrained, task(), l2sp.L1SP(0.1), RECIPE.replace(penalty_step="proximal"), run_dir=tmp_path, verbose=0)
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    kernels = [(k, w.variable.numpy()) for k, w in keyed_weights(run.model).items() if k in run.anchors and k.endswith("kernel")]
+    equal = [np.ravel(kernel == run.anchors[key]) for key, kernel in kernels]
+    assert float(rows[-1]["frozen"]) == run.history[-1]["frozen"] == pytest.approx(np.mean(np.concatenate(equal)))
+    assert 0 < run.history[-1]["frozen"] < 1 and float(rows[-1]["penalty"]) > 0
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert {"frozen", "frozen_by_layer/conv1_conv"} <= set(events.Tags()["tensors"])
+    plain = l2sp.finetune(pretrained, task(), l2sp.L1SP(0.1), RECIPE, verbose=0)
+    assert "frozen" not in plain.history[-1] and l2sp.frozen_share(plain.model)["all"] < run.history[-1]["frozen"]
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    saved.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    saved.fit(np.zeros((2, 6, 6, 3)), np.zeros(2), verbose=0)
+
+
+def test_adam_with_a_decoupled_pull_ends_nearer_to_the_start_than_without(pretrained):
+    recipe = RECIPE.replace(solver="adam", penalty_step="decoupled", iterations=40)
+    weak, strong = (l2sp.finetune(pretrained, task(), l2sp.L2SP(a), recipe, verbose=0) for a in (0.0, 30.0))
+    assert type(strong.model.optimizer.inner_optimizer) is keras.optimizers.Adam
+    assert strong.history[-1]["distance"] < weak.history[-1]["distance"]
+
+
 def test_penalty_and_distance_of_the_log_are_those_of_the_weights(pretrained):
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.3), RECIPE.replace(beta=0.0, params="all"), verbose=0)
     squares = sum(
