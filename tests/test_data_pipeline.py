@@ -273,6 +273,22 @@ def test_a_stream_resumes_to_the_bit(start):
         np.testing.assert_array_equal(labels, labels_again)
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_stream_make_up_the_stream(parts):
+    images = some_images(10)
+
+    def stream(**options):
+        return list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=5, **options).as_numpy_iterator())
+
+    whole, pieces = stream(), [stream(part=(i, parts)) for i in range(parts)]
+    for batch, shares in zip(whole, zip(*pieces, strict=True), strict=True):
+        for full, joined in zip(batch, map(np.concatenate, zip(*shares, strict=True)), strict=True):
+            np.testing.assert_allclose(joined, full, atol=1e-4)  # of 255: the blur's vector code depends on the batch
+    for wrong in ((0, 4), (2, 2), (-1, 2)):
+        with pytest.raises(InputError, match="part is"):
+            stream(part=wrong)
+
+
 def packed_images(sides, seed=0):
     """Images with sides of their own."""
     sides = np.array(sides)

@@ -247,7 +247,7 @@ def channel_mean(images):
     return (total / images.sides.prod(axis=1).sum()).astype(np.float32)
 
 
-def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, iterations):
+def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, iterations, part=(0, 1)):
     """Streams randomly blurred, mirrored and cropped images, epoch after epoch across the borders of batches.
 
     The permutation of an epoch is a function of (seed, epoch), and what is drawn for an image
@@ -262,10 +262,12 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
         seed: a non-negative integer.
         start: the first batch.
         iterations: the batch to stop before.
+        part: (i, n) for the i-th of n equal parts of each batch alone; the n parts one after the other are the batch,
+            up to rounding in the blur.
 
     Returns:
-        A tf.data.Dataset of iterations - start pairs: float32 [batch_size, crop, crop, 3] and int32
-        [batch_size].
+        A tf.data.Dataset of iterations - start pairs: float32 [b, crop, crop, 3] and int32 [b], where b is
+        batch_size / n.
 
     Raises:
         InputError: an argument is out of its range.
@@ -275,9 +277,15 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
         raise InputError(f"seed is {seed}: it must lie between 0 and 2^60")
     if not 0 <= start <= iterations:
         raise InputError(f"the batches {start} to {iterations} were asked for: the first must not be negative or above the last")
-    spec = tf.TensorSpec([batch_size], tf.int64)
+    index, parts = part
+    if not 0 <= index < parts or batch_size % parts:
+        raise InputError(f"part is {part} of batches of {batch_size}: give one of as many parts as divide them")
+    size = batch_size // parts
+    rows = slice(index * size, (index + 1) * size)
+    spec = tf.TensorSpec([size], tf.int64)
     places = tf.data.Dataset.from_generator(
-        lambda: _training_order(len(images), batch_size, seed, start, iterations), output_signature=(spec, spec)
+        lambda: ((e[rows], i[rows]) for e, i in _training_order(len(images), batch_size, seed, start, iterations)),
+        output_signature=(spec, spec),
     )
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
