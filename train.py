@@ -52,6 +52,13 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("dry_run", False, "Say the plan and about how long it takes, and stop.")
 flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the runs are computed: here in turn, or on a Ray cluster.")
+flags.DEFINE_enum(
+    "distribute",
+    "none",
+    ["none", "mirrored", "multiworker"],
+    "Spread each training over all GPUs here (mirrored), or over the machines of TF_CONFIG, on each of which the same command "
+    "is started with a --workdir that all see (multiworker).",
+)
 flags.DEFINE_integer("run_cpus", 1, "CPUs that a run asks of the Ray cluster.", lower_bound=0)
 flags.DEFINE_float("run_gpus", 0, "GPUs, or a part of one, that a run asks of the Ray cluster.", lower_bound=0)
 flags.DEFINE_list("penalty", "l2,l2_sp", "Any of l2, l2_sp, l2_sp_fisher, l1_sp, gl_sp, gl_sp_fisher.")
@@ -164,6 +171,7 @@ def plan_from_flags(source, weights, target):
         save_models=FLAGS.save_models,
         checkpoint_every=FLAGS.checkpoint_every,
         deterministic=FLAGS.deterministic,
+        distribute=FLAGS.distribute,
         fisher=FisherPlan(
             mode=FLAGS.fisher_mode,
             samples=FLAGS.fisher_samples,

@@ -153,11 +153,11 @@ class Checkpointing(keras.callbacks.Callback):
     def __init__(self, monitor, metrics, iterations):
         super().__init__()
         self.monitor, self.metrics, self.iterations = monitor, metrics, iterations
-        self.checkpoints, self.identity, self.every, self.stops = None, {}, 0, ()
+        self.checkpoints, self.identity, self.every, self.stops, self.writes = None, {}, 0, (), False
         self.step, self._found = 0, None
         self._seconds, self._began = 0.0, None
 
-    def keep(self, checkpoints, identity, every, stops=()):
+    def keep(self, checkpoints, identity, every, stops=(), writes=True):
         """Says where checkpoints are kept, and when they are made.
 
         Args:
@@ -165,8 +165,9 @@ class Checkpointing(keras.callbacks.Callback):
             identity: a dict of what tells this run from others; a checkpoint that differs in it is refused.
             every: steps between two checkpoints, 0 for none but that of the last step.
             stops: a list; training stops after the step in which something is put there (see `deferred_signals`).
+            writes: whether this process writes them; of several that train one model one does.
         """
-        self.checkpoints, self.identity, self.every, self.stops = checkpoints, identity, every, stops
+        self.checkpoints, self.identity, self.every, self.stops, self.writes = checkpoints, identity, every, stops, writes
 
     def restore(self, model):
         """Puts a compiled model where the newest checkpoint has it, and returns how many steps were done.
@@ -237,7 +238,10 @@ class Checkpointing(keras.callbacks.Callback):
             )
         if self.checkpoints is None:
             return
+        # by every process, as the sums of metrics are added up over all
         arrays = {name: variable.numpy() for name, variable in _variables(self.model, self.metrics).items()}
+        if not self.writes:
+            return
         state = {
             "identity": self.identity,
             "versions": records.versions(),

@@ -13,6 +13,7 @@ from l2sp_tf import records
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.data import test_batches
+from l2sp_tf.distribution import check_batch_size, check_shared, chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
@@ -55,6 +56,7 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     """
     for plan in plans:
         list(plan.runs())  # a bad strength is told before any work is done
+        say, verbose = _share(plan, engine, say, verbose)
     options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
     starts = [_start_of(plan, say, verbose) for plan in plans]
     for plan, start in zip(plans, starts, strict=True):
@@ -81,6 +83,17 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         for setting in chosen.values():
             say(f"{plan.target}: cross-validation chose {setting.penalty}, beta {setting.beta:g}, rate {setting.learning_rate:g}")
     return run_jobs(work, _jobs(jobs), **options)
+
+
+def _share(plan, engine, say, verbose):
+    """Makes the strategy of a plan and tells what it cannot share; returns what this worker says and shows."""
+    strategy = make_strategy(plan.distribute)
+    if engine != "local" and plan.distribute == "multiworker":
+        raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
+    for recipe in (plan.recipe, plan.source_recipe):
+        check_batch_size(strategy, recipe.batch_size)
+    check_shared(strategy, plan.workdir)
+    return (say, verbose) if is_chief(strategy) else (lambda text: None, 0)
 
 
 def _jobs(triples):
@@ -120,17 +133,19 @@ def _run(start, plan, setting, selection, say, verbose):
     recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     settings = _settings(plan, start, setting, recipe, fisher)
     path = _folder(plan, setting, settings) / "run.json"
-    if path.exists():
+    strategy = make_strategy(plan.distribute)
+    if chief_says(strategy, path.exists):
         record = records.read_record(path)
-        if selection is not None and record.get("selection") != selection:
+        if selection is not None and record.get("selection") != selection and is_chief(strategy):
             records.write_record(path, {**record, "selection": selection})  # run before as a point of a grid, and chosen now
         say(f"already finished, accuracy {record['results']['accuracy']:.1%}")
         return records.read_record(path)
     checkpoints = Checkpoints(path.parent / "checkpoints")
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
-    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every}
-    link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
+    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "strategy": strategy}
+    if is_chief(strategy):
+        link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
     if setting.fold is not None:
         record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
     else:
@@ -140,8 +155,10 @@ def _run(start, plan, setting, selection, say, verbose):
     extra = {"fisher": fisher.provenance if fisher is not None else None, "selection": selection}
     extra["deterministic"] = plan.deterministic or None
     record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
-    records.write_record(path, record)
-    checkpoints.remove()
+    if is_chief(strategy):
+        records.write_record(path, record)
+        checkpoints.remove()
+    wait_for_chief(strategy)
     kept = " on the fold" if setting.fold is not None else ""
     kept += f", source {results['source']['target_statistics']['accuracy']:.1%}" if "source" in results else ""
     say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")

@@ -14,7 +14,8 @@ from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
-RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models", "checkpoint_every")
+RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
+RUN_FIELDS += ("checkpoint_every", "distribute")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Plan:
             alphas, betas and learning rates for each penalty, and only that one is run.
         checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
         deterministic: whether TensorFlow's operations are made to repeat to the bit.
+        distribute: the devices that each training is spread over, a kind of `distribution.make_strategy`.
     """
 
     workdir: pathlib.Path
@@ -122,6 +124,7 @@ class Plan:
     folds: int = 0
     checkpoint_every: int = 500
     deterministic: bool = False
+    distribute: str = "none"
 
     def __post_init__(self):
         for symbol in self.penalties:

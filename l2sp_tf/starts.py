@@ -12,6 +12,7 @@ from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.data import Task, load_dataset, prepare, test_batches
+from l2sp_tf.distribution import chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate
 from l2sp_tf.fisher import Fisher, fisher_diagonal
@@ -116,15 +117,19 @@ def _pretrained(plan, source, say, verbose):
     key = records.run_key({**identity, "backbone": plan.backbone, **records.plain(shape), "versions": records.versions()})
     folder = plan.workdir / "sources" / key
     path = folder / "weights.safetensors"
-    if path.exists():
+    strategy = make_strategy(plan.distribute)
+    if chief_says(strategy, path.exists):
         models.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
     else:
         say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
         options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
-        run = train_source(model, source, plan.source_recipe, **options)
-        Anchors.of(model, source.pixels).save(path)
-        Checkpoints(folder / "checkpoints").remove()
+        run = train_source(model, source, plan.source_recipe, strategy=strategy, **options)
+        if is_chief(strategy):
+            Anchors.of(model, source.pixels).save(path)
+            Checkpoints(folder / "checkpoints").remove()
+        wait_for_chief(strategy)
+        models.load_weights(model, path)  # the same in every worker, to the bit
         say(f"source model: trained in {run.seconds:.1f} s")
     return models.detached_copy(model), "scratch"
 
@@ -135,7 +140,8 @@ def _stored_anchors(plan, pretrained):
     path = plan.workdir / "anchors" / f"{anchors.digest[:16]}.safetensors"
     if path.exists():
         return Anchors.load(path), path
-    anchors.save(path)
+    if is_chief(make_strategy(plan.distribute)):
+        anchors.save(path)
     return anchors, path
 
 
@@ -158,17 +164,20 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     seen = {"preprocessing": records.plain(source.preprocessing), "mean": source.mean.tolist()}
     key = records.run_key({**identity, **seen})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
-    if path.exists():
-        fisher = Fisher.load(path)
+    strategy = make_strategy(plan.distribute)
+    if chief_says(strategy, path.exists):
         say(f"Fisher diagonal: estimated before, read from {path}")
     else:
         say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
         order = np.random.default_rng(0).permutation(len(source.train))[:count]  # so that any part is a fair sample
         batches = test_batches(source.train, source.preprocessing, source.mean, batch_size=f.batch, order=order)
         options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": short_name(source.name)}
-        fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
-        fisher.save(path)
-        write_histograms(path.parent / "tensorboard" / key, fisher)
+        if is_chief(strategy):
+            fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
+            fisher.save(path)
+            write_histograms(path.parent / "tensorboard" / key, fisher)
+        wait_for_chief(strategy)
+    fisher = Fisher.load(path)
     worst = max(fisher.standard_error().values())
     say(f"Fisher diagonal: {fisher.provenance['images']} images, relative standard error of a layer at most {worst:.1%}")
     for name, value in f.transforms:

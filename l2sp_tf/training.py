@@ -7,6 +7,7 @@ import pathlib
 
 import keras
 
+from l2sp_tf import distribution
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
 from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
@@ -67,6 +68,7 @@ def finetune(
     verbose=1,
     save=True,
     checkpoint_every=CHECKPOINT_EVERY,
+    strategy=None,
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
@@ -94,13 +96,17 @@ def finetune(
         verbose: of Keras `fit`: 1 shows a progress bar with the time left.
         save: whether `model.keras` is written to `run_dir`.
         checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
+        strategy: the devices to train on, from `distribution.make_strategy`; None for one. On several machines the
+            function is called on each, and the first writes `run_dir`.
 
     Returns:
         A `Run`.
 
     Raises:
-        InputError: a bad argument; the checkpoint in `run_dir` is of another run; another process is at work there.
+        InputError: a bad argument, or one that the devices cannot share; the checkpoint in `run_dir` is of another
+            run; another process is at work there.
         FloatingPointError: the loss is not finite; the checkpoint before it stays.
+        ConnectionError: one of several machines was lost.
     """
     recipe = recipe or Recipe()
     if isinstance(data, Dataset) and pixels is None:
@@ -113,7 +119,7 @@ def finetune(
         freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose)
+    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy)
 
 
 def train_source(
@@ -128,13 +134,14 @@ def train_source(
     verbose=1,
     save=True,
     checkpoint_every=CHECKPOINT_EVERY,
+    strategy=None,
 ):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
         model: a built Keras model with random weights, which is trained in place.
-        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every: as in `finetune`; the
-            strength of L2 is the recipe's, and pixels are RGB by default.
+        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every, strategy: as in `finetune`;
+            the strength of L2 is the recipe's, and pixels are RGB by default.
 
     Returns:
         A `Run` without anchors.
@@ -144,7 +151,7 @@ def train_source(
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose)
+    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose, strategy)
 
 
 def as_task(data, recipe, pixels):
@@ -170,55 +177,57 @@ class _RunFolder:
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
 
-def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose):
-    """Compiles and fits `model`, which carries the penalties of `coverage`, in a `_RunFolder` or in memory alone."""
-    metrics = [
-        keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
-        keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-    ]
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    path = None if folder is None else folder.path
-    monitor = Monitor(path, anchors, log_every=recipe.log_interval, iterations=recipe.iterations)
-    keeper = Checkpointing(monitor, metrics, recipe.iterations)
+def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy):
+    """Compiles and fits `model`, which carries the penalties of `coverage`, or a copy of it on the devices of a strategy.
+
+    Of several machines the first alone writes to the `_RunFolder`; all read its checkpoints.
+    """
+    distribution.check_batch_size(strategy, recipe.batch_size)
+    identity = _identity(model, coverage, task, recipe, seed)
+    distribution.check_same_run(strategy, identity)
+    writes = folder is not None and distribution.is_chief(strategy)
+    trained = distribution.replicated(model, strategy)
     with contextlib.ExitStack() as stack:
-        if folder is not None:
-            stack.enter_context(locked(path))
+        if writes:
+            stack.enter_context(locked(folder.path))
             if anchors is not None:
-                _keep_anchors(anchors, path / "anchors.safetensors", folder.checkpoints.newest)
-            stops = stack.enter_context(deferred_signals())
-            keeper.keep(folder.checkpoints, _identity(model, coverage, task, recipe, seed), folder.checkpoint_every, stops)
-        model.compile(optimizer=_optimizer(recipe, model), loss=loss, metrics=metrics)
-        start = keeper.restore(model)
-        if start < recipe.iterations:
-            _train(
-                model, task, recipe, seed, [AnchorGuard(coverage), FiniteLoss(start), monitor, keeper, *callbacks], start, verbose
+                _keep_anchors(anchors, folder.path / "anchors.safetensors", folder.checkpoints.newest)
+        with distribution.scope(strategy):
+            metrics = _compile(trained, recipe)
+            monitor = Monitor(
+                folder.path if writes else None, anchors, log_every=recipe.log_interval, iterations=recipe.iterations
             )
+            keeper = Checkpointing(monitor, metrics, recipe.iterations)
+            if folder is not None:
+                stops = stack.enter_context(deferred_signals()) if distribution.is_one_process(strategy) else ()
+                keeper.keep(folder.checkpoints, identity, folder.checkpoint_every, stops, writes=writes)
+            start = keeper.restore(trained)
+        distribution.check_same_run(strategy, start)
+        if start < recipe.iterations:
+            callbacks = [AnchorGuard(coverage), FiniteLoss(start), monitor, keeper, *callbacks]
+            options = {"seed": seed, "start": start, "iterations": recipe.iterations, "part": distribution.part_of(strategy)}
+            batches = training_batches(task.train, task.preprocessing, task.mean, batch_size=recipe.batch_size, **options)
+            distribution.fit(trained, batches, steps=recipe.iterations - start, callbacks=callbacks, verbose=verbose)
         else:
-            monitor.rewrite(model)
-    if folder is not None and folder.save:
-        save_model(model, path / "model.keras", task.pixels)
-    if folder is not None:
+            monitor.rewrite(trained)
+    distribution.copy_weights(trained, model)
+    if writes and folder.save:
+        save_model(model, folder.path / "model.keras", task.pixels)
+    if writes:
         folder.checkpoints.remove(keep=1)
     return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start)
 
 
-def _optimizer(recipe, model):
-    """The optimizer that a recipe asks for, with what takes the step of the penalties that `model` carries."""
+def _compile(model, recipe):
+    """Compiles a model, with what takes the step of its penalties if the recipe asks for it; returns the metrics."""
+    metrics = [
+        keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
+        keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+    ]
     around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(recipe.penalty_step)
-    return around(recipe.optimizer(), model) if around else recipe.optimizer()
-
-
-def _train(model, task, recipe, seed, callbacks, start, verbose):
-    """Fits a compiled model from step `start` on."""
-    options = {"batch_size": recipe.batch_size, "seed": seed, "start": start, "iterations": recipe.iterations}
-    model.fit(
-        training_batches(task.train, task.preprocessing, task.mean, **options),
-        epochs=1,  # of Keras: the whole run, so that the progress bar tells the time left of it
-        steps_per_epoch=recipe.iterations - start,
-        callbacks=callbacks,
-        shuffle=False,  # the batches come shuffled
-        verbose=verbose,
-    )
+    optimizer = around(recipe.optimizer(), model) if around else recipe.optimizer()
+    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=metrics)
+    return metrics
 
 
 def _identity(model, coverage, task, recipe, seed):

@@ -8,6 +8,8 @@ import keras
 import pytest
 import tensorflow as tf
 
+from l2sp_tf.distribution import make_strategy
+
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
 
@@ -20,7 +22,7 @@ def _seeded():
 @pytest.fixture(scope="session")
 def mirrored():
     """One MirroredStrategy over the two devices for all tests: TensorFlow's collectives hang when several come and go."""
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice())
+    return make_strategy("mirrored")
 
 
 @pytest.fixture
