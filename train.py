@@ -4,6 +4,7 @@ Without flags: trains a small network on scikit-learn's digits (which digit), fi
 few images (even or odd) with L2 and with L2-SP over several seeds, and prints the table.
 """
 
+import logging
 import os
 import pathlib
 import sys
@@ -111,6 +112,7 @@ def main(argv):
     from l2sp_tf import report
     from l2sp_tf.experiments import run_plans
 
+    logging.getLogger("tensorflow").setLevel(logging.WARNING)  # below, it tells of each all-reduce that it traces
     plans = plans_from_flags()
     options = {"engine": FLAGS.engine, "cpus": FLAGS.run_cpus, "gpus": FLAGS.run_gpus, "dry_run": FLAGS.dry_run}
     estimate = FLAGS.experiment is not None or FLAGS.folds > 0

@@ -150,33 +150,43 @@ def check_batch_size(strategy, batch_size):
         raise InputError(f"batch_size is {batch_size}, which {replicas} replicas cannot share equally: give a multiple.")
 
 
-def check_compiled(model):
-    """Refuses what Keras gets wrong on several replicas (each tried on Keras 3.15).
+def check_optimizer(strategy, optimizer):
+    """Refuses what Keras' optimizers get wrong on several replicas (each tried on Keras 3.15).
 
     Raises:
-        InputError: the compiled model has such a setting.
+        InputError: the optimizer has such a setting.
     """
-    optimizer = model.optimizer
+    clips = "clips each replica's share of the gradient instead of the whole"
     wrong = {
-        "jit_compile": ("fails", model.jit_compile),
-        "gradient_accumulation_steps": ("fails", optimizer.gradient_accumulation_steps),
-        "ema_overwrite_frequency": ("fails", optimizer.use_ema and optimizer.ema_overwrite_frequency),
-        **{
-            name: ("clips each replica's share of the gradient instead of the whole", getattr(optimizer, name))
-            for name in ("clipnorm", "global_clipnorm", "clipvalue")
-        },
-        "LossScaleOptimizer (mixed_float16)": (
-            "takes an overflow for finite unless it is the first replica's",
-            isinstance(optimizer, keras.optimizers.LossScaleOptimizer),
-        ),
-        "a random layer, such as Dropout,": (
-            "draws the same numbers on every replica",
-            any(variable.name == "seed_generator_state" for variable in model.variables),
-        ),
+        "gradient_accumulation_steps": "fails",
+        **dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips),
+        "ema_overwrite_frequency": "fails",
     }
-    for name, (what, is_set) in wrong.items():
-        if is_set:
-            raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
+    found = {name: what for name, what in wrong.items() if getattr(optimizer, name)}
+    if not optimizer.use_ema:
+        found.pop("ema_overwrite_frequency", None)
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
+    _refuse(strategy, found)
+
+
+def check_compiled(model):
+    """Refuses what Keras gets wrong of a compiled model on the replicas that it was made on (each tried on Keras 3.15).
+
+    Raises:
+        InputError: the model or its optimizer has such a setting.
+    """
+    found = {"jit_compile": "fails"} if model.jit_compile else {}
+    if any(variable.name == "seed_generator_state" for variable in model.variables):
+        found["a random layer, such as Dropout,"] = "draws the same numbers on every replica"
+    _refuse(model.distribute_strategy, found)
+    check_optimizer(model.distribute_strategy, model.optimizer)
+
+
+def _refuse(strategy, found):
+    if found and strategy is not None and strategy.num_replicas_in_sync > 1:
+        name, what = next(iter(found.items()))
+        raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
 
 
 def replicated(model, strategy):
@@ -228,8 +238,7 @@ def fit(model, batches, *, steps, callbacks=(), verbose=0):
         ConnectionError: a worker was lost.
     """
     strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > 1:
-        check_compiled(model)
+    check_compiled(model)
     if not _is_multiworker(strategy):
         model.fit(batches, epochs=1, steps_per_epoch=steps, callbacks=list(callbacks), shuffle=False, verbose=verbose)
     else:

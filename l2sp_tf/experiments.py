@@ -9,11 +9,10 @@ import time
 import keras
 import numpy as np
 
-from l2sp_tf import records
+from l2sp_tf import distribution, records
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.data import test_batches
-from l2sp_tf.distribution import check_batch_size, check_shared, chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
@@ -87,13 +86,14 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
 
 def _share(plan, engine, say, verbose):
     """Makes the strategy of a plan and tells what it cannot share; returns what this worker says and shows."""
-    strategy = make_strategy(plan.distribute)
+    strategy = distribution.make_strategy(plan.distribute)
     if engine != "local" and plan.distribute == "multiworker":
         raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
     for recipe in (plan.recipe, plan.source_recipe):
-        check_batch_size(strategy, recipe.batch_size)
-    check_shared(strategy, plan.workdir)
-    return (say, verbose) if is_chief(strategy) else (lambda text: None, 0)
+        distribution.check_batch_size(strategy, recipe.batch_size)
+        distribution.check_optimizer(strategy, recipe.optimizer())
+    distribution.check_shared(strategy, plan.workdir)
+    return (say, verbose) if distribution.is_chief(strategy) else (lambda text: None, 0)
 
 
 def _jobs(triples):
@@ -133,10 +133,10 @@ def _run(start, plan, setting, selection, say, verbose):
     recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     settings = _settings(plan, start, setting, recipe, fisher)
     path = _folder(plan, setting, settings) / "run.json"
-    strategy = make_strategy(plan.distribute)
-    if chief_says(strategy, path.exists):
+    strategy = distribution.make_strategy(plan.distribute)
+    if distribution.chief_says(strategy, path.exists):
         record = records.read_record(path)
-        if selection is not None and record.get("selection") != selection and is_chief(strategy):
+        if selection is not None and record.get("selection") != selection and distribution.is_chief(strategy):
             records.write_record(path, {**record, "selection": selection})  # run before as a point of a grid, and chosen now
         say(f"already finished, accuracy {record['results']['accuracy']:.1%}")
         return records.read_record(path)
@@ -144,7 +144,7 @@ def _run(start, plan, setting, selection, say, verbose):
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
     options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "strategy": strategy}
-    if is_chief(strategy):
+    if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
     if setting.fold is not None:
         record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
@@ -155,10 +155,10 @@ def _run(start, plan, setting, selection, say, verbose):
     extra = {"fisher": fisher.provenance if fisher is not None else None, "selection": selection}
     extra["deterministic"] = plan.deterministic or None
     record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
-    if is_chief(strategy):
+    if distribution.is_chief(strategy):
         records.write_record(path, record)
         checkpoints.remove()
-    wait_for_chief(strategy)
+    distribution.wait_for_chief(strategy)
     kept = " on the fold" if setting.fold is not None else ""
     kept += f", source {results['source']['target_statistics']['accuracy']:.1%}" if "source" in results else ""
     say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")

@@ -117,7 +117,7 @@ def main(scenario, folder):
         scenarios[scenario](strategy, folder, index)
     except ConnectionError as error:
         print(f"error: {error}", flush=True)
-        os._exit(1)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -207,9 +207,13 @@ def test_a_plan_is_told_at_start_what_cannot_be_distributed(mirrored, tmp_path, 
     made = small_plan(tmp_path, distribute="mirrored")
     with pytest.raises(InputError, match="batch_size is 15"):
         run_plans([dataclasses.replace(made, recipe=made.recipe.replace(batch_size=15))])
-    monkeypatch.setattr("l2sp_tf.experiments.make_strategy", lambda kind: None)
+    monkeypatch.setattr("l2sp_tf.distribution.make_strategy", lambda kind: None)
     with pytest.raises(InputError, match="distribute is multiworker and engine is ray"):
         run_plans([dataclasses.replace(made, distribute="multiworker")], engine="ray")
+    monkeypatch.undo()
+    monkeypatch.setattr(type(made.recipe), "optimizer", lambda recipe: keras.optimizers.SGD(0.1, clipnorm=1.0))
+    with pytest.raises(InputError, match="clipnorm clips each replica's share"):
+        run_plans([made])
     assert not list(tmp_path.iterdir())
 
 
