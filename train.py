@@ -93,6 +93,9 @@ flags.DEFINE_integer("crops", None, "Crops of each test image: 1 (central), or 1
 flags.DEFINE_enum("blur", None, ["gaussian", "authors", "none"], "Random blur; authors: their colour distortion instead.")
 flags.DEFINE_bool("mirror", None, "Random mirror; off for the digits.")
 flags.DEFINE_bool("skip_bad_images", False, "Leave out images that cannot be decoded, and count them, instead of stopping.")
+flags.DEFINE_enum(
+    "jit_compile", "auto", ["auto", "on", "off"], "Compile the training step by XLA; auto: on a GPU, as on CPUs it is slower."
+)
 flags.DEFINE_bool("save_models", True, "Keep each fine-tuned model beside its record.")
 flags.DEFINE_integer(
     "checkpoint_every", 500, "Steps between two checkpoints, from which an interrupted run goes on; 0: the last step alone."
@@ -174,6 +177,7 @@ def plan_from_flags(source, weights, target):
         checkpoint_every=FLAGS.checkpoint_every,
         deterministic=FLAGS.deterministic,
         distribute=FLAGS.distribute,
+        jit_compile={"auto": "auto", "on": True, "off": False}[FLAGS.jit_compile],
         fisher=FisherPlan(
             mode=FLAGS.fisher_mode,
             samples=FLAGS.fisher_samples,

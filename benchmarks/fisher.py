@@ -16,12 +16,12 @@ import copy
 import math
 import multiprocessing
 import resource
-import time
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.common import machine, paired_times
 from l2sp_tf import fisher
 
 TARGETS = {"rademacher": 1.3, "mc": 1.3, "exact": 0.8}
@@ -153,19 +153,6 @@ def backpack_steps(modes, images, classes=10):
     return [gradient, *(step(mode) for mode in modes)]
 
 
-def paired_times(steps, rounds):
-    """The times of each step, in seconds: an array [rounds, steps] after two rounds of warming up."""
-    times = []
-    for _ in range(rounds + 2):
-        row = []
-        for step in steps:
-            start = time.perf_counter()
-            step()
-            row.append(time.perf_counter() - start)
-        times.append(row)
-    return np.array(times[2:])
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=("cifar", "resnet50"), default="cifar")
@@ -190,6 +177,7 @@ def main():
     steps = [gradient_step(model, images, from_logits), *(fisher_step(model, images, mode) for mode in modes)]
     times = paired_times(steps, arguments.rounds)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(machine())
     print(f"{arguments.network}, batch {len(images)}, peak memory of the process {peak:.2f} GiB")
     report("l2sp_tf", modes, times, model.output_shape[-1])
     if arguments.backpack:  # after ours, not in turns with it: the two frameworks' thread pools disturb each other

@@ -31,6 +31,8 @@ import zipfile
 
 import numpy as np
 
+from benchmarks.common import machine, spread
+
 TARGETS = {"first": 1.5, "later": 4.0}
 BATCH, MEAN, SD = 64, (120.0, 115.0, 98.0), 58.0
 
@@ -201,13 +203,13 @@ def main():
         count = len(photographs(arguments.photos, arguments.copies, pathlib.Path(folder)))
         rounds = range(arguments.rounds)
         measured = np.array([[rates_in_a_process(name, folder, arguments.epochs) for name in names] for _ in rounds])
+    print(machine())
     print(f"{count} images an epoch, {os.cpu_count()} cores, {arguments.rounds} rounds of {arguments.epochs} epochs")
     for name, column in zip(names, measured.transpose(1, 2, 0), strict=True):
         print(f"{name}: {np.median(column[0]):.0f} images/s in the first epoch, {np.median(column[1]):.0f} in later ones")
     for i, epoch in enumerate(TARGETS):
         ratios = measured[:, 0, i] / measured[:, 1:, i].max(axis=1)
-        low, middle, high = np.percentile(ratios, [10, 50, 90])
-        print(f"{epoch} epoch: {middle:.2f} [{low:.2f}, {high:.2f}] times the better peer, target {TARGETS[epoch]}")
+        print(f"{epoch} epoch: {spread(ratios, 2)} times the better peer, target {TARGETS[epoch]}")
 
 
 if __name__ == "__main__":

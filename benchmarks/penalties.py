@@ -43,7 +43,9 @@ def step_of(model, images, labels):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        function = tf.function(model.train_step, jit_compile=bool(model.jit_compile))
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+        function = tf.function(model.train_step, jit_compile=bool(model.jit_compile)).get_concrete_function((images, labels))
         step = lambda: float(function((images, labels))["loss"])  # noqa: E731
     else:
         model.train_function = None

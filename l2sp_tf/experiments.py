@@ -143,7 +143,8 @@ def _run(start, plan, setting, selection, say, verbose):
     checkpoints = Checkpoints(path.parent / "checkpoints")
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
-    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "strategy": strategy}
+    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every}
+    options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
     if setting.fold is not None:

@@ -15,7 +15,7 @@ STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4",
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
 RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
-RUN_FIELDS += ("checkpoint_every", "distribute")
+RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,7 @@ class Plan:
         data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
         skip_bad_images: leave out images that cannot be decoded.
         save_models: keep each fine-tuned model beside its record.
+        jit_compile: whether XLA compiles the training steps, as in `finetune`; not part of what tells runs apart.
         fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
         betas, learning_rates: more values than the recipe's one; empty for that.
         frozen: how many of the first units are frozen, a run for each number; None for up to 8
@@ -117,6 +118,7 @@ class Plan:
     data_dir: str | None = None
     skip_bad_images: bool = False
     save_models: bool = True
+    jit_compile: bool | str = "auto"
     fisher: FisherPlan = FisherPlan()
     betas: tuple = ()
     learning_rates: tuple = ()

@@ -124,7 +124,8 @@ def _pretrained(plan, source, say, verbose):
     else:
         say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
         options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
-        run = train_source(model, source, plan.source_recipe, strategy=strategy, **options)
+        options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
+        run = train_source(model, source, plan.source_recipe, **options)
         if is_chief(strategy):
             Anchors.of(model, source.pixels).save(path)
             Checkpoints(folder / "checkpoints").remove()

@@ -69,6 +69,7 @@ def finetune(
     save=True,
     checkpoint_every=CHECKPOINT_EVERY,
     strategy=None,
+    jit_compile="auto",
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
@@ -98,6 +99,7 @@ def finetune(
         checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
         strategy: the devices to train on, from `distribution.make_strategy`; None for one. On several machines the
             function is called on each, and the first writes `run_dir`.
+        jit_compile: whether XLA compiles the step, as Keras' `compile` takes it: True, False or "auto".
 
     Returns:
         A `Run`.
@@ -119,7 +121,7 @@ def finetune(
         freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy)
+    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
 
 
 def train_source(
@@ -135,13 +137,14 @@ def train_source(
     save=True,
     checkpoint_every=CHECKPOINT_EVERY,
     strategy=None,
+    jit_compile="auto",
 ):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
         model: a built Keras model with random weights, which is trained in place.
-        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every, strategy: as in `finetune`;
-            the strength of L2 is the recipe's, and pixels are RGB by default.
+        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every, strategy, jit_compile: as in
+            `finetune`; the strength of L2 is the recipe's, and pixels are RGB by default.
 
     Returns:
         A `Run` without anchors.
@@ -151,7 +154,7 @@ def train_source(
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose, strategy)
+    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
 
 
 def as_task(data, recipe, pixels):
@@ -177,7 +180,7 @@ class _RunFolder:
         self.checkpoints = Checkpoints(self.path / "checkpoints")
 
 
-def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy):
+def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile):
     """Compiles and fits `model`, which carries the penalties of `coverage`, or a copy of it on the devices of a strategy.
 
     Of several machines the first alone writes to the `_RunFolder`; all read its checkpoints.
@@ -193,7 +196,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
             if anchors is not None:
                 _keep_anchors(anchors, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with distribution.scope(strategy):
-            metrics = _compile(trained, recipe)
+            metrics = _compile(trained, recipe, jit_compile)
             monitor = Monitor(
                 folder.path if writes else None, anchors, log_every=recipe.log_interval, iterations=recipe.iterations
             )
@@ -218,7 +221,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
     return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start)
 
 
-def _compile(model, recipe):
+def _compile(model, recipe, jit_compile):
     """Compiles a model, with what takes the step of its penalties if the recipe asks for it; returns the metrics."""
     metrics = [
         keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
@@ -226,7 +229,8 @@ def _compile(model, recipe):
     ]
     around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(recipe.penalty_step)
     optimizer = around(recipe.optimizer(), model) if around else recipe.optimizer()
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=metrics)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
     return metrics
 
 

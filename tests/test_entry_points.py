@@ -234,6 +234,10 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
         train.FLAGS(["train.py", "--experiment=table_2"])
         (plan,) = train.plans_from_flags()
         assert (plan.source, plan.target, plan.per_class) == ("digits/source", "digits/target", 25)
+        assert plan.jit_compile == "auto"
+        for text, value in (("on", True), ("off", False)):
+            train.FLAGS(["train.py", f"--jit_compile={text}"])
+            assert {p.jit_compile for p in train.plans_from_flags()} == {value}
         train.FLAGS(["train.py", "--experiment=figure_1"])
         assert [len(p.betas) for p in train.plans_from_flags()] == [4]
         assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)

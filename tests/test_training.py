@@ -255,3 +255,12 @@ def test_evaluate_tells_which_images_are_right(pretrained):
     x = np.concatenate([x for x, _ in test_batches(made.test, made.preprocessing, made.mean, batch_size=5)])
     np.testing.assert_array_equal(result["right"], np.argmax(run.model.predict(x, verbose=0), 1) == made.test.labels)
     assert result["correct"] == result["right"].sum() and "right" not in l2sp.evaluate(run.model, made)
+
+
+def test_xla_changes_a_run_by_rounding_only(pretrained):
+    plain, compiled = (
+        l2sp.finetune(pretrained, task(), l2sp.GroupLassoSP(0.01), RECIPE, verbose=0, jit_compile=jit) for jit in (False, True)
+    )
+    assert (plain.model.jit_compile, compiled.model.jit_compile) == (False, True)
+    for one, two in zip(plain.model.get_weights(), compiled.model.get_weights(), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
