@@ -36,6 +36,10 @@ BENCHMARKS = {
     "scaling": [["scaling"]],
     "against_pytorch": [["against_pytorch"]],
     "default_job": [["default_job"]],
+    "deterministic": [
+        ["deterministic", "--image_size=8"],
+        ["deterministic", "--network=resnet50", "--batch=8", "--steps=5", "--rounds=3"],
+    ],
     "cost": [["cost"]],
     "fisher": [["fisher", "--network=cifar", "--rounds=8"], ["fisher", "--network=resnet50", "--rounds=4"]],
     "input_pipeline": [["input_pipeline", "--rounds=2", "--copies=5"]],
