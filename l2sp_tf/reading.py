@@ -171,24 +171,24 @@ def h5_shapes(file, size):
     """
     shapes, claimed = {}, 0
 
-    def visit_link(name, link):
-        if not isinstance(link, h5py.HardLink):
-            raise ValueError(f"{name!r} is a link")
-
-    def visit(name, item):
+    def wrong_with(name, item):  # what a visitor returns ends the visit; h5py loses what it raises
         nonlocal claimed
         if not isinstance(item, h5py.Dataset):
-            return
-        if item.is_virtual or item.external or item.shape is None or not (item.dtype.kind in "fiub" or item.dtype == BFLOAT16):
-            raise ValueError(f"{name!r} lies in another file or holds no numbers")
+            return None
+        no_numbers = item.shape is None or not (item.dtype.kind in "fiub" or item.dtype == BFLOAT16)
+        if item.is_virtual or item.external or no_numbers:
+            return f"{name!r} lies in another file or holds no numbers"
         claimed += item.dtype.itemsize * max(math.prod(item.shape), math.prod(item.chunks or ()))
         claimed += sum(item.attrs.get_id(key).get_storage_size() for key in item.attrs)
         if claimed > unpacked_limit(size):
-            raise ValueError(f"its arrays would unpack to more than the {unpacked_limit(size):,} bytes allowed for its size")
+            return f"its arrays would unpack to more than the {unpacked_limit(size):,} bytes allowed for its size"
         shapes[name] = item.shape
+        return None
 
-    file.visititems_links(visit_link)
-    file.visititems(visit)
+    wrong = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else f"{name!r} is a link")
+    wrong = wrong or file.visititems(wrong_with)
+    if wrong:
+        raise ValueError(wrong)
     return shapes
 
 

@@ -1,4 +1,4 @@
-"""Files of strangers: a load that verifies or one sentence, no code run, no file elsewhere touched, no memory for what is not there."""
+"""Files of strangers: a load that verifies or one sentence, no code run, no path outside, no memory for what is not there."""
 
 import io
 import json
@@ -269,7 +269,7 @@ def config_of(old, new):
         ('"class_name": "Conv2D"', '"class_name": "TFSMLayer"'),
         (
             '"activation": "linear"',
-            '"activation": {"module": "keras.utils", "class_name": "function", "config": "get_file", "registered_name": "get_file"}',
+            '"activation": {"module": "keras.utils", "class_name": "function", "config": "get_file", "registered_name": "x"}',
         ),
         (
             '"activation": "linear"',
@@ -317,40 +317,40 @@ def test_other_endings_are_no_models(tmp_path):
 
 
 def with_link(file, secret):
-    del file["layers/conv/vars/0"]
-    file["layers/conv/vars/0"] = h5py.ExternalLink(str(secret), "/secret")
+    del file["layers/conv2d/vars/0"]
+    file["layers/conv2d/vars/0"] = h5py.ExternalLink(str(secret), "/secret")
 
 
 def with_soft_link(file, secret):
-    del file["layers/conv/vars/1"]
-    file["layers/conv/vars/1"] = h5py.SoftLink("/layers/bn/vars/0")
+    del file["layers/conv2d/vars/1"]
+    file["layers/conv2d/vars/1"] = h5py.SoftLink("/layers/batch_normalization/vars/0")
 
 
 def with_virtual(file, secret):
-    del file["layers/conv/vars/0"]
+    del file["layers/conv2d/vars/0"]
     layout = h5py.VirtualLayout((3, 3, 3, 3), "float32")
     layout[...] = h5py.VirtualSource(str(secret), "secret", (3, 3, 3, 3))
-    file.create_virtual_dataset("layers/conv/vars/0", layout)
+    file.create_virtual_dataset("layers/conv2d/vars/0", layout)
 
 
 def with_external(file, secret):
-    del file["layers/conv/vars/0"]
-    file.create_dataset("layers/conv/vars/0", (3, 3, 3, 3), "float32", external=[(str(secret), 0, 324)])
+    del file["layers/conv2d/vars/0"]
+    file.create_dataset("layers/conv2d/vars/0", (3, 3, 3, 3), "float32", external=[(str(secret), 0, 324)])
 
 
 def with_shape(file, secret):
-    del file["layers/conv/vars/1"]
-    file.create_dataset("layers/conv/vars/1", (2**40,), "float32", chunks=(1024,), fillvalue=1)
+    del file["layers/conv2d/vars/1"]
+    file.create_dataset("layers/conv2d/vars/1", (2**40,), "float32", chunks=(1024,), fillvalue=1)
 
 
 def with_chunks(file, secret):
-    del file["layers/conv/vars/1"]
-    file.create_dataset("layers/conv/vars/1", (3,), "float32", chunks=(2**28,), maxshape=(None,), compression="gzip")
+    del file["layers/conv2d/vars/1"]
+    file.create_dataset("layers/conv2d/vars/1", (3,), "float32", chunks=(2**28,), maxshape=(None,), compression="gzip")
 
 
 def with_texts(file, secret):
-    del file["layers/conv/vars/1"]
-    file["layers/conv/vars/1"] = ["a", "b", "c"]
+    del file["layers/conv2d/vars/1"]
+    file["layers/conv2d/vars/1"] = ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -530,7 +530,7 @@ def with_size(path, size):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("size", "message"), [(2**32 - 2, "would unpack to"), (10, "damaged"), (10**6, "damaged")])
+@pytest.mark.parametrize(("size", "message"), [(2**32 - 2, "would unpack to"), (10, "damaged"), (0, "damaged")])
 def test_a_zip_that_lies_about_sizes(tmp_path, size, message):
     path = images_zip(tmp_path / "x.zip")
     with_size(path, size)
@@ -652,7 +652,6 @@ def test_a_label_beyond_the_classes(tmp_path):
         ("dataset_info.json", "{DATASET}-{SPLIT}", "/etc/{DATASET}-{SPLIT}"),
         ("dataset_info.json", '"name"', '"name": "a", "name"'),
         ("dataset_info.json", "{", "[" * 10**5),
-        ("label.labels.txt", "class", "\udcff"),
     ],
 )
 def test_what_describes_a_prepared_set(tmp_path, monkeypatch, file, old, new):
@@ -690,14 +689,13 @@ def test_a_tar_with_a_sparse_member_and_links(tmp_path):
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
     assert builders._members(tmp_path / "a.tar") == [name]
-    hostile.read_tar(tmp_path / "a.tar") if False else None
     found = builders._Builder._generate_examples(None, tmp_path / "a.tar", [(name, "x")])
     assert len(next(found)[1]["image"]) <= reading.MAX_IMAGE_BYTES
 
 
 def test_a_tar_cut_short(tmp_path):
     path = hostile.make_tar(tmp_path)
-    path.write_bytes(path.read_bytes()[:1500])
+    path.write_bytes(path.read_bytes()[:600])
     with pytest.raises(InputError, match="damaged or no tar file"):
         builders._members(path)
 

@@ -472,9 +472,12 @@ def _with_second_try(split, how, first, last, decoded):
         if i not in decoded:
             content = split.read(i)  # raises OSError where the disk is at fault and not the image
             try:
-                decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
+                if len(content) <= MAX_IMAGE_BYTES:
+                    decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
+                    continue
             except tf.errors.InvalidArgumentError:
-                reasons[i] = _reason(content)
+                pass
+            reasons[i] = _reason(content)
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
 
 
@@ -490,7 +493,6 @@ def _decode_bytes(content, size, mode, filter):
     checks = [
         tf.debugging.assert_positive(sides),
         tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
-        tf.debugging.assert_less_equal(tf.strings.length(content), MAX_IMAGE_BYTES),
     ]
     with tf.control_dependencies(checks):  # the pixels of a huge image are never made
         content = tf.identity(content)
