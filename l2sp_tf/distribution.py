@@ -151,22 +151,22 @@ def check_batch_size(strategy, batch_size):
 
 
 def check_optimizer(strategy, optimizer):
-    """Refuses what Keras' optimizers get wrong on several replicas (each tried on Keras 3.15).
+    """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
 
     Raises:
         InputError: the optimizer has such a setting.
     """
     clips = "clips each replica's share of the gradient instead of the whole"
-    wrong = {
-        "gradient_accumulation_steps": "fails",
-        **dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips),
-        "ema_overwrite_frequency": "fails",
-    }
-    found = {name: what for name, what in wrong.items() if getattr(optimizer, name)}
-    if not optimizer.use_ema:
-        found.pop("ema_overwrite_frequency", None)
+    found = {}
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
+    while optimizer is not None:
+        wrong = dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips)
+        wrong["gradient_accumulation_steps"] = "fails"
+        if optimizer.use_ema:
+            wrong["ema_overwrite_frequency"] = "fails"
+        found |= {name: what for name, what in wrong.items() if getattr(optimizer, name)}
+        optimizer = getattr(optimizer, "inner_optimizer", None)
     _refuse(strategy, found)
 
 
