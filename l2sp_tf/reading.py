@@ -9,8 +9,8 @@ import stat
 import zipfile
 
 import h5py
+import keras
 import numpy as np
-import tensorflow as tf
 
 from l2sp_tf.errors import InputError
 
@@ -203,6 +203,11 @@ def variables_within(limit, what):
     Raises:
         InputError: there are more.
     """
+    if limit == math.inf or keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf  # here alone, so that all else works on Keras' other backends
+
     taken, last = 0, None
 
     def creator(make, **options):
@@ -217,5 +222,5 @@ def variables_within(limit, what):
             raise InputError(f"{what} more numbers than a file of its size can hold: use another copy.")
         return make(**options)
 
-    with contextlib.nullcontext() if limit == math.inf else tf.variable_creator_scope(creator):
+    with tf.variable_creator_scope(creator):
         yield

@@ -39,8 +39,7 @@ def batches(n=20, size=7, offset=0.0):
 
 def by_correlation(finetuned, pretrained, x, name):
     a, b = (
-        np.asarray(keras.Model(m.input, m.get_layer(name).output)(x, training=False), np.float64)
-        for m in (pretrained, finetuned)
+        np.asarray(keras.Model(m.input, m.get_layer(name).output)(x, training=False), np.float64) for m in (pretrained, finetuned)
     )
     a, b = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
     with np.errstate(all="ignore"):

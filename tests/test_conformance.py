@@ -85,6 +85,20 @@ def test_public_names_are_no_modules_whatever_was_imported_first():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout == "[]\n"
 
 
+def test_what_attaches_penalties_imports_no_tensorflow_of_its_own():
+    paths, found = dict(modules()), set()
+    waiting = ["regularizers", "anchors", "attach", "models", "proximal", "decoupled"]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += imported(paths[name])
+            top = ast.parse(paths[name].read_text()).body
+            names = [alias.name for node in top if isinstance(node, ast.Import) for alias in node.names]
+            names += [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
+            assert not [n for n in names if n.startswith("tensorflow")], name
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_the_penalties_work_on_another_backend_without_tensorflow(backend):
     if not importlib.util.find_spec(backend):  # and not imported here, where TensorFlow is
