@@ -127,8 +127,8 @@ def summary(records):
 def variant(settings):
     """How the steps of a run differ from the paper's: ", Adam", ", proximal", ", Adam, decoupled" or nothing."""
     recipe = settings.get("recipe") or {}
-    parts = ["Adam"] * (recipe.get("solver") == "adam") + [recipe["penalty_step"]] * ("penalty_step" in recipe)
-    return "".join(f", {part}" for part in parts)
+    solver, step = recipe.get("solver"), recipe.get("penalty_step")
+    return "".join([", Adam" if solver == "adam" else "", f", {step}" if step else ""])
 
 
 def title(settings):
