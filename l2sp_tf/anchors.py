@@ -12,6 +12,7 @@ import safetensors.numpy
 
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.memory import aligned_copy
 from l2sp_tf.pixels import PixelFormat
 from l2sp_tf.reading import parse_json, refusing
 from l2sp_tf.variables import keyed_weights, match_keys
@@ -30,7 +31,7 @@ class Arrays(collections.abc.Mapping):
     def __init__(self, arrays, dtype=None):
         self._arrays = {}
         for key, value in arrays.items():
-            array = np.array(value, dtype)  # a copy: an anchor that aliased a live weight would penalise nothing
+            array = aligned_copy(value, dtype)  # a copy: an anchor that aliased a live weight would penalise nothing
             array.flags.writeable = False
             self._arrays[key] = array
 

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 from l2sp_tf.errors import InputError
+from l2sp_tf.memory import shared_tensor
 
 
 class UnboundPenaltyError(RuntimeError):
@@ -74,7 +75,7 @@ class AnchoredPenalty(Penalty):
     def __init__(self, alpha, anchor=None, *, key=None, digest=None):
         super().__init__(alpha, key=key)
         self.digest = digest
-        self._anchor = None if anchor is None else _constant(anchor, f"the anchor of {key or type(self).__name__}")
+        self._anchor = None if anchor is None else _constant(anchor, self._name_of("anchor"))
 
     @property
     def is_bound(self):
@@ -86,8 +87,13 @@ class AnchoredPenalty(Penalty):
         return self._anchor
 
     def bind(self, key, *, anchor, digest, **_):
-        """Returns a copy of this penalty for one weight, bound to its anchor."""
-        return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor)
+        """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
+        bound = type(self)(**{**self.get_config(), "key": key, "digest": digest})
+        bound._anchor = _constant(anchor, bound._name_of("anchor"), share=True)
+        return bound
+
+    def _name_of(self, what):
+        return f"the {what} of {self.key or type(self).__name__}"
 
     def get_config(self):
         return {**super().get_config(), "digest": self.digest}
@@ -121,12 +127,7 @@ class FisherPenalty(AnchoredPenalty):
         super().__init__(alpha, anchor, key=key, **kwargs)
         self._root_fisher = None
         if fisher is not None:
-            what = f"the Fisher diagonal of {key or type(self).__name__}"
-            if np.any(np.asarray(fisher) < 0):
-                raise InputError(f"T{what[1:]} has negative entries, but it is a mean of squares: give one that is at least 0.")
-            self._root_fisher = _constant(np.sqrt(np.asarray(fisher)), what)
-            if self._anchor is not None:
-                _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
+            self._set_fisher(fisher)
 
     @property
     def is_bound(self):
@@ -139,7 +140,18 @@ class FisherPenalty(AnchoredPenalty):
 
     def bind(self, key, *, anchor, digest, fisher=None, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
-        return type(self)(**{**self.get_config(), "key": key, "digest": digest}, anchor=anchor, fisher=fisher)
+        bound = super().bind(key, anchor=anchor, digest=digest)
+        if fisher is not None:
+            bound._set_fisher(fisher)
+        return bound
+
+    def _set_fisher(self, fisher):
+        fisher, what = ops.convert_to_numpy(fisher), self._name_of("Fisher diagonal")
+        if np.any(fisher < 0):
+            raise InputError(f"T{what[1:]} has negative entries, but it is a mean of squares: give one that is at least 0.")
+        self._root_fisher = _constant(np.sqrt(fisher), what)
+        if self._anchor is not None:
+            _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
 
     def _weighted_difference(self, w):
         """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
@@ -173,6 +185,8 @@ class _Grouped:
         """sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
         axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
         p_g = math.prod(x.shape[axis] for axis in axes)
+        if not axes and not self.epsilon:  # groups of one weight, such as the gammas of batch norm
+            return ops.sum(ops.absolute(x))
         norms = _safe_sqrt(_sum_over(ops.square(x), axes), self.epsilon)
         return ops.multiply(math.sqrt(p_g), ops.sum(norms))
 
@@ -294,24 +308,22 @@ def _safe_sqrt(x, epsilon):
     return ops.where(positive, ops.sqrt(ops.where(positive, x, 1)), 0)
 
 
-def _constant(value, what):
-    """A tensor that holds a copy of `value`: captured, not embedded, by a traced function."""
-    array = np.array(ops.convert_to_numpy(value))  # twice over, since a conversion may share memory
-    if not np.all(np.isfinite(array.astype("float32"))):
+def _constant(value, what, share=False):
+    """A tensor that is captured, not embedded, by a traced function.
+
+    It holds a copy of `value`, or its memory if that may be shared, is read-only and lies where the model computes.
+    """
+    array = value if isinstance(value, np.ndarray) else ops.convert_to_numpy(value)
+    if not np.all(np.isfinite(array.astype("float32", copy=False))):
         raise InputError(f"T{what[1:]} has entries that are not finite: give finite numbers.")
+    if keras.backend.backend() != "tensorflow":
+        return ops.convert_to_tensor(np.array(array))  # a copy, since the conversions may share memory
+    import tensorflow as tf
+
+    is_shared = share and not array.flags.writeable and not tf.config.list_logical_devices("GPU")
     # Without the scope, a penalty made while a function is traced would hold a symbolic tensor.
-    with _eager_scope():
-        return ops.convert_to_tensor(array)
-
-
-def _eager_scope():
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.init_scope()
-    import contextlib
-
-    return contextlib.nullcontext()
+    with tf.init_scope():
+        return shared_tensor(array) if is_shared else ops.convert_to_tensor(np.array(array))
 
 
 def _check_shapes(penalty, **shapes):

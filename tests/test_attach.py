@@ -314,3 +314,33 @@ def test_the_guard_warns_of_a_hidden_decay_to_zero():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, guard, optimizer="sgd")
+
+
+def shared_with(tensor, array):
+    return np.shares_memory(np.asarray(memoryview(tensor)), array)
+
+
+def test_the_penalty_shares_the_memory_of_the_anchors_and_never_writes_to_it(small_network):
+    pretrained = small_network()
+    anchors = l2sp.Anchors.of(pretrained)
+    fisher = {key: np.ones_like(anchor) for key, anchor in anchors.items()}
+    for penalty in (l2sp.L2SP(0.1), l2sp.L1SP(0.1), l2sp.GroupLassoSP(0.1), l2sp.GroupLassoSPFisher(0.1)):
+        model = l2sp.with_new_head(pretrained, 2)
+        l2sp.attach(model, penalty, anchors, fisher=fisher, params="all")
+        regularizer = model.get_layer("conv1_conv").kernel.regularizer
+        assert shared_with(regularizer._anchor, anchors["conv1_conv/kernel"])
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        model.fit(np.ones((4, 6, 6, 3)), np.arange(4) % 2, epochs=2, verbose=0)
+    assert l2sp.Anchors(anchors).digest == anchors.digest
+
+
+def test_anchors_that_could_change_are_copied(small_network):
+    model = small_network()
+    arrays = {key: np.array(anchor) for key, anchor in l2sp.Anchors.of(model).items()}
+    l2sp.attach(model, l2sp.L2SP(1.0), arrays)
+    for array in arrays.values():
+        array += 1
+    assert float(sum(model.losses)) == 0
+    kernel = arrays["conv1_conv/kernel"]
+    bound = l2sp.L2SP(1.0).bind("k", anchor=kernel, digest="")
+    assert not shared_with(bound._anchor, kernel)

@@ -15,12 +15,12 @@ from l2sp_tf.data import images as ops
 from l2sp_tf.data.datasets import default_cache_dir
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.memory import shared_tensor
 from l2sp_tf.pixels import PixelFormat
 from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
-ALIGNMENT = 64  # bytes: TensorFlow stops the process when it meets shared memory that starts elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Reader:
 
     def __init__(self, images):
         with tf.device("CPU:0"):
-            self._pixels = _shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
+            self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
             self._starts, self._sides = tf.constant(images.starts), tf.constant(images.sides)
 
     def sides(self, indices):
@@ -130,13 +130,6 @@ class _Reader:
         height, width = tf.unstack(self._sides[index])
         first = self._starts[index]
         return tf.reshape(self._pixels[first : first + height * width], tf.stack([height, width, 3]))
-
-
-def _shared_tensor(array):
-    """A tensor that shares the memory of an array, or a copy where it cannot."""
-    if array.size and array.flags.c_contiguous and array.flags.writeable and array.ctypes.data % ALIGNMENT == 0:
-        return tf.experimental.dlpack.from_dlpack(array.__dlpack__())
-    return tf.convert_to_tensor(array)
 
 
 def decode(
