@@ -10,6 +10,7 @@ included. It is written as soon as it has ended, so that a call that was cut off
 import argparse
 import datetime
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -53,7 +54,8 @@ def measured(runs):
     for name, *arguments in runs:
         command = ["-m", f"benchmarks.{name}", *arguments]
         began = time.monotonic()
-        result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True)
+        environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}
+        result = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True, env=environment)
         when = f"{datetime.date.today()}, {time.monotonic() - began:.0f} s"
         parts.append(f"`python {' '.join(command)}` ({when})\n\n{_paragraphs(result.stdout)}\n")
     return "\n".join(parts)
@@ -86,13 +88,22 @@ def main():
     names = parser.parse_args().only.split(",")
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmark {unknown[0]}: give some of {', '.join(BENCHMARKS)}")
+    failed = []
     for name in names:
         if missing := [package for package in NEEDS.get(name, []) if not importlib.util.find_spec(package)]:
             print(f"{name}: skipped, as {missing[0]} is not installed")
             continue
         print(f"{name}: running", flush=True)
+        try:
+            text = measured(BENCHMARKS[name])
+        except subprocess.CalledProcessError as error:
+            failed.append(name)
+            print(f"{name}: failed, {error}")
+            continue
         found = sections(PATH.read_text(encoding="utf-8")) if PATH.exists() else {}
-        write_text(PATH, joined({**found, name: measured(BENCHMARKS[name])}))
+        write_text(PATH, joined({**found, name: text}))
+    if failed:
+        raise SystemExit(f"error: {', '.join(failed)} failed; run them again with --only={','.join(failed)}")
 
 
 if __name__ == "__main__":
