@@ -22,7 +22,7 @@ FLOORS = [
     {"reading"},
     {"pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
-    {"convert", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "stepping", "distribution"},
+    {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "stepping", "distribution"},
     {"activations", "evaluation", "proximal", "decoupled"},
     {"monitor"},
     {"training"},
