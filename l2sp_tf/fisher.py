@@ -220,15 +220,15 @@ def fisher_diagonal(
         tolerance: stops as soon as the largest of `Fisher.standard_error` is at most this, but
             not before 8 batches.
         progress: shows a progress bar.
-        slow_fallback: takes an exact path that differentiates for one image after the other, and
-            so serves layers of any kind and shared ones.
+        slow_fallback: takes an exact path that differentiates the whole model for one image after the
+            other, and so serves shared layers and those called in a loop, such as recurrent ones.
 
     Returns:
         A `Fisher` with one float32 array for each trainable weight.
 
     Raises:
-        InputError: a bad argument; no images; a trainable weight of a layer that is shared or
-            of an unsupported kind; outputs that are not logits [B, K] or not finite.
+        InputError: a bad argument; no images; a trainable weight of a layer that is shared, called in
+            a loop, or quantized; outputs that are not logits [B, K] or not finite.
     """
     _check_arguments(mode, samples, seed, first, tolerance)
     estimator = _Estimator(model, mode, samples, seed, from_logits, slow_fallback)

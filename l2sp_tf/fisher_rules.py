@@ -43,22 +43,24 @@ class Site(typing.NamedTuple):
 def rule_for(layer):
     """The rule of a layer, or None where there is none.
 
-    A subclass shares the rule of its base if it has not overridden what the rule relies on; a
-    layer with LoRA or quantized weights has no rule.
+    A subclass shares the rule of its base if it has not overridden what the rule relies on. Layers
+    of other kinds take the rule that calls them again for one example after the other; a layer with
+    LoRA or quantized weights has no rule.
 
     Returns:
         None, or a function (layer, call, watch, x, **kwargs) -> (output, list of `Site`), in which
         `call` is the layer's own `call`, and `watch` a function that makes a tensor a source of gradients.
     """
+    if getattr(layer, "lora_enabled", False) or getattr(layer, "_is_quantized", False):
+        return None
     for base, methods, rule in _RULES:
         if isinstance(layer, base) and all(getattr(type(layer), name) in known for name, known in methods.items()):
-            special = getattr(layer, "lora_enabled", False) or getattr(layer, "_is_quantized", False)
-            return None if special or getattr(layer, "rms_scaling", False) else rule
-    return None
+            return _by_example if getattr(layer, "rms_scaling", False) else rule
+    return _by_example
 
 
 def check_layers(weights):
-    """Checks that each layer that owns one of the weights has a rule.
+    """Checks that each layer that owns one of the weights has a rule, which those with LoRA and quantized ones have not.
 
     Args:
         weights: a dict from key to `l2sp_tf.variables.Weight`.
@@ -95,9 +97,7 @@ def instrumented(model, weights, tape, *, rules=True):
     trace = Trace(weights, tape)
     trace.substitute(model, rules)
     with contextlib.ExitStack() as stack:
-        for layer in model._flatten_layers():
-            if keras.backend.is_float_dtype(layer.compute_dtype) and layer.compute_dtype not in ("float32", "float64"):
-                stack.enter_context(_attribute(layer, "_dtype_policy", keras.DTypePolicy("float32")))
+        stack.enter_context(_in_full_precision(model))
         if rules:
             for layer in {id(w.layer): w.layer for w in weights.values()}.values():
                 stack.enter_context(_attribute(layer, "call", trace.wrapped(layer)))
@@ -118,6 +118,7 @@ class Trace(keras.StatelessScope):
         self.sites, self.values = [], {}
         self._weights, self._tape = weights, tape
         self._owners = {id(w.variable): (key, w.layer) for key, w in weights.items()}
+        self._graph = tf.compat.v1.get_default_graph()
         self._running, self._called, self._twice, self._stray = [], set(), set(), set()
 
     def substitute(self, model, rules):
@@ -141,7 +142,9 @@ class Trace(keras.StatelessScope):
             return tensor
 
         def run(x, *args, **kwargs):
-            (self._twice if id(layer) in self._called else self._called).add(id(layer))
+            # a loop traces its body in a graph of its own, once for all rounds
+            again = id(layer) in self._called or tf.compat.v1.get_default_graph() is not self._graph
+            (self._twice if again else self._called).add(id(layer))
             self._running.append(layer)
             try:
                 output, sites = rule(layer, call, watch, x, *args, **kwargs)
@@ -285,6 +288,48 @@ def _layer_normalization(layer, call, watch, x, **kwargs):
         return _keep(layer, gs, gamma=gamma, beta=lambda g: bias_squares(g, layer.beta.shape, axes))
 
     return output, [Site(layer, x, output, squares)]
+
+
+def _by_example(layer, call, watch, x, *args, **kwargs):
+    """Any other layer: called again for one example after the other, and differentiated by its own weights."""
+    output = call(x, *args, **kwargs)
+    given = (x, args, kwargs)
+    if not tf.is_tensor(output) or not _has_examples(output) or not any(map(_has_examples, tf.nest.flatten(given))):
+        raise InputError(
+            f"The layer {layer.name} ({type(layer).__name__}) does not give one tensor of as many examples as it gets: "
+            "pass slow_fallback=True, or make its weights not trainable."
+        )
+    output = watch(output)
+    inner = {id(v) for child in layer._flatten_layers(include_self=False) for v in child.variables}
+    own = [v for v in layer.trainable_variables if id(v) not in inner]
+
+    def squares(gs):
+        def one(b, sums):
+            x, args, kwargs = tf.nest.map_structure(lambda t: t[b : b + 1] if _has_examples(t) else t, given)
+            values = [tf.identity(_full_precision(v)) for v in own]
+            scope = keras.StatelessScope()
+            half = {id(v): _full_precision(v) for v in layer.variables if v.dtype in ("float16", "bfloat16")}
+            # not through its constructor, which casts to the dtype of the variable
+            scope.state_mapping.update(half | {id(v): value for v, value in zip(own, values, strict=True)})
+            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
+                tape.watch(values)
+                with scope, _in_full_precision(layer):
+                    y = call(x, *args, **kwargs)
+            for g in gs:
+                gradients = tape.gradient(y, values, g[b : b + 1], unconnected_gradients="zero")
+                sums = [s + tf.square(tf.convert_to_tensor(m)) for s, m in zip(sums, gradients, strict=True)]
+            return b + 1, sums
+
+        count, start = tf.shape(output)[0], [tf.zeros_like(_full_precision(v)) for v in own]
+        sums = tf.while_loop(lambda b, _: b < count, one, (0, start), parallel_iterations=1)[1]
+        return {id(v): total for v, total in zip(own, sums, strict=True)}
+
+    return output, [Site(layer, x, output, squares)]
+
+
+def _has_examples(t):
+    """Whether the first axis of a tensor is the batch, whose length is not known while a model is traced."""
+    return tf.is_tensor(t) and t.shape.rank is not None and t.shape.rank > 0 and t.shape[0] is None
 
 
 def sum_of_squares(m):
@@ -464,6 +509,16 @@ def _attribute(layer, name, value):
             object.__delattr__(layer, name)
         else:
             object.__setattr__(layer, name, before)
+
+
+@contextlib.contextmanager
+def _in_full_precision(model):
+    """Lets the layers of a model compute in float32 instead of half precision."""
+    with contextlib.ExitStack() as stack:
+        for layer in model._flatten_layers():
+            if keras.backend.is_float_dtype(layer.compute_dtype) and layer.compute_dtype not in ("float32", "float64"):
+                stack.enter_context(_attribute(layer, "_dtype_policy", keras.DTypePolicy("float32")))
+        yield
 
 
 def _without_activation(layer):

@@ -80,6 +80,54 @@ class Subclassed(keras.Model):
         return self.head(self.inner(x + y))
 
 
+@keras.saving.register_keras_serializable("test_fisher")
+class Gate(layers.Layer):
+    """A layer with weights of its own and a layer inside, whose output they multiply and shift."""
+
+    def build(self, shape):
+        self.inner = layers.Dense(shape[-1], activation="tanh")
+        self.inner.build(shape)
+        self.scale = self.add_weight(shape=(shape[1], 1), name="scale")
+        self.shift = self.add_weight(shape=(), name="shift")
+
+    def call(self, x):
+        return self.inner(x) * keras.ops.exp(self.scale) + x * self.shift
+
+
+@keras.saving.register_keras_serializable("test_fisher")
+class Standardised(layers.Dense):
+    def call(self, inputs):
+        return keras.ops.matmul(inputs, self.kernel / keras.ops.norm(self.kernel)) + self.bias
+
+
+@keras.saving.register_keras_serializable("test_fisher")
+class Mixed(layers.Layer):
+    """Two inputs, one of them by keyword."""
+
+    def build(self, x_shape, other_shape=None):
+        self.kernel = self.add_weight(shape=(x_shape[-1],), name="kernel")
+
+    def call(self, x, other=None):
+        return x * self.kernel + keras.ops.square(self.kernel) * other
+
+
+def two_inputs():
+    inputs = keras.Input((5, 4))
+    x = Mixed()(inputs, other=layers.Dense(4, activation="tanh")(inputs))
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)))
+
+
+def layer_scale():
+    """The layer of keras.applications that ConvNeXt has, under no public name."""
+    return sys.modules[keras.applications.ConvNeXtTiny.__module__].LayerScale(0.5, 4)
+
+
+def tokens():
+    inputs = keras.Input((6,), dtype="int32")
+    x = layers.Dense(4, activation="tanh")(layers.Embedding(7, 5, name="words")(inputs))
+    return keras.Model(inputs, layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x)))
+
+
 def nested():
     inner = keras.Sequential([layers.Conv2D(4, 3, name="a"), layers.BatchNormalization(name="b"), layers.ReLU()], name="inner")
     inputs = keras.Input((6, 6, 3))
@@ -133,6 +181,15 @@ GRID = {
         layers.EinsumDense("abc,cde->abde", output_shape=(None, 2, 3), bias_axes="de"), layers.Reshape((5, 6))
     ),
     "einsum_positions": lambda: sequence(layers.EinsumDense("abc,bcd->abd", output_shape=(5, 3), bias_axes="bd")),
+    "prelu": lambda: spatial(layers.PReLU()),
+    "group_normalization": lambda: spatial(layers.GroupNormalization(2)),
+    "rms_normalization": lambda: sequence(layers.RMSNormalization()),
+    "transposed": lambda: spatial(layers.Conv2DTranspose(3, 3, strides=2)),
+    "layer_scale": lambda: spatial(layer_scale()),
+    "embedding": lambda: tokens(),
+    "weights_around_layers": lambda: sequence(Gate(name="gate"), layers.Dense(3)),
+    "standardised": lambda: sequence(Standardised(3)),
+    "two_inputs": lambda: two_inputs(),
     "attention": lambda: sequence_with_attention(),
     "softmax": lambda: spatial_softmax(),
     "softmax_layer": lambda: keras.Sequential([keras.Input((6, 6, 3)), layers.Flatten(), layers.Dense(4), layers.Softmax()]),
@@ -175,6 +232,8 @@ def test_exact_equals_brute_force(kind):
     with policy("float64"):
         model = randomise(GRID[kind]())
     x = images(model.input_shape[1:] if kind != "subclassed" else (6, 6, 3))
+    if kind == "embedding":
+        x = np.random.default_rng(0).integers(0, 5, size=(4, 6))  # words repeat, and two are never met
     before = [variable.numpy() for variable in model.variables]
     expected = reference_fisher.fisher_diagonal(model, x, softmax="softmax" in kind or kind == "convolutional_head")
     assert_close(fisher_diagonal(model, x, "exact", batch_size=3), expected)
@@ -193,7 +252,8 @@ def test_slow_path_equals_brute_force(kind):
 @pytest.mark.parametrize("name", ["float32", "float16", "mixed_float16", "bfloat16"])
 def test_computes_in_float32(name):
     def build():
-        return spatial(layers.BatchNormalization(name="bn"), layers.Conv2D(5, 3, strides=2, activation="relu", name="conv"))
+        conv = layers.Conv2D(5, 3, strides=2, activation="relu", name="conv")
+        return spatial(layers.BatchNormalization(name="bn"), conv, layers.PReLU(name="prelu"))
 
     with policy(name):
         model = randomise(build())
@@ -363,29 +423,41 @@ def tied():
     return model
 
 
-def unsupported():
-    return spatial(layers.PReLU(name="strange"))
+def recurrent():
+    return sequence(layers.LSTM(3, return_sequences=True, name="memory"))
 
 
-@pytest.mark.parametrize(("build", "name"), [(shared, "twin"), (tied, "first/kernel"), (unsupported, "strange")])
-def test_shared_and_unsupported_layers_are_refused_and_the_slow_path_is_right(build, name):
+def over_time():
+    return sequence(layers.TimeDistributed(layers.Dense(3, name="each"), name="time"))
+
+
+@pytest.mark.parametrize(
+    ("build", "name"), [(shared, "twin"), (tied, "first/kernel"), (recurrent, "lstm_cell"), (over_time, "each")]
+)
+def test_shared_and_looped_layers_are_refused_and_the_slow_path_is_right(build, name):
     with policy("float64"):
         model = randomise(build())
-    x = images((7,)) if build is tied else images()
+    x = images(model.input_shape[1:] if build is not tied else (7,))
     with pytest.raises(InputError, match=name):
         fisher_diagonal(model, x)
     assert not any("call" in vars(layer) for layer in model._flatten_layers())
     assert_close(fisher_diagonal(model, x, "exact", slow_fallback=True), reference_fisher.fisher_diagonal(model, x))
 
 
-def test_an_overridden_layer_is_refused():
-    class Standardised(layers.Dense):
-        def call(self, inputs):
-            return keras.ops.matmul(inputs, self.kernel / keras.ops.norm(self.kernel))
+def test_a_layer_without_examples_is_named():
+    class Halves(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight(shape=shape[1:], name="kernel")
 
-    model = keras.Sequential([keras.Input((4,)), Standardised(3, name="odd"), layers.Dense(2)])
-    with pytest.raises(InputError, match=r"odd \(Standardised\)"):
+        def call(self, x):
+            return x * self.kernel, x
+
+    inputs = keras.Input((4,))
+    first, second = Halves(name="odd")(inputs)
+    model = keras.Model(inputs, layers.Dense(2)(first + second))
+    with pytest.raises(InputError, match=r"The layer odd \(Halves\) does not give one tensor"):
         fisher_diagonal(model, images((4,)))
+    fisher_diagonal(model, images((4,)), slow_fallback=True)
 
 
 def test_lora_is_refused():
