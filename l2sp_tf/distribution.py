@@ -150,14 +150,19 @@ def check_batch_size(strategy, batch_size):
         raise InputError(f"batch_size is {batch_size}, which {replicas} replicas cannot share equally: give a multiple.")
 
 
-def check_optimizer(strategy, optimizer):
+def check_optimizer(strategy, optimizer, jit_compile=False):
     """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
+
+    Args:
+        strategy: what `make_strategy` returned.
+        optimizer: a Keras optimizer.
+        jit_compile: whether XLA is to compile its step.
 
     Raises:
         InputError: the optimizer has such a setting.
     """
     clips = "clips each replica's share of the gradient instead of the whole"
-    found = {}
+    found = {"jit_compile": "fails"} if jit_compile else {}
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
     while optimizer is not None:
@@ -176,11 +181,9 @@ def check_compiled(model):
     Raises:
         InputError: the model or its optimizer has such a setting.
     """
-    found = {"jit_compile": "fails"} if model.jit_compile else {}
     if any(variable.name == "seed_generator_state" for variable in model.variables):
-        found["a random layer, such as Dropout,"] = "draws the same numbers on every replica"
-    _refuse(model.distribute_strategy, found)
-    check_optimizer(model.distribute_strategy, model.optimizer)
+        _refuse(model.distribute_strategy, {"a random layer, such as Dropout,": "draws the same numbers on every replica"})
+    check_optimizer(model.distribute_strategy, model.optimizer, model.jit_compile)
 
 
 def _refuse(strategy, found):

@@ -91,7 +91,7 @@ def _share(plan, engine, say, verbose):
         raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
     for recipe in (plan.recipe, plan.source_recipe):
         distribution.check_batch_size(strategy, recipe.batch_size)
-        distribution.check_optimizer(strategy, recipe.optimizer())
+        distribution.check_optimizer(strategy, recipe.optimizer(), plan.jit_compile is True)
     distribution.check_shared(strategy, plan.workdir)
     return (say, verbose) if distribution.is_chief(strategy) else (lambda text: None, 0)
 

@@ -207,6 +207,8 @@ def test_a_plan_is_told_at_start_what_cannot_be_distributed(mirrored, tmp_path, 
     made = small_plan(tmp_path, distribute="mirrored")
     with pytest.raises(InputError, match="batch_size is 15"):
         run_plans([dataclasses.replace(made, recipe=made.recipe.replace(batch_size=15))])
+    with pytest.raises(InputError, match="On several replicas jit_compile fails"):
+        run_plans([dataclasses.replace(made, jit_compile=True)])
     monkeypatch.setattr("l2sp_tf.distribution.make_strategy", lambda kind: None)
     with pytest.raises(InputError, match="distribute is multiworker and engine is ray"):
         run_plans([dataclasses.replace(made, distribute="multiworker")], engine="ray")
