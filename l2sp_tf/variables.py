@@ -1,6 +1,7 @@
 """The weights of a Keras model, each under one key."""
 
 import dataclasses
+import re
 
 import keras
 import numpy as np
@@ -41,7 +42,7 @@ def keyed_weights(model):
             if id(variable) in seen or id(variable) in inner:
                 continue
             seen.add(id(variable))
-            key = _unused("/".join((*prefix, variable.name)), found)
+            key = _unused("/".join((*prefix, _name_of(variable, layer))), found)
             found[key] = Weight(key, variable, layer)
         for child in children:
             walk(child, (*prefix, child.name))
@@ -50,6 +51,16 @@ def keyed_weights(model):
     if not found:
         raise ValueError(f"The model {model.name!r} has no weights: build it, or call it on an input, first.")
     return found
+
+
+def _name_of(variable, layer):
+    """The name of a weight, or that of the layer's attribute where Keras made the name up.
+
+    Such names ("variable_4") are numbered through the process: a copy or a loaded model has others.
+    """
+    if not re.fullmatch(r"variable(_\d+)?", variable.name):
+        return variable.name
+    return next((name for name, value in vars(layer).items() if value is variable), "variable")
 
 
 def first_not_finite(model):

@@ -68,6 +68,20 @@ def test_shared_layers_and_equal_names():
     assert list(keyed_weights(twins)) == ["twin/kernel", "twin/bias", "twin/kernel#2", "twin/bias#2"]
 
 
+def test_weights_without_a_name_are_called_by_their_attribute():
+    class Scale(keras.layers.Layer):
+        def build(self, shape):
+            self.gamma = self.add_weight(shape=shape[-1:])
+            self.pair = [self.add_weight(shape=()), self.add_weight(shape=())]
+
+        def call(self, x):
+            return x * self.gamma + self.pair[0] * self.pair[1]
+
+    for _ in range(2):  # Keras numbers such weights through the process
+        model = keras.Sequential([keras.Input((3,)), Scale(name="scale")])
+        assert list(keyed_weights(model)) == ["scale/gamma", "scale/variable", "scale/variable#2"]
+
+
 def test_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match="has no weights"):
         l2sp.Anchors.of(keras.Sequential([keras.layers.Dense(3)]))
