@@ -16,12 +16,24 @@ flags.DEFINE_multi_enum("figure", [], ["1", "2", "3", "4", "path"], "Figures to 
 flags.DEFINE_bool("all", False, "The summary, and every table and figure for which there are runs.")
 flags.DEFINE_string("data_dir", None, "For --table=1: where TensorFlow Datasets keeps its sets; by default its own folder.")
 flags.DEFINE_enum("protocol", "paper", ["paper", "authors"], "For --table=1: whose splits.")
+flags.DEFINE_string(
+    "report", None, "Write what one model kept of its pre-training to this HTML file; --workdir is then one run's folder."
+)
+flags.DEFINE_string("model", None, "For --report instead of a run: the .keras file of a fine-tuned model.")
+flags.DEFINE_string("anchors", None, "For --model: the anchors that it started from.")
+flags.DEFINE_string("source", None, "For --model: the source task, given as to train.py; without it accuracies are left out.")
+flags.DEFINE_string("pretrained", None, "For --model: the .keras file it started from, where the anchors do not tell.")
+flags.DEFINE_enum("pixels", None, ["rgb", "bgr", "torch"], "For --model: how it sees pixels, where its file does not say.")
+flags.DEFINE_integer("resize", None, "For --model: side of the source images before the crop; by default 256 / 224 of it.")
 flags.DEFINE_string("output", "", "Folder for the files; by default the first workdir.")
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
+    if FLAGS.report:
+        write_report(pathlib.Path(FLAGS.report))
+        return
     from l2sp_tf import figures, records
 
     folder = pathlib.Path(FLAGS.output or FLAGS.workdir[0])
@@ -40,6 +52,24 @@ def main(argv):
             written += (figures.write_all if FLAGS.all else figures.write_summary)(found, folder)
     for path in written:
         print(f"wrote {path}")
+
+
+def write_report(path):
+    """Writes the page that --report names, and the same for TensorBoard in a folder beside it."""
+    from l2sp_tf.errors import InputError
+    from l2sp_tf.retention_report import report_of_files, report_of_run
+
+    if (FLAGS.model is None) != (FLAGS.anchors is None):
+        raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
+    if FLAGS.model is not None:
+        names = ("source", "pretrained", "pixels", "resize", "data_dir")
+        report = report_of_files(FLAGS.model, FLAGS.anchors, **{name: FLAGS[name].value for name in names})
+    else:
+        report = report_of_run(FLAGS.workdir[0])
+    folder = path.with_name(f"{path.stem}_tensorboard")
+    report.save(path)
+    report.log(folder)
+    print(f"{report}\nwrote {path}\nwrote {folder}")
 
 
 def write_table_1(folder):

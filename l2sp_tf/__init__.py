@@ -20,6 +20,7 @@ _MODULES = {
     "proximal": ["Proximal", "frozen_share"],
     "recipe": ["Recipe"],
     "regularizers": ["L1SP", "L2", "L2SP", "GroupLassoSP", "GroupLassoSPFisher", "L2SPFisher", "UnboundPenaltyError"],
+    "retention_report": ["RetentionReport", "retention_report"],
     "selection": ["Selection", "cross_validate"],
     "training": ["Run", "finetune", "train_source"],
 }
@@ -41,6 +42,7 @@ __all__ = [
     "L2SPFisher",
     "Proximal",
     "Recipe",
+    "RetentionReport",
     "Run",
     "Selection",
     "UnboundPenaltyError",
@@ -54,6 +56,7 @@ __all__ = [
     "frozen_share",
     "load_delta",
     "retention",
+    "retention_report",
     "save_delta",
     "train_source",
     "with_new_head",

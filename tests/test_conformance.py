@@ -22,11 +22,12 @@ FLOORS = [
     {"reading"},
     {"pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
-    {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "stepping", "distribution"},
+    {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
+    | {"stepping", "distribution"},
     {"activations", "evaluation", "proximal", "decoupled"},
     {"monitor"},
     {"training"},
-    {"engines", "plans", "selection"},
+    {"engines", "plans", "retention_report", "selection"},
     {"starts"},
     {"experiments", "figures", "cli"},
 ]
