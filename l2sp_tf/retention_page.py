@@ -20,7 +20,7 @@ p { margin: .3rem 0 .8rem; } .soft { color: var(--soft); font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; font-size: .92rem; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: middle; }
 th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td.picture { width: 38%; } td { font-variant-numeric: tabular-nums; }
+td.picture { width: 38%; } .ends span:first-child { float: left; } td { font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: 14px; }
 .track { fill: var(--card); } .bar { fill: var(--bar); } .top .bar { fill: var(--top); } .top td:first-child { font-weight: 600; }
 .whisker { stroke: var(--bar); stroke-width: 1.5; vector-effect: non-scaling-stroke; }
@@ -48,12 +48,16 @@ def _facts(report):
     facts = {**report.facts, **({"source task": report.source} if report.source else {})}
     if report.new:
         facts["new weights, not compared"] = ", ".join(report.new[:4]) + (", …" if len(report.new) > 4 else "")
-    return '<p class="soft">' + "<br>".join(f"{_text(label)}: {_text(value)}" for label, value in facts.items()) + "</p>"
+    return '<p class="soft">' + " · ".join(f"{_text(label)}: {_text(value)}" for label, value in facts.items()) + "</p>"
 
 
 def _cards(report):
     cards = [
-        ("distance to the start", _percent(report.relative), f"‖w − w⁰‖ / ‖w⁰‖; ‖w − w⁰‖ = {_number(report.distance)}"),
+        (
+            "distance to the start",
+            _percent(report.relative),
+            f"‖w\u00a0−\u00a0w⁰‖\u00a0/\u00a0‖w⁰‖, where ‖w\u00a0−\u00a0w⁰‖\u00a0=\u00a0{_number(report.distance)}",
+        ),
     ]
     found = report.accuracies
     if found is None:
@@ -102,14 +106,13 @@ def _r2(report):
     rows = []
     for name, box in report.r2.items():
         shown = "–" if box["med"] is None else f"{box['med']:.3f}"
-        undefined = f"{box['undefined']}" if box["undefined"] else ""
         rows.append(
-            f'<tr><td>{_text(name)}</td><td class="wide">{box["features"]}</td><td class="wide">{undefined}</td>'
+            f'<tr><td>{_text(name)}</td><td class="wide">{box["features"]}</td><td class="wide">{box["undefined"]}</td>'
             f'<td>{shown}</td><td class="picture">{_svg(_box(box), f"median {shown}")}</td></tr>'
         )
     head = (
         '<tr><th>layer</th><th class="wide">features</th><th class="wide">constant</th><th>median</th>'
-        '<th class="picture">0 … 1</th></tr>'
+        '<th class="picture ends"><span>0</span><span>1</span></th></tr>'
     )
     note = "The share of each feature's variance that a linear function of its pre-trained self explains; boxes are quartiles."
     return f'<h2>R² of activations by layer</h2><p class="soft">{note}</p><table>{head}{"".join(rows)}</table>'
@@ -148,7 +151,9 @@ def _number(value):
 def _percent(value):
     if value is None:
         return "–"
-    return f"{100 * value:.3g}%" if math.isfinite(value) else "not finite"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{100 * value:.2f}%" if value == 0 or value >= 1e-4 else f"{100 * value:.1g}%"
 
 
 def _points(accuracies, name):
