@@ -111,6 +111,19 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     assert all(" ".join(row.split()) in squeezed for row in rows)
 
 
+def test_eval_reports_what_a_run_kept(finished, tmp_path):
+    workdir, _ = finished
+    folder = next(workdir.glob("runs/l2_sp*"))
+    result = run("eval.py", f"--workdir={folder}", f"--report={tmp_path / 'page.html'}")
+    assert result.returncode == 0, result.stderr
+    assert "moved most" in result.stdout and {path.name for path in tmp_path.iterdir()} == {"page.html", "page_tensorboard"}
+    record = json.loads((folder / "run.json").read_text())
+    before = record["results"]["source"]["before"]["accuracy"]
+    assert f"{before:.1%}" in (tmp_path / "page.html").read_text()
+    message = refused("eval.py", f"--report={tmp_path / 'x.html'}", f"--model={folder / 'model.keras'}")
+    assert "needs both --model and --anchors" in message
+
+
 def test_eval_draws_the_papers_tables_and_figures(finished, tmp_path):
     workdir, _ = finished
     everything = run("eval.py", f"--workdir={workdir}", f"--output={tmp_path}", "--all")
