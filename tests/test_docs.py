@@ -133,7 +133,7 @@ def test_the_conversions_of_a_text_have_options_that_exist(path, tmp_path, monke
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_the_flags_that_a_page_names_exist(path):
-    known = {"help"} | {name for script in SCRIPTS for name in flags_of(script)}
+    known = {"help", "logdir"} | {name for script in SCRIPTS for name in flags_of(script)}
     known |= {f"no{name}" for name in known}
     for folder in ("l2sp_tf", "benchmarks"):
         for module in (ROOT / folder).rglob("*.py"):
