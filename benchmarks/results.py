@@ -28,14 +28,13 @@ measurements, with the 10th and the 90th percentile.
 # The arguments of each run of a benchmark; several are sections of one name.
 BENCHMARKS = {
     "penalties": [
-        ["penalties", "--network=resnet50", "--batch=16", "--rounds=7"],
-        ["penalties", "--network=resnet101", "--batch=16", "--rounds=3"],
-        ["penalties", "--network=resnet50", "--batch=64", "--rounds=3", "--penalties=l2_sp,l2_sp_fisher,gl_sp_fisher"],
+        ["penalties", "--network=resnet50", "--batch=16", "--rounds=5"],
+        ["penalties", "--network=resnet101", "--batch=16", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
         ["penalties", "--network=small", "--image_size=8", "--batch=64", "--rounds=300"],
     ],
     "memory": [["memory"]],
-    "scaling": [["scaling"]],
-    "against_pytorch": [["against_pytorch"]],
+    "scaling": [["scaling", "--sizes=1,10,100,250", "--rounds=5"]],
+    "against_pytorch": [["against_pytorch", "--rounds=5"]],
     "default_job": [["default_job"]],
     "deterministic": [
         ["deterministic", "--image_size=8"],
