@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shutil
@@ -18,7 +17,7 @@ import keras
 from l2sp_tf import records
 from l2sp_tf.anchors import load_arrays, save_arrays
 from l2sp_tf.errors import InputError
-from l2sp_tf.files import sync_folder, write_text
+from l2sp_tf.files import sha256_of_file, sync_folder, write_text
 from l2sp_tf.reading import read_json
 from l2sp_tf.variables import first_not_finite
 
@@ -74,7 +73,7 @@ class Checkpoints:
         try:
             save_arrays(part / ARRAYS, arrays, {"format": FORMAT})
             write_text(part / STATE, json.dumps({"format": FORMAT, "step": step, "state": state}))
-            write_text(part / MANIFEST, json.dumps({name: _sha256(part / name) for name in (ARRAYS, STATE)}))
+            write_text(part / MANIFEST, json.dumps({name: sha256_of_file(part / name) for name in (ARRAYS, STATE)}))
             sync_folder(part)
             final = self._path(step)
             _remove(final)  # a damaged one of the same step
@@ -122,7 +121,7 @@ class Checkpoints:
     def _read(self, step):
         path = self._path(step)
         manifest = read_json(path / MANIFEST, f"{MANIFEST} is damaged")
-        if manifest != {name: _sha256(path / name) for name in (ARRAYS, STATE)}:
+        if manifest != {name: sha256_of_file(path / name) for name in (ARRAYS, STATE)}:
             raise InputError("its files do not have the sha256 of the manifest.")
         content = read_json(path / STATE, f"{STATE} is damaged")
         if not isinstance(content, dict) or content.keys() != {"format", "step", "state"}:
@@ -336,8 +335,3 @@ def _remove(path):
     """Removes a checkpoint so that at no moment a part of it looks like the whole."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

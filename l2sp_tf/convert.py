@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import hashlib
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ import tensorflow as tf
 
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.errors import InputError
+from l2sp_tf.files import sha256_of_file
 from l2sp_tf.pixels import PIXELS, named_pixels, three_numbers
 from l2sp_tf.reading import SPARE_BYTES, refusing, variables_within
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet
@@ -170,13 +170,8 @@ def _bytes_of(files):
 
 def _provenance(origin, backbone, files):
     """Where the weights come from: the kind of file, the architecture, and the sha256 of each file."""
-    digests = {file.name: _sha256(file) for file in files}
+    digests = {file.name: sha256_of_file(file) for file in files}
     return {"origin": origin, "backbone": backbone, "files": digests}
-
-
-def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(argv=None):

@@ -10,6 +10,7 @@ import numpy as np
 
 from l2sp_tf.anchors import Anchors, load_arrays, save_arrays
 from l2sp_tf.errors import InputError
+from l2sp_tf.reading import parse_json, refusing
 from l2sp_tf.variables import keyed_weights, match_keys
 
 FORMAT = "l2sp_tf.delta.v1"
@@ -96,11 +97,9 @@ def load_delta(model, anchors, path):
             f"{path} differs from anchors of digest {str(metadata.get('anchors'))[:12]}, but these have {anchors.digest[:12]}: "
             "give the anchors of the model that it was fine-tuned from."
         )
-    try:
-        entries = json.loads(metadata["weights"])
+    with refusing(f"{path} is damaged"):
+        entries = parse_json(metadata["weights"], f"{path} is damaged")
         weights = Anchors({entry["name"]: _decoded(entry, stored, anchors) for entry in entries})
-    except (KeyError, IndexError, TypeError, ValueError, RecursionError, zlib.error) as error:
-        raise InputError(f"{path} is damaged ({error!r}): use another copy.") from error
     if weights.digest != metadata.get("digest"):
         raise InputError(f"{path} is damaged: the digest of the weights is not the one in its header; use another copy.")
     _check_dtypes(model, weights)

@@ -1,6 +1,7 @@
 """Writing files so that a reader never sees half of one."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import shutil
@@ -59,6 +60,12 @@ def link_or_copy(source, target):
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+def sha256_of_file(path):
+    """The sha256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _umask():
