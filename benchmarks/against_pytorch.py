@@ -8,7 +8,7 @@ benchmarks.input_pipeline measures, is left out. The last lines give the median 
 their spread (10th and 90th percentile).
 
     python -m benchmarks.against_pytorch
-    python -m benchmarks.against_pytorch --settings      # ours under other threads, without oneDNN, with XLA
+    python -m benchmarks.against_pytorch --settings      # ours under other threads, without oneDNN, ...
 
 The first step, from the start of the process with imports, building and tracing, is told apart.
 """
@@ -24,12 +24,13 @@ from benchmarks.common import machine, spread, table
 
 TARGET = 1.0
 CLASSES, ALPHA = 120, 0.1
-# The environment and the jit_compile of each way to run ours.
+# The environment of each way to run ours, and the arguments of `our_step`.
 OURS = {
-    "l2sp_tf": ({}, "auto"),
-    "l2sp_tf, one thread between operations": ({"TF_NUM_INTEROP_THREADS": "1"}, "auto"),
-    "l2sp_tf, without oneDNN": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, "auto"),
-    "l2sp_tf, XLA": ({}, True),
+    "l2sp_tf": ({}, {}),
+    "l2sp_tf, one thread between operations": ({"TF_NUM_INTEROP_THREADS": "1"}, {}),
+    "l2sp_tf, without oneDNN": ({"TF_ENABLE_ONEDNN_OPTS": "0"}, {}),
+    "l2sp_tf, XLA": ({}, {"jit_compile": True}),
+    "l2sp_tf, Keras' batch norm": ({}, {"fused": False}),
 }
 PYTORCH = {"PyTorch, channels first": False, "PyTorch, channels last": True}
 
@@ -40,7 +41,7 @@ def images_and_labels(batch):
     return rng.normal(size=(batch, 224, 224, 3)).astype("float32"), rng.integers(CLASSES, size=batch)
 
 
-def our_step(batch, jit_compile):
+def our_step(batch, jit_compile="auto", fused=True):
     """A function that runs a step of ours."""
     import keras
 
@@ -51,6 +52,8 @@ def our_step(batch, jit_compile):
     pretrained = backbone("resnet50_torch", 1000)
     model = l2sp.with_new_head(pretrained, CLASSES)
     l2sp.attach(model, l2sp.L2SP(ALPHA), l2sp.Anchors.of(pretrained), beta=0.0, params="all")
+    if fused:
+        l2sp.fuse_batch_norm(model)  # as finetune does
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1e-4, momentum=0.9), loss, jit_compile=jit_compile)
     return step_of(model, *map(keras.ops.convert_to_tensor, images_and_labels(batch)))
@@ -86,9 +89,9 @@ def pytorch_step(batch, channels_last):
 
 def serve(name, batch, pipe, began):
     """Runs a step and answers with its seconds whenever it is asked to; for a process of its own."""
-    environment, jit_compile = OURS.get(name, ({}, None))
+    environment, options = OURS.get(name, ({}, {}))
     os.environ.update(environment)
-    step = our_step(batch, jit_compile) if name in OURS else pytorch_step(batch, PYTORCH[name])
+    step = our_step(batch, **options) if name in OURS else pytorch_step(batch, PYTORCH[name])
     pipe.send(time.time() - began)
     while pipe.recv():
         start = time.perf_counter()

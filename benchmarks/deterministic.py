@@ -33,6 +33,7 @@ def seconds_a_step(arguments):
     l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), params="all")
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1e-6, momentum=0.9), loss, jit_compile=False)
+    l2sp.fuse_batch_norm(model)  # as finetune does
     step = step_of(model, *batch_of(model, arguments.batch))
     times = []
     for _ in range(arguments.steps + 2):

@@ -37,6 +37,7 @@ def peak(network, symbol, batch, results):
         l2sp.attach(model, PENALTIES[symbol](0.1), anchors, params="all", **needed)
         del needed
     model.compile(keras.optimizers.SGD(1e-6, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    l2sp.fuse_batch_norm(model)  # as finetune does
     step = step_of(model, *batch_of(model, batch))
     for _ in range(3):
         step()

@@ -65,6 +65,7 @@ def steps(pretrained, symbols, batch, jit_compile="auto"):
     anchors = l2sp.Anchors.of(pretrained)
     fisher = {key: np.ones_like(anchor) for key, anchor in anchors.items()}
     model = l2sp.with_new_head(pretrained, 120)
+    l2sp.fuse_batch_norm(model)  # as finetune does
     # A tiny rate: the times of all steps are those of the same weights, or nearly so.
     optimizer = keras.optimizers.SGD(1e-6, momentum=0.9)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=jit_compile)

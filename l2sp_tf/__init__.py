@@ -11,6 +11,7 @@ import types
 _MODULES = {
     "anchors": ["Anchors"],
     "attach": ["AnchorGuard", "Coverage", "attach", "detach"],
+    "batch_norm": ["fuse_batch_norm"],
     "decoupled": ["Decoupled"],
     "delta": ["DeltaSize", "load_delta", "save_delta"],
     "errors": ["InputError"],
@@ -54,6 +55,7 @@ __all__ = [
     "fisher_diagonal",
     "freeze_first",
     "frozen_share",
+    "fuse_batch_norm",
     "load_delta",
     "retention",
     "retention_report",

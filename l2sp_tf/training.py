@@ -10,6 +10,7 @@ import keras
 from l2sp_tf import distribution
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
+from l2sp_tf.batch_norm import fuse_batch_norm
 from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.decoupled import Decoupled
@@ -191,6 +192,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
     distribution.check_same_run(strategy, identity)
     writes = folder is not None and distribution.is_chief(strategy)
     trained = distribution.replicated(model, strategy)
+    fuse_batch_norm(trained)
     with contextlib.ExitStack() as stack:
         if writes:
             stack.enter_context(locked(folder.path))

@@ -18,7 +18,7 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "files", "memory", "variables"},
+    {"batch_norm", "errors", "files", "memory", "variables"},
     {"reading"},
     {"pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
