@@ -234,6 +234,7 @@ def _compile(model, recipe, jit_compile):
     optimizer = around(recipe.optimizer(), model) if around else recipe.optimizer()
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
+    model.optimizer.build(model.trainable_variables)  # else they are made while the step is traced, which is then traced twice
     return metrics
 
 

@@ -264,3 +264,14 @@ def test_xla_changes_a_run_by_rounding_only(pretrained):
     assert (plain.model.jit_compile, compiled.model.jit_compile) == (False, True)
     for one, two in zip(plain.model.get_weights(), compiled.model.get_weights(), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4)
+
+
+def test_the_step_of_a_run_is_traced_once_and_fused(pretrained, monkeypatch):
+    graphs = []
+    step = keras.Model.train_step
+    monkeypatch.setattr(
+        keras.Model, "train_step", lambda self, data: graphs.append(tf.compat.v1.get_default_graph()) or step(self, data)
+    )
+    l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, verbose=0)
+    (graph,) = graphs
+    assert "FusedBatchNormGradV3" in {operation.type for operation in graph.get_operations()}
