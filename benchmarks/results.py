@@ -1,6 +1,6 @@
 """Runs the benchmarks in turn and keeps what they print in benchmarks/RESULTS.md.
 
-    python -m benchmarks.results                      # all of them, about 25 minutes on two quiet cores
+    python -m benchmarks.results                      # all of them, about 40 minutes on two quiet cores
     python -m benchmarks.results --only=penalties     # one of them; the other sections stay as they are
 
 A benchmark is a section of the file, with its command, its date and all that it printed, the machine
@@ -30,11 +30,13 @@ BENCHMARKS = {
     "penalties": [
         ["penalties", "--network=resnet50", "--batch=16", "--rounds=5"],
         ["penalties", "--network=resnet101", "--batch=16", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
+        ["penalties", "--network=resnet50", "--batch=64", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
+        ["penalties", "--network=resnet101", "--batch=64", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
         ["penalties", "--network=small", "--image_size=8", "--batch=64", "--rounds=300"],
     ],
     "memory": [["memory"]],
-    "scaling": [["scaling", "--sizes=1,10,100,250", "--rounds=5"]],
-    "against_pytorch": [["against_pytorch", "--rounds=5"]],
+    "scaling": [["scaling", "--rounds=5"]],
+    "against_pytorch": [["against_pytorch"], ["against_pytorch", "--settings", "--rounds=5"]],
     "default_job": [["default_job"]],
     "deterministic": [
         ["deterministic", "--image_size=8"],

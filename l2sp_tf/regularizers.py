@@ -182,13 +182,13 @@ class _Grouped:
         return {**super().get_config(), "group_axes": self.group_axes, "epsilon": self.epsilon}
 
     def _group_norms(self, x):
-        """sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
+        """alpha * sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
         axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
         p_g = math.prod(x.shape[axis] for axis in axes)
         if not axes and not self.epsilon:  # groups of one weight, such as the gammas of batch norm
-            return ops.sum(ops.absolute(x))
-        norms = _safe_sqrt(_sum_over(ops.square(x), axes), self.epsilon)
-        return ops.multiply(math.sqrt(p_g), ops.sum(norms))
+            return ops.multiply(self.alpha, ops.sum(ops.absolute(x)))
+        norms = _root(_sum_over(ops.square(x), axes), self.epsilon)
+        return ops.multiply(self.alpha * math.sqrt(p_g), ops.sum(norms))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -253,7 +253,7 @@ class GroupLassoSP(_Grouped, AnchoredPenalty):
     symbol = "gl_sp"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha, self._group_norms(self._difference(w)))
+        return self._group_norms(self._difference(w))
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -263,7 +263,7 @@ class GroupLassoSPFisher(_Grouped, FisherPenalty):
     symbol = "gl_sp_fisher"
 
     def __call__(self, w):
-        return ops.multiply(self.alpha, self._group_norms(self._weighted_difference(w)))
+        return self._group_norms(self._weighted_difference(w))
 
 
 PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
@@ -301,11 +301,11 @@ def _sum_over(x, axes):
     return ops.sum(x, axis=axes)
 
 
-def _safe_sqrt(x, epsilon):
-    """sqrt(x + epsilon), with gradient 0 instead of infinity where the argument is 0."""
+def _root(x, epsilon):
+    """sqrt(x + epsilon) as x / sqrt(x): where x is 0 its gradient is 1, not infinite, and the square's behind it makes it 0."""
     x = ops.add(x, epsilon) if epsilon else x
-    positive = ops.greater(x, 0)
-    return ops.where(positive, ops.sqrt(ops.where(positive, x, 1)), 0)
+    is_zero = ops.cast(ops.equal(x, 0), x.dtype)
+    return ops.multiply(x, ops.rsqrt(ops.add(x, is_zero)))
 
 
 def _constant(value, what, share=False):
