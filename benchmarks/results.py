@@ -28,14 +28,17 @@ measurements, with the 10th and the 90th percentile.
 # The arguments of each run of a benchmark; several are sections of one name.
 BENCHMARKS = {
     "penalties": [
-        ["penalties", "--network=resnet50", "--batch=16", "--rounds=5"],
+        ["penalties", "--network=resnet50", "--batch=16", "--rounds=11"],
         ["penalties", "--network=resnet101", "--batch=16", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
         ["penalties", "--network=resnet50", "--batch=64", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
         ["penalties", "--network=resnet101", "--batch=64", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
-        ["penalties", "--network=small", "--image_size=8", "--batch=64", "--rounds=300"],
+        ["penalties", "--network=small", "--image_size=8", "--batch=64", "--rounds=1000"],
     ],
     "memory": [["memory"]],
-    "scaling": [["scaling", "--rounds=5"]],
+    "scaling": [
+        ["scaling", "--rounds=5"],
+        *(["scaling", "--rounds=5", "--sizes=500", f"--penalties={name}"] for name in ("l1_sp", "gl_sp", "gl_sp_fisher")),
+    ],
     "against_pytorch": [["against_pytorch"], ["against_pytorch", "--settings", "--rounds=5"]],
     "default_job": [["default_job"]],
     "deterministic": [

@@ -61,4 +61,4 @@ def _call(self, inputs, training=None, mask=None):
 def _can_be_fused(layer, inputs):
     is_image = len(inputs.shape) == 4 and layer.axis in (-1, 3)
     is_float32 = keras.backend.result_type(inputs.dtype, "float32") == "float32"
-    return is_image and is_float32 and not layer.synchronized and not getattr(layer, "renorm", False)
+    return is_image and is_float32 and not layer.synchronized and not layer.renorm
