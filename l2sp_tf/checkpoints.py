@@ -278,14 +278,16 @@ def locked(folder):
 def deferred_signals():
     """Yields a list that the first SIGINT or SIGTERM is put into; when the block ends it takes effect as it would have.
 
-    A second signal takes effect at once. Outside the main thread, where signals cannot be caught, the list stays empty.
+    A second signal takes effect at once. The list stays empty outside the main thread, where signals cannot be caught, and for
+    signals that the process ignores.
     """
     caught = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in previous.items() if handler is not None}  # None: not set from Python
+    # None: not set from Python. What the process ignores, as one that a script starts with & ignores Ctrl-C, stays ignored.
+    previous = {number: handler for number, handler in previous.items() if handler not in (None, signal.SIG_IGN)}
 
     def restore():
         for number, handler in previous.items():

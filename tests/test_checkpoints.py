@@ -316,6 +316,15 @@ def test_a_log_that_cannot_be_written_is_warned_of_once(pretrained, tmp_path):
     assert len([w for w in told if "cannot be written" in str(w.message)]) == 1 and len(run.history) == 3
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT as Python sets it, though a shell that runs the tests with & has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_take_their_usual_effect(pretrained, tmp_path):
     options = {"run_dir": tmp_path, "checkpoint_every": 100, "verbose": 0}
     ctrl_c = after(4, lambda: signal.raise_signal(signal.SIGINT))
@@ -336,6 +345,15 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_take_their_usual_effect(pretr
     assert l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options).history[-1]["step"] == 12
 
 
+@pytest.mark.usefixtures("_interruptible")
+def test_a_signal_that_is_ignored_stays_ignored():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred_signals() as caught:
+        signal.raise_signal(signal.SIGINT)
+    assert not caught and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_signal_takes_effect_at_once():
     with deferred_signals() as caught:
         signal.raise_signal(signal.SIGINT)
