@@ -34,6 +34,11 @@ BENCHMARKS = {
         ["penalties", "--network=resnet101", "--batch=64", "--rounds=3", "--penalties=l2_sp,gl_sp_fisher"],
         ["penalties", "--network=small", "--image_size=8", "--batch=64", "--rounds=1000"],
     ],
+    "batch_norm": [
+        ["batch_norm", "--network=resnet50", "--batch=16", "--rounds=9"],
+        ["batch_norm", "--network=small", "--image_size=32", "--batch=64", "--rounds=100"],
+        ["batch_norm", "--network=small", "--image_size=8", "--batch=64", "--rounds=300"],
+    ],
     "memory": [["memory"]],
     "scaling": [
         ["scaling", "--rounds=5"],

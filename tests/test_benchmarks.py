@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import common, default_job, penalties, results, scaling
+from benchmarks import batch_norm, common, default_job, penalties, results, scaling
 
 
 def test_each_round_runs_every_step_once_and_begins_with_another():
@@ -27,6 +27,11 @@ def test_a_step_carries_the_penalty_that_it_was_made_with(small_network):
     assert losses["l2"] - losses["none"] > 2 * of_the_head > 0
     assert losses["l2_sp_fisher"] == pytest.approx(losses["l2_sp"], abs=1e-3)
     assert found["none, again"] is found["none"]
+
+
+def test_the_two_batch_norms_are_steps_of_one_model(small_network):
+    plain, fused = batch_norm.steps(small_network(), batch=3)
+    assert fused() == pytest.approx(plain(), rel=1e-4)
 
 
 def test_the_command_prints_the_ratio_of_each_penalty(small_network, monkeypatch, capsys):
