@@ -35,7 +35,7 @@ def _convolution(result, kernel):
 # border of "same" padding as products, and moving or renaming numbers as none.
 RULES = {
     **dict.fromkeys(["Abs", "AddV2", "BiasAdd", "Mul", "Neg", "Sign", "Square", "Sub"], _per_output(1)),
-    **dict.fromkeys(["DivNoNan", "Equal", "Greater", "RealDiv", "Relu", "ReluGrad", "Rsqrt", "SelectV2", "Sqrt"], _per_output(1)),
+    **dict.fromkeys(["DivNoNan", "Greater", "Less", "RealDiv", "Relu", "ReluGrad", "Rsqrt", "SelectV2", "Sqrt"], _per_output(1)),
     **dict.fromkeys(["SquaredDifference", "SqrtGrad"], _per_output(2)),
     "RsqrtGrad": _per_output(4),
     **dict.fromkeys(["Sum", "Mean", "BiasAddGrad"], lambda op: _size(op.inputs[0])),

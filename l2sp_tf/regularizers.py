@@ -302,9 +302,13 @@ def _sum_over(x, axes):
 
 
 def _root(x, epsilon):
-    """sqrt(x + epsilon) as x / sqrt(x): where x is 0 its gradient is 1, not infinite, and the square's behind it makes it 0."""
+    """sqrt(x + epsilon) as x / sqrt(x), of sums of squares x.
+
+    Where x is 0, or so small that its root may be rounded to 0, it is x / 1: the gradient is 1 instead of infinite there, and
+    that of the square behind it makes it 0.
+    """
     x = ops.add(x, epsilon) if epsilon else x
-    is_zero = ops.cast(ops.equal(x, 0), x.dtype)
+    is_zero = ops.cast(ops.less(x, np.finfo(keras.backend.standardize_dtype(x.dtype)).tiny), x.dtype)
     return ops.multiply(x, ops.rsqrt(ops.add(x, is_zero)))
 
 

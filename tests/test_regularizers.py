@@ -28,7 +28,7 @@ def make(name, alpha, w0=None, fisher=None, **kwargs):
     return PENALTIES[name](alpha, **kwargs)
 
 
-def value_and_gradient(penalty, w, traced=False):
+def value_and_gradient(penalty, w, traced=False, xla=False):
     variable = keras.Variable(w)
 
     def compute():
@@ -36,7 +36,7 @@ def value_and_gradient(penalty, w, traced=False):
             value = penalty(variable)
         return value, tape.gradient(value, variable.value)
 
-    value, gradient = (tf.function(compute) if traced else compute)()
+    value, gradient = (tf.function(compute, jit_compile=xla) if traced or xla else compute)()
     return float(value), gradient.numpy()
 
 
@@ -64,12 +64,14 @@ def test_at_the_anchor_value_and_gradient_are_zero_and_finite(name, shape):
     np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.parametrize("step", [1e-30, 1e-20, 1e-8])
+@pytest.mark.parametrize("xla", [False, True])
+@pytest.mark.parametrize("step", [1e-30, 1e-20, 3e-20, 1e-8])  # squares that are 0, subnormal, nearly normal and normal
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "l2"])
-def test_near_the_anchor_the_gradient_stays_bounded(name, step):
+def test_near_the_anchor_the_gradient_stays_bounded(name, step, xla):
     _, _, fisher = arrays((4, 3))
-    _, gradient = value_and_gradient(make(name, 1.0, np.zeros((4, 3), "float32"), fisher), np.full((4, 3), step, "float32"))
-    assert np.all(np.isfinite(gradient))
+    penalty, w = make(name, 1.0, np.zeros((4, 3), "float32"), fisher), np.full((4, 3), step, "float32")
+    value, gradient = value_and_gradient(penalty, w, xla=xla)
+    assert 0 <= value < 1e-6 and np.all(np.isfinite(gradient))
     assert np.all(np.abs(gradient) <= 2 * np.sqrt(4) * np.sqrt(fisher.max()))
 
 
