@@ -1,5 +1,6 @@
 """Damages and forges files of every format that the project reads: `python tests/hostile.py FORMAT COUNT SEED`."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -86,7 +87,8 @@ def forged_json(value, rng):
     elif kind == 1 and isinstance(parent, dict):
         parent[rng.choice(("", "\0", "x", "..", "shape"))] = parent.pop(key)
     elif kind == 2 and isinstance(parent[key], str) and parent[key][:1] in ("{", "["):
-        parent[key] = forged_json(json.loads(parent[key]), rng)  # JSON within JSON
+        with contextlib.suppress(ValueError):  # which may be forged already
+            parent[key] = forged_json(json.loads(parent[key]), rng)  # JSON within JSON
     else:
         parent[key] = rng.choice(VALUES)
     text = json.dumps(value)

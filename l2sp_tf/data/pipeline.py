@@ -468,7 +468,7 @@ def _with_second_try(split, how, first, last, decoded):
                 if len(content) <= MAX_IMAGE_BYTES:
                     decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
                     continue
-            except tf.errors.InvalidArgumentError:
+            except (tf.errors.InvalidArgumentError, UnicodeDecodeError):  # the latter where its message quotes the file's bytes
                 pass
             reasons[i] = _reason(content)
     return [decoded[i] for i in range(first, last) if i in decoded], reasons

@@ -167,9 +167,9 @@ def _prepared(name, data_dir):
 
 def _keys(builder):
     """The names of the features that hold the image and its label."""
-    features = builder.info.features
-    keys = builder.info.supervised_keys or ()
-    names = [name for name in keys if isinstance(name, str)] or list(features if hasattr(features, "keys") else ())
+    features = builder.info.features if hasattr(builder.info.features, "keys") else {}
+    keys = [name for name in builder.info.supervised_keys or () if isinstance(name, str)]
+    names = [name for name in keys or features if name in features]  # the two come from two files
     images = [name for name in names if type(features[name]) is tfds.features.Image and features[name].np_dtype == np.uint8]
     labels = [name for name in names if type(features[name]) is tfds.features.ClassLabel]
     if len(images) != 1 or len(labels) != 1:
