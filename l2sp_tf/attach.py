@@ -12,7 +12,7 @@ import numpy as np
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.errors import InputError
 from l2sp_tf.regularizers import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
-from l2sp_tf.variables import keyed_weights, match_keys, set_regularizer
+from l2sp_tf.variables import forget_traced_steps, keyed_weights, match_keys, set_regularizer
 
 SHARED, NEW, LEFT_OUT = "S", "S-bar", "left out"
 
@@ -128,7 +128,7 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
         )
     for key, regularizer in bound.items():
         set_regularizer(weights[key], regularizer)
-    _forget_traced_steps(model)
+    forget_traced_steps(model)
     moved = [weights[row.key].variable.numpy() - anchors[matches[row.key]] for row in rows if row.group == SHARED]
     distance = math.sqrt(sum(float(np.sum(np.square(d, dtype="float64"))) for d in moved))
     return Coverage(tuple(rows), anchors.digest if anchors is not None else None, distance)
@@ -137,7 +137,7 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
 def detach(model):
     """Takes the penalties of this package off all weights of `model`, and returns how many there were."""
     count = sum(set_regularizer(weight, None, only=Penalty) for weight in keyed_weights(model).values())
-    _forget_traced_steps(model)
+    forget_traced_steps(model)
     return count
 
 
@@ -313,10 +313,3 @@ def _refuse_other_anchors(weights, anchors):
             f"This model is attached to anchors of digest {min(others)[:12]}, but these have {anchors.digest[:12]}: "
             "load the anchors saved with the run, or call l2sp_tf.detach(model) first to start from new ones."
         )
-
-
-def _forget_traced_steps(model):
-    """Makes a compiled model trace its steps again, since a traced one keeps the penalties it saw."""
-    for name in ("train_function", "test_function"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)

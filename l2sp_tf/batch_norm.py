@@ -5,6 +5,8 @@ import types
 import keras
 from keras.layers import BatchNormalization
 
+from l2sp_tf.variables import forget_traced_steps
+
 
 def fuse_batch_norm(model):
     """Lets the batch norm of a model train by TensorFlow's fused operation, in place; it computes the same, up to rounding.
@@ -28,8 +30,8 @@ def fuse_batch_norm(model):
     known = [layer for layer in model._flatten_layers() if getattr(type(layer), "call", None) is BatchNormalization.call]
     for layer in known:
         object.__setattr__(layer, "call", types.MethodType(_call, layer))  # behind the back of Keras' tracking
-    if known and getattr(model, "train_function", None) is not None:
-        model.train_function = None  # a traced step would go on as before
+    if known:
+        forget_traced_steps(model)
     return len(known)
 
 

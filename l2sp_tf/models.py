@@ -17,7 +17,7 @@ from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.regularizers import Penalty
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
-from l2sp_tf.variables import keyed_weights, set_regularizer
+from l2sp_tf.variables import forget_traced_steps, keyed_weights, set_regularizer
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
@@ -309,6 +309,5 @@ def freeze_first(model, n):
     for number, layers in enumerate(found):
         for layer in layers:
             layer.trainable = number >= n
-    if getattr(model, "train_function", None) is not None:
-        model.train_function = None  # a traced step would go on training what is frozen now
+    forget_traced_steps(model)
     return len(found)

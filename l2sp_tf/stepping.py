@@ -8,7 +8,7 @@ from keras import ops
 
 from l2sp_tf.errors import InputError
 from l2sp_tf.regularizers import Penalty
-from l2sp_tf.variables import keyed_weights
+from l2sp_tf.variables import forget_traced_steps, keyed_weights
 
 
 def _of_inner(name):
@@ -68,8 +68,7 @@ class Stepping(keras.optimizers.Optimizer):
             cls.check(penalty)
         for penalty in penalties:
             penalty.stepped = True
-        if getattr(model, "train_function", None) is not None:
-            model.train_function = None  # a traced step would go on counting them in the gradient
+        forget_traced_steps(model)
         return optimizer
 
     @classmethod

@@ -134,6 +134,13 @@ def set_regularizer(weight, regularizer, *, only=object):
     return True
 
 
+def forget_traced_steps(model):
+    """Makes a compiled model trace its steps again: traced ones keep the penalties, layers and frozen weights that they saw."""
+    for name in ("train_function", "test_function"):
+        if getattr(model, name, None) is not None:
+            setattr(model, name, None)
+
+
 def _suffixes(key):
     """The proper suffixes of a key that still name a layer and a weight, longest first."""
     parts = key.split("/")

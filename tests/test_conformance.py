@@ -18,9 +18,9 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"batch_norm", "errors", "files", "memory", "variables"},
+    {"errors", "files", "memory", "variables"},
     {"reading"},
-    {"pixels"},
+    {"batch_norm", "pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
     | {"stepping", "distribution"},
