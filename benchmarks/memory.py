@@ -19,11 +19,10 @@ TARGETS = {"l2": 0, "l2_sp": 1, "l2_sp_fisher": 2, "l1_sp": 1, "gl_sp": 1, "gl_s
 
 def peak(network, symbol, batch, results):
     """Trains for some steps with a penalty, or None; for a process of its own. Puts its peak and the size of S, in bytes."""
-    import keras
     import numpy as np
 
     import l2sp_tf as l2sp
-    from benchmarks.penalties import batch_of, step_of
+    from benchmarks.penalties import batch_of, compiled, step_of
     from l2sp_tf.models import backbone
     from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 
@@ -36,9 +35,7 @@ def peak(network, symbol, batch, results):
         )
         l2sp.attach(model, PENALTIES[symbol](0.1), anchors, params="all", **needed)
         del needed
-    model.compile(keras.optimizers.SGD(1e-6, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    l2sp.fuse_batch_norm(model)  # as finetune does
-    step = step_of(model, *batch_of(model, batch))
+    step = step_of(compiled(model), *batch_of(model, batch))
     for _ in range(3):
         step()
     shared = sum(4 * int(np.prod(v.shape)) for v in model.trainable_variables[:-2])  # all but the head's

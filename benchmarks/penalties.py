@@ -38,6 +38,18 @@ def batch_of(model, batch):
     return keras.ops.convert_to_tensor(images), keras.ops.convert_to_tensor(labels)
 
 
+def compiled(model, *, fused=True, jit_compile="auto"):
+    """The model, compiled with the batch norm that `finetune` gives it, or with Keras' own, for SGD with momentum.
+
+    The rate is tiny: the times of all steps are those of the same weights, or nearly so.
+    """
+    if fused:
+        l2sp.fuse_batch_norm(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1e-6, momentum=0.9), loss, jit_compile=jit_compile)
+    return model
+
+
 def step_of(model, images, labels):
     """A function that runs one training step of a compiled model with the penalties that it carries now."""
     if keras.backend.backend() == "tensorflow":
@@ -64,11 +76,7 @@ def steps(pretrained, symbols, batch, jit_compile="auto"):
     """The steps of one model without a penalty, with each penalty named, and without one again."""
     anchors = l2sp.Anchors.of(pretrained)
     fisher = {key: np.ones_like(anchor) for key, anchor in anchors.items()}
-    model = l2sp.with_new_head(pretrained, 120)
-    l2sp.fuse_batch_norm(model)  # as finetune does
-    # A tiny rate: the times of all steps are those of the same weights, or nearly so.
-    optimizer = keras.optimizers.SGD(1e-6, momentum=0.9)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=jit_compile)
+    model = compiled(l2sp.with_new_head(pretrained, 120), jit_compile=jit_compile)
     images, labels = batch_of(model, batch)
     found = {"none": step_of(model, images, labels)}
     for symbol in symbols:
@@ -78,12 +86,18 @@ def steps(pretrained, symbols, batch, jit_compile="auto"):
     return {**found, "none, again": found["none"]}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser_of(document):
+    """A parser of the arguments that tell a network, its images and the number of rounds."""
+    parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--network", choices=BACKBONES, default="resnet50")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
+    return parser
+
+
+def main():
+    parser = parser_of(__doc__)
     parser.add_argument("--penalties", default=",".join(PENALTIES))
     parser.add_argument("--jit_compile", choices=JIT, default="auto")
     parser.add_argument("--precision", default="float32", help="a dtype policy of Keras, such as mixed_float16")

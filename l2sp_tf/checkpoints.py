@@ -169,7 +169,7 @@ class Checkpointing(keras.callbacks.Callback):
         self.checkpoints, self.identity, self.every, self.stops, self.writes = checkpoints, identity, every, stops, writes
 
     def restore(self, model):
-        """Puts a compiled model where the newest checkpoint has it, and returns how many steps were done.
+        """Puts a compiled model, its optimizer built, where the newest checkpoint has it, and returns how many steps were done.
 
         Raises:
             InputError: the checkpoint is of another run; all differences are listed.
@@ -178,7 +178,6 @@ class Checkpointing(keras.callbacks.Callback):
         if found is None:
             return 0
         self._refuse_another_run(found)
-        model.optimizer.build(model.trainable_variables)
         variables = _variables(model, self.metrics)
         shapes = {name: array.shape for name, array in found.arrays.items()}
         if shapes != {name: tuple(variable.shape) for name, variable in variables.items()}:
