@@ -127,6 +127,14 @@ def test_each_bad_image_is_named(tmp_path, name):
     assert str(tmp_path / name) in str(error.value) and "--skip_bad_images" in str(error.value)
 
 
+@pytest.mark.parametrize("length", [8, 15, 16, 20, 23, 24])
+def test_a_png_cut_off_within_its_header_is_named(tmp_path, length):
+    good = encoded(picture(5, 5, 3), "PNG")
+    split = split_of(tmp_path, {"good.png": good, "cut.png": good[:length]})
+    with pytest.raises(InputError, match=r"1 of 2 images cannot be decoded: .*cut.png \(truncated, damaged or too large\)"):
+        decode(split, 4)
+
+
 def test_many_bad_images_are_counted_and_three_named(tmp_path):
     split, bad = good_and_bad(tmp_path)
     with pytest.raises(InputError, match="9 of 150 images cannot be decoded: .*; and 6 more") as error:

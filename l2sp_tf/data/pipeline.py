@@ -468,7 +468,7 @@ def _with_second_try(split, how, first, last, decoded):
                 if len(content) <= MAX_IMAGE_BYTES:
                     decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
                     continue
-            except (tf.errors.InvalidArgumentError, UnicodeDecodeError):  # the latter where its message quotes the file's bytes
+            except tf.errors.InvalidArgumentError:
                 pass
             reasons[i] = _reason(content)
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
@@ -496,7 +496,8 @@ def _decode_bytes(content, size, mode, filter):
 def _png_sides(content):
     """Height and width from the header of a PNG: int32 [2]."""
     is_png = tf.equal(tf.strings.substr(content, 0, 8), PNG_SIGNATURE)
-    with tf.control_dependencies([tf.debugging.Assert(is_png, ["neither JPEG nor PNG"])]):
+    is_whole = tf.strings.length(content) >= 24  # else the error of substr below quotes the bytes, and cannot be decoded itself
+    with tf.control_dependencies([tf.debugging.Assert(is_png & is_whole, ["neither JPEG nor PNG"])]):
         return tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.int32, little_endian=False)[::-1]
 
 
