@@ -308,6 +308,14 @@ def test_sets_that_are_no_task(tmp_path):
         load_dataset("ag_news_subset", **options)
 
 
+def test_keys_that_the_features_lack_are_told(tmp_path):
+    write_set(tmp_path, "mnist", {"train": [(encoded(), 0)], "test": [(encoded(), 0)]}, 1)
+    (path,) = tmp_path.glob("mnist/*/dataset_info.json")
+    path.write_text(path.read_text().replace('"input": "image"', '"input": "picture"').replace('"image"', '"picture"'))
+    with pytest.raises(InputError, match=r"mnist has no image with a class as its label \(its features: image, label\)"):
+        load_dataset("mnist", data_dir=tmp_path)
+
+
 def test_an_unknown_or_unprepared_set_is_told_at_once(tmp_path):
     with pytest.raises(InputError, match="no data set 'stanford_cats': give digits/source.*caltech256"):
         load_dataset("stanford_cats", data_dir=tmp_path)
