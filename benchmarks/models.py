@@ -174,6 +174,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", help="models; by default all")
     names = parser.parse_args().names or list(MODELS)
+    if unknown := [name for name in names if name not in MODELS]:
+        parser.error(f"unknown model {unknown[0]!r}: give some of {', '.join(map(repr, MODELS))}")
     for name in names:
         if name.startswith("KerasHub") and importlib.util.find_spec("keras_hub") is None:
             print(f"{name}: left out, keras-hub is not installed")

@@ -5,6 +5,7 @@ import types
 import keras
 from keras.layers import BatchNormalization
 
+from l2sp_tf.errors import InputError
 from l2sp_tf.variables import forget_traced_steps
 
 
@@ -24,7 +25,12 @@ def fuse_batch_norm(model):
 
     Returns:
         The number of layers that are fused now: 0 on Keras' other backends.
+
+    Raises:
+        InputError: `model` is no Keras model.
     """
+    if not isinstance(model, keras.Model):
+        raise InputError(f"The model is a {type(model).__name__}: give a Keras model.")
     if keras.backend.backend() != "tensorflow":
         return 0
     known = [layer for layer in model._flatten_layers() if getattr(type(layer), "call", None) is BatchNormalization.call]

@@ -144,3 +144,8 @@ def test_the_fisher_pass_of_a_fused_model_is_the_same():
     assert found.keys() == expected.keys()
     for key in expected:
         np.testing.assert_array_equal(found[key], expected[key])
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(l2sp.InputError, match="The model is a str: give a Keras model"):
+        l2sp.fuse_batch_norm("model.keras")
