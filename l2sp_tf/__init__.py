@@ -1,12 +1,16 @@
 """Fine-tuning Keras models with penalties anchored at the pre-trained weights.
 
 Each name is imported when it is first used, so that the regularizers load without TensorFlow (on Keras' other
-backends) and the entry points answer at once.
+backends) and the entry points answer at once. As soon as Keras is imported too, its `load_model` knows the classes of this
+package.
 """
 
 import importlib
+import pkgutil
 import sys
 import types
+
+import wrapt
 
 _MODULES = {
     "anchors": ["Anchors"],
@@ -83,3 +87,15 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def _register(module):
+    """Imports the modules whose classes register with Keras, once Keras is there and none of ours is half imported."""
+    own = [other for name, other in sys.modules.items() if name.startswith(f"{__name__}.") and other is not module]
+    if "keras" in sys.modules and not any(getattr(other.__spec__, "_initializing", False) for other in own):
+        for name in ("regularizers", "proximal", "decoupled"):
+            importlib.import_module(f"{__name__}.{name}")
+
+
+for _name in ("keras", *(f"{__name__}.{found.name}" for found in pkgutil.iter_modules(__path__))):
+    wrapt.register_post_import_hook(_register, _name)

@@ -18,7 +18,7 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "files", "memory", "variables"},
+    {"effect", "errors", "files", "memory", "variables"},
     {"reading"},
     {"batch_norm", "pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
@@ -121,6 +121,30 @@ def test_the_package_itself_is_imported_at_once():
     code = "import sys, l2sp_tf; print(sorted({'keras', 'tensorflow', 'numpy'} & set(sys.modules)), 'finetune' in dir(l2sp_tf))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert result.stdout == "[] True\n"
+
+
+IMPORTS = ["import l2sp_tf, keras", "import keras, l2sp_tf", "from l2sp_tf import attach; import keras"]
+IMPORTS += ["import l2sp_tf.attach, keras", "import l2sp_tf.stepping, keras", "import l2sp_tf, tensorflow, keras"]
+
+
+def test_a_saved_model_loads_after_the_import_alone(tmp_path):
+    """In fresh processes, whatever is imported first; and without the import Keras says that it does not know the class."""
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a")])
+    anchors = l2sp.Anchors.of(model)
+    for symbol, cls in PENALTIES.items():
+        l2sp.attach(model, cls(0.1), anchors, fisher={key: np.ones_like(a) for key, a in anchors.items()})
+        model.compile(l2sp.Proximal.of("sgd", model), "mse")
+        model.save(tmp_path / f"{symbol}.keras")
+    l2sp.attach(model, l2sp.L2SP(0.1), anchors)
+    model.compile(l2sp.Decoupled.of("sgd", model), "mse")
+    model.save(tmp_path / "decoupled.keras")
+    code = "import pathlib; print(len([keras.models.load_model(p) for p in pathlib.Path('.').glob('*.keras')]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for number, imports in enumerate(IMPORTS):
+        code_here = code if number == 0 else code.replace("*.keras", "*sp.keras")  # without the optimizers: all are tried once
+        command = [sys.executable, "-c", f"{imports}; {code_here}"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert result.stdout == ("7\n" if number == 0 else "3\n"), (imports, result.stderr[-500:])
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])
