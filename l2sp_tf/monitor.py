@@ -20,9 +20,10 @@ class Monitor(keras.callbacks.Callback):
 
     Every `log_every` steps it writes one row to `<folder>/log.csv` and the same scalars, with
     the distance of each layer besides, to `<folder>/tensorboard`. Cross-entropy and accuracy
-    are means over the steps since the row before; penalty and distances are of that moment, and so is,
-    under `Proximal`, the share of anchored weights that are exactly on w0. A log that cannot be written
-    is warned of once, and training goes on.
+    are means over the steps since the row before. The learning rate is the one that the step took. The penalty, the
+    distances and, under `Proximal`, the share of anchored weights that are exactly on w0 are those of the weights after it;
+    the penalty is the sum of the regularizers of all trained weights, without what layers add of their outputs. A log that
+    cannot be written is warned of once, and training goes on.
 
     Args:
         folder: where to write, in place of the log of an earlier run; None writes nothing, and keeps the rows in `rows`.
@@ -65,9 +66,16 @@ class Monitor(keras.callbacks.Callback):
                 for entry in self._logged:
                     self._write(*entry)
 
+    def _is_logged(self, step):
+        return step % self.log_every == 0 or step == self.iterations
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self._is_logged(self._step + 1):
+            self._learning_rate = float(self.model.optimizer.learning_rate)  # after the step a schedule gives the next one's
+
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
-        if self._step % self.log_every and self._step != self.iterations:
+        if not self._is_logged(self._step):
             return
         layers = {"distance_by_layer": self._distances()}
         if isinstance(unscaled(self.model.optimizer), Proximal):
@@ -75,8 +83,8 @@ class Monitor(keras.callbacks.Callback):
         row = {
             "step": self._step,
             **{name: float(value) for name, value in (logs or {}).items() if name != "loss"},
-            "penalty": float(sum(self.model.losses)) if self.model.losses else 0.0,
-            "learning_rate": float(self.model.optimizer.learning_rate),
+            "penalty": float(sum(v.regularizer(v) for v in self.model.trainable_variables if v.regularizer is not None)),
+            "learning_rate": self._learning_rate,
             "distance": math.sqrt(sum(d * d for d in layers["distance_by_layer"].values())),
         }
         if "frozen_by_layer" in layers:

@@ -97,6 +97,37 @@ def test_penalty_and_distance_of_the_log_are_those_of_the_weights(pretrained):
     assert squares > 0
 
 
+def test_each_logged_rate_is_the_one_that_its_step_took(pretrained):
+    """Without momentum and a penalty, from equal gradients: the weight moves by the rate of the step beside which it stands."""
+    recipe = RECIPE.replace(log_every=1, iterations=6, decay_at=3, learning_rate=0.5, momentum=0.0)
+    taken = []
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            taken.append(float(self.model.optimizer.learning_rate))
+
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), recipe, callbacks=[Rates()], verbose=0)
+    assert [row["learning_rate"] for row in run.history] == taken
+    assert taken == pytest.approx([0.5] * 3 + [0.05] * 3)
+
+
+@pytest.mark.parametrize("layer", [keras.layers.Dense, keras.layers.Conv2D, keras.layers.ActivityRegularization])
+def test_what_layers_add_of_their_outputs_is_in_the_loss_and_not_in_the_penalty(layer):
+    keras.utils.set_random_seed(0)
+    added = {
+        keras.layers.Dense: lambda: layer(4, activity_regularizer="l2"),
+        keras.layers.Conv2D: lambda: layer(4, 1, activity_regularizer="l2"),
+        keras.layers.ActivityRegularization: lambda: layer(l2=0.1),
+    }[layer]
+    layers = [keras.Input((6, 6, 3)), keras.layers.Rescaling(1 / 255), keras.layers.Conv2D(4, 1), added()]
+    model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
+    run = l2sp.finetune(model, task(), l2sp.L2SP(0.3), RECIPE.replace(beta=0.01), verbose=0)
+    w = {key: weight.variable.numpy() for key, weight in keyed_weights(run.model).items() if key.endswith("kernel")}
+    shared = sum(np.sum((value - run.anchors[key]) ** 2) for key, value in w.items() if key in run.anchors)
+    head = sum(np.sum(value**2) for key, value in w.items() if key not in run.anchors)
+    np.testing.assert_allclose(run.history[-1]["penalty"], 0.3 / 2 * shared + 0.01 / 2 * head, rtol=1e-4)
+
+
 def test_cross_entropy_is_logged_without_the_penalty(pretrained):
     rates = RECIPE.replace(learning_rate=1e-12, iterations=1)
     strong = l2sp.finetune(pretrained, task(), l2sp.L2(100.0), rates, verbose=0).history[-1]
