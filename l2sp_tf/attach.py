@@ -5,27 +5,31 @@ import hashlib
 import json
 import math
 import warnings
+import weakref
 
 import keras
 import numpy as np
 
-from l2sp_tf.anchors import Anchors
+from l2sp_tf import effect
+from l2sp_tf.anchors import Anchors, Arrays, digest_of
 from l2sp_tf.errors import InputError
 from l2sp_tf.regularizers import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
 from l2sp_tf.variables import forget_traced_steps, keyed_weights, match_keys, set_regularizer
 
 SHARED, NEW, LEFT_OUT = "S", "S-bar", "left out"
+FROZEN = "frozen"  # why a weight is left out
 
 
 @dataclasses.dataclass(frozen=True)
 class CoveredWeight:
-    """One trainable weight in the coverage: its group, and the penalty on it or the reason for none."""
+    """One weight in the coverage: its group, the penalty on it or the reason for none, and ||w - w0|| where it is in S."""
 
     key: str
     group: str
     shape: tuple
     penalty: dict | None
     reason: str = ""
+    distance: float | None = None
 
     @property
     def size(self):
@@ -41,17 +45,22 @@ class CoveredWeight:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Which trainable weights are in S, in S-bar or left out, and why; prints as a table.
+    """Which weights are in S, in S-bar or left out (frozen ones too), and why; prints as a table.
 
     Attributes:
         weights: a tuple of `CoveredWeight`, in the model's order.
         anchors_digest: the digest of the anchors, or None.
-        distance: ||w - w0|| over S when the penalty was attached; 0 at a fresh start.
+        is_saved: whether a `.keras` file of the model keeps penalties, and so refuses to train until `attach` is called.
     """
 
     weights: tuple
     anchors_digest: str | None
-    distance: float
+    is_saved: bool = True
+
+    @property
+    def distance(self):
+        """||w - w0|| over S when the penalty was attached; 0 at a fresh start."""
+        return math.sqrt(sum(weight.distance**2 for weight in self.group(SHARED)))
 
     def group(self, name):
         """The weights of one group: "S", "S-bar" or "left out"."""
@@ -65,24 +74,29 @@ class Coverage:
     @property
     def digest(self):
         """The sha256 of the whole coverage: equal digests mean the same penalties on the same weights."""
-        rows = [dataclasses.astuple(weight) for weight in self.weights]
+        rows = [[w.key, w.group, w.shape, w.penalty, w.reason] for w in self.weights]
         return hashlib.sha256(json.dumps([rows, self.anchors_digest], sort_keys=True).encode()).hexdigest()
 
     def __str__(self):
-        rows = [("variable", "group", "shape", "penalty")]
-        rows += [(w.key, w.group, "x".join(map(str, w.shape)) or "scalar", str(w)) for w in self.weights]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3])) for row in rows]
-        counts = ", ".join(f"{name}: {n} tensors, {size:,} numbers" for name, (n, size) in self.counts.items())
-        return "\n".join([*lines, counts, f"distance to the anchors when attached: {self.distance:.6g}"])
+        rows = [("variable", "group", "shape", "distance", "penalty")]
+        for w in self.weights:
+            distance = "" if w.distance is None else f"{w.distance:.4g}"
+            rows.append((w.key, w.group, "x".join(map(str, w.shape)) or "scalar", distance, str(w)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join((*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4])) for row in rows]
+        lines.append(", ".join(f"{name}: {n} tensors, {size:,} numbers" for name, (n, size) in self.counts.items()))
+        if not self.is_saved:
+            lines.append("a .keras file of this model keeps none of the penalties: call attach again after loading it")
+        return "\n".join([*lines, f"distance to the anchors when attached: {self.distance:.6g}"])
 
 
 def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=None, new=()):
     """Eq. (3): puts `penalty` on the shared weights S and L2 of strength beta on the new ones S-bar.
 
-    A trainable weight is in S if the anchors hold one of the same key and shape (the anchors
-    of a nested backbone count), and in S-bar otherwise. Penalties that were on these weights
-    are replaced. Nothing is changed if an error is raised.
+    A trainable weight is in S if the anchors hold its starting point, and in S-bar otherwise (`l2sp_tf.matching` says
+    how they are matched; the anchors of a nested backbone count). Frozen weights are left out: call this again when they
+    are unfrozen. All penalties that this package has put on the model before are taken off, and nothing is changed if
+    an error is raised.
 
     Args:
         model: a built Keras model of any kind, compiled or not.
@@ -100,7 +114,8 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
 
     Raises:
         InputError: a bad argument; no weight matches the anchors; a layer is LoRA-enabled or
-            quantized; the model was attached to other anchors before; Fisher values missing.
+            quantized; the model was attached to other anchors before; Fisher values missing, or
+            estimated at other weights than the anchors.
     """
     beta = check_strength(beta, "beta")
     _check_arguments(penalty, anchors, params, fisher)
@@ -109,29 +124,111 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
     _refuse_unfaithful_layers(weights.values())
     _refuse_other_anchors(weights.values(), anchors)
     matches = _shared(weights, anchors or {}, new)
-    fisher_matches = match_keys(matches, fisher) if fisher is not None else {}
+    plan = _Plan(penalty, anchors, beta, params, None if fisher is None else _FisherValues(fisher, anchors, matches))
     rows, bound = [], {}
-    for key, weight in weights.items():
-        if not weight.variable.trainable:
-            continue
-        group, reason = _group(key, weight, matches, anchors, params)
-        if group == SHARED:
-            values = {"anchor": anchors[matches[key]], "digest": anchors.digest, "group_axes": _group_axes(weight)}
-            bound[key] = penalty.bind(key, **values, fisher=_fisher_of(key, fisher, fisher_matches))
-        elif group == NEW:
-            bound[key] = L2(beta, key=key)
-        rows.append(_row(key, group, reason, weight.variable, bound.get(key)))
-    if anchors is not None and not any(row.group == SHARED for row in rows):
+    for key, weight, is_trained in _trainable(model, weights):
+        row, bound[key] = plan.cover(key, weight, matches.get(key), is_trained)
+        rows.append(row)
+    if anchors is not None and not matches:
         raise InputError(
-            f"No trainable weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
+            f"No weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
             f"shape of one of the anchors ({', '.join(list(anchors)[:3])}, ...): give the anchors of the model it started from."
         )
+    for weight in weights.values():
+        set_regularizer(weight, None, only=Penalty)
     for key, regularizer in bound.items():
-        set_regularizer(weights[key], regularizer)
+        if regularizer is not None:
+            set_regularizer(weights[key], regularizer)
     forget_traced_steps(model)
-    moved = [weights[row.key].variable.numpy() - anchors[matches[row.key]] for row in rows if row.group == SHARED]
-    distance = math.sqrt(sum(float(np.sum(np.square(d, dtype="float64"))) for d in moved))
-    return Coverage(tuple(rows), anchors.digest if anchors is not None else None, distance)
+    return Coverage(tuple(rows), anchors.digest if anchors is not None else None, _is_saved(model, bound))
+
+
+def _trainable(model, weights):
+    """Yields each weight that was made to be trained, and whether the model trains it: (key, weight, bool)."""
+    trained = {id(variable) for variable in model.trainable_variables}  # less than v.trainable says, under a frozen parent
+    for key, weight in weights.items():
+        is_trained = id(weight.variable) in trained
+        if is_trained or any(variable is weight.variable for variable in weight.layer._trainable_variables):
+            yield key, weight, is_trained
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What `attach` was asked for, checked."""
+
+    penalty: Penalty
+    anchors: Anchors | None
+    beta: float
+    params: str
+    fisher: "_FisherValues | None"
+
+    def cover(self, key, weight, anchor, is_trained):
+        """The row of one weight and the penalty that goes on it, or None; `anchor` is the key of its anchor, or None."""
+        group, reason, regularizer = NEW, "", None
+        if not is_trained:
+            group, reason = LEFT_OUT, FROZEN
+        elif self.params == "kernels" and not _is_kernel(weight.variable):
+            group, reason = LEFT_OUT, 'not a kernel (params="all" has it)'
+        elif anchor is not None:
+            group, regularizer = SHARED, self._shared(key, weight, anchor)
+        else:
+            reason, regularizer = self._reason(key), L2(self.beta).bind(key)
+        distance = _distance(weight.variable, self.anchors[anchor]) if group == SHARED else None
+        return _row(key, group, reason, weight.variable, regularizer, distance), regularizer
+
+    def _shared(self, key, weight, anchor):
+        values = {} if self.fisher is None else {"fisher": self.fisher[key], "fisher_digest": self.fisher.digest}
+        axes = {"group_axes": _group_axes(weight)}
+        return self.penalty.bind(key, anchor=self.anchors[anchor], digest=self.anchors.digest, **axes, **values)
+
+    def _reason(self, key):
+        if self.anchors is None:
+            return ""
+        other = match_keys([key], self.anchors).get(key)
+        return f"the anchor has the shape {self.anchors[other].shape}" if other else "no anchor"
+
+
+class _FisherValues:
+    """The Fisher diagonal by the keys of the model's weights.
+
+    Raises:
+        InputError: it was estimated at other weights than the anchors.
+    """
+
+    def __init__(self, fisher, anchors, matches):
+        self._values, self._matches = fisher, match_keys(matches, fisher)
+        self.digest = fisher.digest if hasattr(fisher, "digest") else digest_of(Arrays(fisher).manifest)
+        provenance = getattr(fisher, "provenance", None)
+        if provenance is None or anchors is None or provenance["model"] == anchors.digest:
+            return
+        # other names or another head make another digest, of which the weights that count know nothing
+        estimated_at, hashes = provenance.get("weights", {}), {entry["name"]: entry["sha256"] for entry in anchors.manifest}
+        for key, other in self._matches.items():
+            if estimated_at.get(other) != hashes[matches[key]]:
+                raise InputError(
+                    f"This Fisher diagonal was estimated at other weights than the anchors: {other} differs from {matches[key]}; "
+                    "estimate it on the model that the anchors were taken from."
+                )
+
+    def __getitem__(self, key):
+        if key not in self._matches:
+            raise InputError(f"The Fisher diagonal has no entry for {key}: estimate it for every weight that the penalty is on.")
+        return self._values[self._matches[key]]
+
+
+def _distance(variable, anchor):
+    """||w - w0||."""
+    return math.sqrt(float(np.sum(np.square(variable.numpy().astype("float32") - anchor.astype("float32"), dtype="float64"))))
+
+
+def _is_saved(model, bound):
+    """Whether a `.keras` file of the model keeps one of the penalties at least."""
+    if not any(bound.values()):
+        return True
+    try:
+        return '"l2sp_tf>' in json.dumps(model.get_config(), default=str)
+    except Exception:  # whatever the model's own method raises, its file does not have the layers
+        return False
 
 
 def detach(model):
@@ -142,26 +239,25 @@ def detach(model):
 
 
 class AnchorGuard(keras.callbacks.Callback):
-    """Stops a training that would run without the penalties of a coverage.
+    """Stops a training in which a penalty of a coverage would take no part.
 
-    Give it to `fit` among the callbacks. When training starts it compares what `attach`
-    bound with what the model's weights carry now, and raises if a trainable weight has lost
-    its penalty, was unfrozen after `attach`, or sits in a layer made LoRA-enabled or
-    quantized since, or if `Proximal.of` or `Decoupled.of` took the penalties out of the gradient
-    for an optimizer that the model is not compiled with. It warns of an optimizer whose own
-    weight decay pulls towards zero.
+    Give it to `fit` among the callbacks. When training starts it compares what `attach` bound with what the model's
+    weights carry now, and raises if a weight has lost its penalty, was frozen or unfrozen after `attach`, or sits in a layer
+    made LoRA-enabled or quantized since. After the first step it raises, and puts the weights back, if the step did not ask
+    for the gradient of each penalty, or leave it to `Proximal` or `Decoupled`: a `train_step` may ignore `model.losses`. A
+    step that may have been traced before the penalties came is traced again. On Keras' other backends than TensorFlow the
+    step itself is not looked at. It warns of an optimizer whose own weight decay pulls to zero.
 
     Args:
-        coverage: what `attach` returned for the model.
+        coverage: what `attach` returned for the model, or for a part of it such as a nested backbone.
     """
 
     def __init__(self, coverage):
         super().__init__()
-        self.coverage = coverage
+        self.coverage, self._first_step = coverage, None
 
     def on_train_begin(self, logs=None):
-        check_bound(self.model, self.coverage)
-        _check_stepped(self.model)
+        penalties = check_bound(self.model, self.coverage)
         decay = getattr(self.model.optimizer, "weight_decay", None)
         if decay:
             warnings.warn(
@@ -169,46 +265,109 @@ class AnchorGuard(keras.callbacks.Callback):
                 "and away from their anchors: set weight_decay=0 to let the penalty alone decide.",
                 stacklevel=2,
             )
+        self._first_step = None
+        if keras.backend.backend() == "tensorflow":
+            self._first_step = _FirstStep(self.model, penalties)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._first_step is not None and self._first_step.check():
+            self._first_step = None
+
+
+class _FirstStep:
+    """Watches which penalties take part in the next step of a model; a traced step that is known to have them passes."""
+
+    _known = weakref.WeakKeyDictionary()  # from a traced step to the penalties that were seen in it
+
+    def __init__(self, model, penalties):
+        self._model, self._penalties, self._before = model, penalties, []
+        step = getattr(model, "train_function", None)
+        seen = self._known.get(step, ()) if step is not None else ()
+        self._missing = [penalty for penalty in penalties if penalty not in seen]
+        if self._missing:
+            self._before = [variable.numpy() for variable in model.variables]
+            if step is not None:
+                model.make_train_function(force=True)
+        self._watch = effect.Watch(self._missing)
+
+    def check(self):
+        """Whether the watch is over.
+
+        Raises:
+            UnboundPenaltyError: a penalty took no part; the weights are then as before the step.
+        """
+        missing = [penalty for penalty in self._missing if penalty not in self._watch.seen]
+        if missing and self._model.run_eagerly and isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer):
+            return False  # which leaves out eager steps whose gradients are not finite
+        self._watch.close()
+        if missing:
+            for variable, value in zip(self._model.variables, self._before, strict=True):
+                variable.assign(value)
+            raise UnboundPenaltyError(
+                f"Training would run un-anchored: {missing[0]} on {missing[0].key} takes no part in the steps of "
+                f"{type(self._model).__name__} {self._model.name!r}; its train_step must add sum(self.losses) to the loss whose "
+                "gradients it gives to the optimizer, as compute_loss does. The weights are as they were."
+            )
+        if getattr(self._model, "train_function", None) is not None:
+            self._known[self._model.train_function] = weakref.WeakSet(self._penalties)
+        return True
 
 
 def check_bound(model, coverage):
-    """Compares the penalties that a model carries with a coverage.
+    """Compares the penalties that a model carries with a coverage, and returns them.
 
     Raises:
         UnboundPenaltyError: the two differ; the message names the first weight that does.
     """
-    weights = {key: weight for key, weight in keyed_weights(model).items() if weight.variable.trainable}
+    weights = keyed_weights(model)
     try:
         _refuse_unfaithful_layers(weights.values())
     except InputError as error:
         raise UnboundPenaltyError(str(error)) from None
-    expected = {row.key: row for row in coverage.weights}
-    matches = match_keys(weights, expected)
-    for key, weight in weights.items():
-        row, found = expected.get(matches.get(key)), weight.variable.regularizer
-        if row is None:
-            problem = "is trainable now, but was not when the penalty was attached"
-        elif row.penalty is None or _same(found, row.penalty):
-            continue
-        else:
-            problem = f"should carry {row}, but carries {found!r}"
-        raise UnboundPenaltyError(
-            f"Training would run un-anchored: {key} {problem}; call l2sp_tf.attach(model, ...) again with the saved anchors."
-        )
+    rows = {_place(weights, coverage) + row.key: row for row in coverage.weights}
+    penalties = []
+    for key, weight, is_trained in _trainable(model, weights):
+        if not key.startswith(_place(weights, coverage)):
+            continue  # outside of the part that was attached
+        found = weight.variable.regularizer
+        if problem := _problem(rows.get(key), found, is_trained):
+            raise UnboundPenaltyError(
+                f"Training would run un-anchored: {key} {problem}; call l2sp_tf.attach(model, ...) again with the saved anchors."
+            )
+        if is_trained and isinstance(found, Penalty):
+            penalties.append(found)
+    return penalties
 
 
-def _check_stepped(model):
-    """Penalties without a gradient need an optimizer that steps them, perhaps inside Keras' LossScaleOptimizer."""
-    optimizer = model.optimizer
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        optimizer = optimizer.inner_optimizer
-    stepped = [v for v in model.trainable_variables if getattr(v.regularizer, "stepped", False)]
-    if stepped and not getattr(optimizer, "steps_penalties", False):
-        raise UnboundPenaltyError(
-            f"Training would run un-anchored: the penalty on {stepped[0].path} is left to an optimizer that steps it, but the "
-            f"model is compiled with {type(optimizer).__name__}: compile it with what l2sp_tf.Proximal.of or Decoupled.of "
-            "returned, or call l2sp_tf.attach(model, ...) again."
-        )
+def _place(weights, coverage):
+    """Where in a model the attached part lies: "" for the whole, else the path of a nested model, with a "/" at its end.
+
+    Raises:
+        UnboundPenaltyError: nowhere.
+    """
+    keys = [row.key for row in coverage.weights]
+    for place in ["", *(key.removesuffix(keys[0]) for key in weights if keys and key.endswith(f"/{keys[0]}"))]:
+        if all(place + key in weights for key in keys):
+            return place
+    missing = next(key for key in keys if key not in weights)
+    raise UnboundPenaltyError(
+        f"Training would run un-anchored: the model has no weight {missing}, which the coverage lists; call "
+        "l2sp_tf.attach(model, ...) again with the saved anchors, and give its coverage."
+    )
+
+
+def _problem(row, found, is_trained):
+    """What is wrong with a weight, given its row in the coverage and the regularizer that it carries; "" if nothing is."""
+    if row is None:
+        return "is trainable now, but was not there when the penalty was attached" if is_trained else ""
+    is_frozen = row.reason.startswith(FROZEN)
+    if is_trained and is_frozen:
+        return "is trainable now, but was frozen when the penalty was attached"
+    if not is_trained and not is_frozen:
+        return "is frozen now, but was trainable when the penalty was attached"
+    if row.penalty is None:
+        return f"should carry no penalty, but carries {found!r}" if isinstance(found, Penalty) else ""
+    return "" if _same(found, row.penalty) else f"should carry {row}, but carries {found!r}"
 
 
 def _same(regularizer, expected):
@@ -231,14 +390,14 @@ def _check_arguments(penalty, anchors, params, fisher):
         raise InputError(f"{penalty} needs the Fisher diagonal: pass fisher=, a mapping from weight to array.")
 
 
-def _row(key, group, reason, variable, penalty):
+def _row(key, group, reason, variable, penalty, distance):
     """The coverage of one weight; says so where another library's regularizer is replaced or kept."""
     other = variable.regularizer
     if other is not None and not isinstance(other, Penalty):
         verb = "keeps" if penalty is None else "replaces"
         reason = f"{reason}; {verb} {type(other).__name__}".lstrip("; ")
     config = None if penalty is None else {"class_name": type(penalty).__name__, "config": penalty.get_config()}
-    return CoveredWeight(key, group, tuple(variable.shape), config, reason)
+    return CoveredWeight(key, group, tuple(variable.shape), config, reason, distance)
 
 
 def _shared(weights, anchors, new):
@@ -254,30 +413,10 @@ def _shared(weights, anchors, new):
     }
 
 
-def _group(key, weight, matches, anchors, params):
-    """The group of a weight and, if there is something to say, the reason."""
-    if params == "kernels" and not _is_kernel(weight.variable):
-        return LEFT_OUT, 'not a kernel (params="all" has it)'
-    if key in matches:
-        return SHARED, ""
-    if anchors is None:
-        return NEW, ""
-    other = match_keys([key], anchors).get(key)
-    return NEW, f"the anchor has the shape {anchors[other].shape}" if other else "no anchor"
-
-
 def _is_kernel(variable):
     """Whether a weight multiplies its input: a matrix or a convolution kernel, and no offset or scale."""
     name = variable.name.lower()
     return len(variable.shape) >= 2 and not any(word in name for word in ("bias", "beta", "gamma", "scale"))
-
-
-def _fisher_of(key, fisher, matches):
-    if fisher is None:
-        return None
-    if key not in matches:
-        raise InputError(f"The Fisher diagonal has no entry for {key}: estimate it for every weight that the penalty is on.")
-    return fisher[matches[key]]
 
 
 def _group_axes(weight):

@@ -11,16 +11,20 @@ import keras
 import numpy as np
 from keras import ops
 
+from l2sp_tf import effect
 from l2sp_tf.errors import InputError
 from l2sp_tf.memory import shared_tensor
 
 
 class UnboundPenaltyError(RuntimeError):
-    """A penalty that has lost its anchors (as after loading a model) was asked for its value."""
+    """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
 
 
 class Penalty(keras.regularizers.Regularizer):
     """What the penalties share: a strength alpha, and the key of the weight they are bound to.
+
+    A penalty that comes back from a file has a key but is not bound: not all penalties of a model can be saved, so
+    that those that came back alone would train another objective. `attach` binds them all again.
 
     Args:
         alpha: strength, finite and not negative.
@@ -31,29 +35,50 @@ class Penalty(keras.regularizers.Regularizer):
     """
 
     symbol = ""
-    stepped = False  # True where an optimizer takes the step of the penalty (l2sp_tf.stepping): its value then has no gradient
 
     def __init__(self, alpha, *, key=None):
         self.alpha = check_strength(alpha, "alpha")
         self.key = key
+        self._is_attached = False
+
+    def __call__(self, w):
+        """The value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
+
+        Raises:
+            UnboundPenaltyError: it is not bound.
+        """
+        if not self.is_bound:
+            raise UnboundPenaltyError(self._unbound())
+        return effect.passed_on(self, self._value(w))
+
+    def _value(self, w):
+        raise NotImplementedError
 
     @property
     def is_bound(self):
         """Whether the penalty has all it needs to be computed."""
-        return True
+        return self._is_attached or self.key is None
+
+    def _unbound(self):
+        """The sentence for a penalty that is not bound."""
+        return (
+            f"{type(self).__name__} on {self.key or 'a weight'} came from a file or a clone and is not bound again: call "
+            "l2sp_tf.attach(model, ...) before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
+        )
 
     def bind(self, key, **_):
         """Returns a copy of this penalty for the weight named `key`."""
-        return type(self)(**{**self.get_config(), "key": key})
+        bound = type(self)(**{**self.get_config(), "key": key})
+        bound._is_attached = True
+        return bound
 
     def get_config(self):
         """The strength and the key: small enough to live in a `.keras` file."""
         return {"alpha": self.alpha, "key": self.key}
 
     def _weight(self, w):
-        """w in float32 at least, apart from the gradient where an optimizer takes the step."""
-        dtype = keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32")
-        return ops.stop_gradient(ops.cast(w, dtype)) if self.stepped else ops.cast(w, dtype)
+        """w in float32 at least."""
+        return ops.cast(w, keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32"))
 
     def __repr__(self):
         return f"{type(self).__name__}(alpha={self.alpha:g})"
@@ -88,9 +113,17 @@ class AnchoredPenalty(Penalty):
 
     def bind(self, key, *, anchor, digest, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
-        bound = type(self)(**{**self.get_config(), "key": key, "digest": digest})
-        bound._anchor = _constant(anchor, bound._name_of("anchor"), share=True)
+        bound = super().bind(key)
+        bound.digest, bound._anchor = digest, _constant(anchor, bound._name_of("anchor"), share=True)
         return bound
+
+    def _unbound(self):
+        of = f" of digest {self.digest[:12]}" if self.digest else ""
+        return (
+            f"{type(self).__name__} on {self.key or 'a weight'} is not bound to its anchors{of}: "
+            "call l2sp_tf.attach(model, ...) with the saved anchors "
+            "before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
+        )
 
     def _name_of(self, what):
         return f"the {what} of {self.key or type(self).__name__}"
@@ -100,13 +133,6 @@ class AnchoredPenalty(Penalty):
 
     def _difference(self, w):
         """w - w0, in float32 at least."""
-        if not self.is_bound:
-            of = f" of digest {self.digest[:12]}" if self.digest else ""
-            raise UnboundPenaltyError(
-                f"{type(self).__name__} on {self.key or 'a weight'} is not bound to its anchors{of}: "
-                "call l2sp_tf.attach(model, ...) with the saved anchors "
-                "before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
-            )
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
         w = self._weight(w)
         return ops.subtract(w, ops.cast(self._anchor, w.dtype))
@@ -117,15 +143,16 @@ class FisherPenalty(AnchoredPenalty):
 
     Args:
         fisher: F_jj, finite and not negative, an array of the weight's shape.
+        fisher_digest: the digest of the Fisher diagonal, set by `attach`.
 
     Raises:
         InputError: an entry of `fisher` is negative or not finite, or its shape is not the
             anchor's.
     """
 
-    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, **kwargs):
+    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, fisher_digest=None, **kwargs):
         super().__init__(alpha, anchor, key=key, **kwargs)
-        self._root_fisher = None
+        self.fisher_digest, self._root_fisher = fisher_digest, None
         if fisher is not None:
             self._set_fisher(fisher)
 
@@ -138,12 +165,16 @@ class FisherPenalty(AnchoredPenalty):
         """F_jj, a tensor, or None."""
         return None if self._root_fisher is None else ops.square(self._root_fisher)
 
-    def bind(self, key, *, anchor, digest, fisher=None, **_):
+    def bind(self, key, *, anchor, digest, fisher=None, fisher_digest=None, **_):
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
         bound = super().bind(key, anchor=anchor, digest=digest)
+        bound.fisher_digest = fisher_digest
         if fisher is not None:
             bound._set_fisher(fisher)
         return bound
+
+    def get_config(self):
+        return {**super().get_config(), "fisher_digest": self.fisher_digest}
 
     def _set_fisher(self, fisher):
         fisher, what = ops.convert_to_numpy(fisher), self._name_of("Fisher diagonal")
@@ -197,7 +228,7 @@ class L2(Penalty):
 
     symbol = "l2"
 
-    def __call__(self, w):
+    def _value(self, w):
         return ops.multiply(self.alpha, _half_square_sum(self._weight(w)))
 
 
@@ -207,7 +238,7 @@ class L2SP(AnchoredPenalty):
 
     symbol = "l2_sp"
 
-    def __call__(self, w):
+    def _value(self, w):
         return ops.multiply(self.alpha, _half_square_sum(self._difference(w)))
 
 
@@ -217,7 +248,7 @@ class L2SPFisher(FisherPenalty):
 
     symbol = "l2_sp_fisher"
 
-    def __call__(self, w):
+    def _value(self, w):
         return ops.multiply(self.alpha, _half_square_sum(self._weighted_difference(w)))
 
 
@@ -239,7 +270,7 @@ class L1SP(AnchoredPenalty):
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon}
 
-    def __call__(self, w):
+    def _value(self, w):
         difference = self._difference(w)
         if self.epsilon:
             return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(difference) + self.epsilon)))
@@ -252,7 +283,7 @@ class GroupLassoSP(_Grouped, AnchoredPenalty):
 
     symbol = "gl_sp"
 
-    def __call__(self, w):
+    def _value(self, w):
         return self._group_norms(self._difference(w))
 
 
@@ -262,7 +293,7 @@ class GroupLassoSPFisher(_Grouped, FisherPenalty):
 
     symbol = "gl_sp_fisher"
 
-    def __call__(self, w):
+    def _value(self, w):
         return self._group_norms(self._weighted_difference(w))
 
 

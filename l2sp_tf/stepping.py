@@ -1,14 +1,16 @@
 """Optimizers that take the step of the penalties themselves, around the step of another Keras optimizer."""
 
+import contextlib
 import functools
 import warnings
 
 import keras
 from keras import ops
 
+from l2sp_tf import effect
 from l2sp_tf.errors import InputError
 from l2sp_tf.regularizers import Penalty
-from l2sp_tf.variables import forget_traced_steps, keyed_weights
+from l2sp_tf.variables import forget_traced_steps
 
 
 def _of_inner(name):
@@ -26,7 +28,8 @@ class Stepping(keras.optimizers.Optimizer):
 
     It wraps another Keras optimizer, whose learning rate, clipping, gradient accumulation, moving averages and state
     go on as they are; only what its `update_step` does to one weight is surrounded by the step of the weight's penalty.
-    Subclasses say what that step is. Use `of`, which takes the penalties out of the gradient at the same time.
+    Subclasses say what that step is. Use `of`, which keeps the penalties out of the gradient in the model's `train_step`
+    while the model is compiled with the optimizer. In a training loop of your own leave `model.losses` out of the loss.
 
     Args:
         optimizer: a Keras optimizer or the name of one; it belongs to this one from then on.
@@ -36,7 +39,6 @@ class Stepping(keras.optimizers.Optimizer):
         InputError: it is no optimizer, or none whose steps of single weights can be surrounded.
     """
 
-    steps_penalties = True
     penalties = ()  # the classes that can be stepped
 
     def __init__(self, optimizer, name=None):
@@ -47,27 +49,29 @@ class Stepping(keras.optimizers.Optimizer):
 
     @classmethod
     def of(cls, optimizer, model):
-        """Wraps `optimizer`, and takes the penalties on the trainable weights of `model` out of the gradient.
+        """Wraps `optimizer`, and lets `model` keep its penalties out of the gradient in each step that this optimizer takes.
 
-        Their values stay in the loss that Keras reports, and in `model.losses`.
+        Their values stay in the loss that Keras reports, and in `model.losses`. Compiled with another optimizer, the model
+        trains with the penalties in the gradient, as before.
 
         Args:
             optimizer: a Keras optimizer or the name of one. If it is of this class already, as that of a loaded model
                 is, it is returned.
-            model: what `attach` was called on; call this after `attach`, and again after each further `attach`.
+            model: the model that is compiled with the optimizer and fitted; call this after `attach`.
 
         Raises:
-            InputError: as the class; or the model carries no penalty, or one that cannot be stepped.
+            InputError: as the class; Keras runs on another backend than TensorFlow; or the model carries no penalty, or
+                one that cannot be stepped.
         """
-        optimizer = optimizer if isinstance(unscaled(optimizer), cls) else cls(optimizer)
-        weights = [weight.variable for weight in keyed_weights(model).values() if weight.variable.trainable]
-        penalties = [w.regularizer for w in weights if isinstance(w.regularizer, Penalty)]
+        if keras.backend.backend() != "tensorflow":
+            raise InputError(f"{cls.__name__} needs Keras' TensorFlow backend, but this is {keras.backend.backend()}.")
+        penalties = [v.regularizer for v in model.trainable_variables if isinstance(v.regularizer, Penalty)]
         if not penalties:
             raise InputError(f"The model {model.name!r} carries no penalty to step: call l2sp_tf.attach(model, ...) first.")
         for penalty in penalties:
             cls.check(penalty)
-        for penalty in penalties:
-            penalty.stepped = True
+        optimizer = optimizer if isinstance(unscaled(optimizer), cls) else cls(optimizer)
+        _step_apart(model)
         forget_traced_steps(model)
         return optimizer
 
@@ -101,11 +105,7 @@ class Stepping(keras.optimizers.Optimizer):
         penalty = getattr(variable, "regularizer", None)
         if not isinstance(penalty, Penalty):
             return None
-        if not penalty.stepped:
-            raise InputError(
-                f"{penalty} on {penalty.key or variable.name} is in the gradient of the loss and would count twice: "
-                f"call l2sp_tf.{type(self).__name__}.of(model.optimizer, model) after attach."
-            )
+        self.check(penalty)
         return penalty
 
     def build(self, variables):
@@ -116,12 +116,21 @@ class Stepping(keras.optimizers.Optimizer):
         if not self.built:
             self.build(list(trainable_variables))
         variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
-        penalised = [self._penalty_on(variable) is not None for variable in variables]
+        penalties = [self._penalty_on(variable) for variable in variables]
+        penalised = [penalty is not None for penalty in penalties]
         if not any(penalised):
             raise InputError(
                 f"{type(self).__name__} finds no penalty on the weights, so that training would run un-anchored: call "
                 "l2sp_tf.attach(model, ...) with the saved anchors, or compile the model with a plain optimizer."
             )
+        if twice := effect.pop_in_gradient().intersection(penalties):
+            penalty = next(iter(twice))
+            raise InputError(
+                f"{penalty} on {penalty.key or 'a weight'} is in the gradient of the loss and would count twice: call "
+                f"l2sp_tf.{type(self).__name__}.of(model.optimizer, model) first, or leave model.losses out of your own loss."
+            )
+        for penalty in filter(None, penalties):
+            effect.took_part(penalty)
         # a weight that the loss does not reach is still pulled by its penalty
         missing = [g is None and p for g, p in zip(grads, penalised, strict=True)]
         grads = [ops.zeros_like(v) if m else g for g, v, m in zip(grads, variables, missing, strict=True)]
@@ -148,6 +157,22 @@ class Stepping(keras.optimizers.Optimizer):
     def from_config(cls, config, custom_objects=None):
         optimizer = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
         return cls(**{**config, "optimizer": optimizer})
+
+
+def _step_apart(model):
+    """Lets the `train_step` of a model keep the penalties out of the gradient while its optimizer steps them."""
+    take = model.train_step
+    if getattr(take, "is_apart", False):
+        return
+
+    @functools.wraps(take)
+    def train_step(*args, **kwargs):
+        steps_penalties = isinstance(unscaled(model.optimizer), Stepping)
+        with effect.apart() if steps_penalties else contextlib.nullcontext():
+            return take(*args, **kwargs)
+
+    train_step.is_apart = True
+    object.__setattr__(model, "train_step", train_step)  # behind the back of Keras' tracking
 
 
 def unscaled(optimizer):

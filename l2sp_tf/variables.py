@@ -1,6 +1,7 @@
 """The weights of a Keras model, each under one key."""
 
 import dataclasses
+import gc
 import re
 
 import keras
@@ -135,10 +136,19 @@ def set_regularizer(weight, regularizer, *, only=object):
 
 
 def forget_traced_steps(model):
-    """Makes a compiled model trace its steps again: traced ones keep the penalties, layers and frozen weights that they saw."""
-    for name in ("train_function", "test_function"):
-        if getattr(model, name, None) is not None:
-            setattr(model, name, None)
+    """Makes a model, and those it is part of, trace their steps again: traced ones keep what the layers were before."""
+    changed = {id(variable) for variable in model.variables}
+    # a layer does not know which models it is part of, so that all models are asked; each refers to its class
+    for other in [found for found in gc.get_referrers(*_with_subclasses(keras.Model)) if isinstance(found, keras.Model)]:
+        if other is model or any(id(variable) in changed for variable in other.variables):
+            for name in ("train", "test"):
+                if getattr(other, f"{name}_function", None) is not None:  # made anew, not removed: the model may be in `fit`
+                    getattr(other, f"make_{name}_function")(force=True)
+
+
+def _with_subclasses(kind):
+    """A class and all classes made from it."""
+    return {kind}.union(*(_with_subclasses(child) for child in kind.__subclasses__()))
 
 
 def _suffixes(key):

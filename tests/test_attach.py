@@ -169,11 +169,46 @@ def test_a_layer_named_new_is_new_though_its_shape_fits(small_network):
         l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["missing"])
 
 
-def test_frozen_weights_are_neither_penalised_nor_listed(small_network):
+def test_frozen_weights_are_left_out_and_said_to_be_frozen(small_network):
     model = small_network()
     model.get_layer("conv1_conv").trainable = False
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
     assert [w.key for w in coverage.group("S")] == ["conv2_conv/kernel", "predictions/kernel"]
+    frozen = [w.key for w in coverage.group("left out") if w.reason == "frozen"]
+    assert frozen == ["conv1_conv/kernel", "conv1_conv/bias"]
+
+
+def test_a_frozen_backbone_has_l2_on_its_head_and_one_call_when_it_is_unfrozen(small_network):
+    """The usual recipe: the head alone first, then all weights."""
+    pretrained = small_network()
+    anchors = l2sp.Anchors.of(pretrained)
+    model = l2sp.with_new_head(pretrained, 3)
+    backbone = [layer for layer in model.layers if layer.name != "new_head"]
+    for layer in backbone:
+        layer.trainable = False
+    for phase in ("head", "all"):
+        coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors, beta=0.01)
+        kinds = {"S": 0 if phase == "head" else 2, "S-bar": 1}
+        assert {name: coverage.counts[name][0] for name in kinds} == kinds
+        assert all((w.reason == "frozen") == (phase == "head") for w in coverage.weights if not w.key.startswith("new_head"))
+        model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        guard = l2sp.AnchorGuard(coverage)
+        model.fit(*batch(), verbose=0, callbacks=[guard])
+        for layer in backbone:
+            layer.trainable = True
+        if phase == "head":
+            assert all(np.array_equal(anchors[k], v) for k, v in l2sp.Anchors.of(model).items() if "new_head" not in k)
+            model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+            with pytest.raises(l2sp.UnboundPenaltyError, match="was frozen when the penalty was attached"):
+                model.fit(*batch(), verbose=0, callbacks=[guard])
+
+
+def test_what_keras_does_not_train_is_frozen_whatever_its_own_flag_says():
+    model = nested()
+    model.trainable = False
+    model.layers[1].get_layer("a").trainable = True  # under a model that is not trained
+    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["new"])
+    assert not model.trainable_variables and {w.reason for w in coverage.weights} == {"frozen"}
 
 
 BAD_CALLS = [
@@ -186,7 +221,7 @@ BAD_CALLS = [
     (lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), a, params="some"), "params is 'some'"),
     (
         lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), {"x/kernel": np.ones(3)}),
-        r"No trainable weight .*\(conv1_conv/kernel.*\(x/kernel",
+        r"No weight .*\(conv1_conv/kernel.*\(x/kernel",
     ),
 ]
 
@@ -294,15 +329,110 @@ def test_the_guard_stops_training_that_would_run_un_anchored(harm):
         np.testing.assert_array_equal(one, two)
 
 
-def test_the_guard_sees_a_layer_unfrozen_later():
+class Stepper(keras.Sequential):
+    """Trains by one of several train steps of its own; `losses_of` picks the penalties that it adds."""
+
+    def __init__(self, layers, losses_of, style):
+        super().__init__(layers)
+        self.losses_of, self.style = losses_of, style
+
+    def train_step(self, data):
+        x, y = data
+        loss_of = tf.function(self.loss_of) if self.style == "function" else self.loss_of
+        with tf.GradientTape() as tape:
+            loss = loss_of(x, y)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        if self.style == "by hand":
+            for variable, gradient in zip(self.trainable_variables, gradients, strict=True):
+                variable.assign_sub(0.1 * gradient)
+        else:
+            self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss, "penalty": tf.add_n(self.losses)}
+
+    def loss_of(self, x, y):
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)(y, self(x, training=True))
+        return tf.add_n([loss, *self.losses_of(self.losses)])
+
+
+TRAIN_STEPS = [(style, {}) for style in ("optimizer", "by hand", "function")]
+TRAIN_STEPS += [("optimizer", how) for how in ({"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 2})]
+
+
+@pytest.mark.parametrize(("style", "how"), TRAIN_STEPS)
+@pytest.mark.parametrize("added", ["all", "none", "first"])
+def test_the_guard_stops_a_train_step_that_ignores_a_penalty(added, how, style):
+    losses_of = {"all": list, "none": lambda losses: [], "first": lambda losses: losses[:1]}[added]
+    model = Stepper([keras.Input((6, 6, 3)), keras.layers.Flatten(), dense(4, "a"), dense(3, "new")], losses_of, style)
+    anchors, _ = anchors_and_key(model)
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
+    model.compile(keras.optimizers.SGD(0.1), **{"jit_compile": False, **how})
+    before = model.get_weights()
+    if added == "all":
+        model.fit(*batch(), verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
+        assert not np.array_equal(before[0], model.get_weights()[0])
+        return
+    with pytest.raises(l2sp.UnboundPenaltyError, match="takes no part in the steps of Stepper"):
+        model.fit(*batch(), verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
+    for one, two in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_guard_of_a_part_watches_the_model_around_it(kind):
+    """The step of the outer model was traced before the penalties came."""
+    part = KINDS[kind]()
+    inputs = keras.Input((6, 6, 3))
+    outer = keras.Model(inputs, keras.layers.Dense(3, name="outer_head", dtype="float32")(part(inputs)))
+    train(outer, optimizer=keras.optimizers.SGD(0.0))
+    plain = outer.evaluate(*batch(), verbose=0)
+    anchors, _ = anchors_and_key(part)
+    coverage = l2sp.attach(part, l2sp.L2SP(0.3), anchors)
+    penalised = outer.fit(*batch(), verbose=0, callbacks=[l2sp.AnchorGuard(coverage)]).history["loss"][0]
+    np.testing.assert_allclose(penalised - plain, float(sum(part.losses)), rtol=1e-3)
+    assert float(sum(part.losses)) > 0
+    part.trainable = False
+    with pytest.raises(l2sp.UnboundPenaltyError, match="is frozen now"):
+        outer.fit(*batch(), verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
+
+
+def test_attaching_in_the_middle_of_a_training_takes_effect_at_the_next_step():
     model = sequential()
     anchors, _ = anchors_and_key(model)
+
+    class Attach(keras.callbacks.Callback):
+        def on_train_batch_end(self, step, logs=None):
+            if step == 0:
+                l2sp.attach(model, l2sp.L2SP(1.0), anchors)
+
+    losses = []
+    record = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: losses.append(logs["loss"]))
+    train(model, Attach(), record, optimizer=keras.optimizers.SGD(0.0), epochs=2)
+    np.testing.assert_allclose(losses[1] - losses[0], float(sum(model.losses)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("params", ["kernels", "all"])
+def test_attach_takes_off_what_was_attached_before(params):
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    l2sp.attach(model, l2sp.L1SP(0.7), anchors, params="all")
     model.get_layer("a").trainable = False
-    anchors = l2sp.Anchors({**anchors, "new/kernel": model.get_layer("new").kernel.numpy()})
-    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors)
-    model.get_layer("a").trainable = True
-    with pytest.raises(l2sp.UnboundPenaltyError, match="a/kernel is trainable now"):
-        train(model, l2sp.AnchorGuard(coverage))
+    coverage = l2sp.attach(model, l2sp.L2SP(0.3), anchors, params=params)
+    carried = {key: w.variable.regularizer for key, w in keyed_weights(model).items() if w.variable.regularizer is not None}
+    assert set(carried) == {row.key for row in coverage.weights if row.penalty is not None}
+    assert not any(key.startswith("a/") for key in carried)
+    l2sp.attach(model, l2sp.L2(0.1), None, 0.2)
+    assert {type(v.regularizer) for v in model.trainable_variables} == {l2sp.L2, type(None)}
+
+
+def test_an_attach_that_fails_changes_nothing():
+    model = sequential()
+    anchors, _ = anchors_and_key(model)
+    l2sp.attach(model, l2sp.L1SP(0.7), anchors, params="all")
+    before = {key: w.variable.regularizer for key, w in keyed_weights(model).items()}
+    fisher = {key: -np.ones_like(a) for key, a in anchors.items()}
+    with pytest.raises(l2sp.InputError, match="negative"):
+        l2sp.attach(model, l2sp.L2SPFisher(0.7), anchors, fisher=fisher)
+    assert before == {key: w.variable.regularizer for key, w in keyed_weights(model).items()}
 
 
 def test_the_guard_warns_of_a_hidden_decay_to_zero():

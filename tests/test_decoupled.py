@@ -61,7 +61,6 @@ def test_under_adam_it_is_the_formula():
     optimizer = l2sp.Decoupled(keras.optimizers.Adam(schedule))
     variable = keras.Variable(w.astype("float32"))
     variable.regularizer = l2sp.L2SPFisher(0.7, w0.astype("float32"), fisher.astype("float32"))
-    variable.regularizer.stepped = True
     for _ in range(12):
         optimizer.apply([variable.value - target.astype("float32")], [variable])
     expected = adam(w, lambda: [lambda w: w - target] * 12, w0, lambda t: 0.05 * 0.5 ** (t / 4), 0.7, fisher)
@@ -73,8 +72,7 @@ def test_adam_divides_the_penalty_in_the_gradient_by_its_size_but_not_the_decoup
     moved = {}
     for decoupled in (False, True):
         variable = keras.Variable(w)
-        penalty = variable.regularizer = l2sp.L2SP(0.1, w0)
-        penalty.stepped = decoupled
+        variable.regularizer = l2sp.L2SP(0.1, w0)
         optimizer = keras.optimizers.Adam(0.01)
         optimizer = l2sp.Decoupled(optimizer) if decoupled else optimizer
         for sign in (1, -1) * 50:  # gradients without a direction, large on the first weight

@@ -137,7 +137,7 @@ def test_a_strength_or_step_of_zero_leaves_the_weight_as_it_is(name):
 def optimise(optimizer, penalty, w0, curvature, target, steps, start=None):
     """Steps curvature / 2 (w - target)^2 and the penalty; returns the weights after each step."""
     w = keras.Variable(w0 if start is None else start)
-    w.regularizer, penalty.stepped = penalty, True
+    w.regularizer = penalty
     step = tf.function(lambda: optimizer.apply([curvature * (w.value - target)], [w]))
     path = []
     for _ in range(steps):
@@ -180,7 +180,7 @@ def test_the_subgradient_alone_freezes_nothing_where_proximal_steps_do():
     penalty = l2sp.L1SP(0.4, w0)
     assert np.array_equal(optimise(l2sp.Proximal("sgd"), penalty, w0, 1.0, target, 50)[-1], w0)
     w = keras.Variable(w0)
-    plain, penalty.stepped = keras.optimizers.SGD(0.01), False
+    plain = keras.optimizers.SGD(0.01)
     for _ in range(50):
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum((w.value - target) ** 2) / 2 + penalty(w)
@@ -280,19 +280,62 @@ def test_a_saved_model_goes_on_as_if_it_had_not_stopped(kind, tmp_path):
         np.testing.assert_allclose(one.numpy(), two.numpy(), atol=1e-6)
 
 
-def test_detached_or_compiled_otherwise_it_stops():
+def test_detached_it_stops():
     model = network()
-    coverage = attached(model, l2sp.Anchors.of(model))
+    attached(model, l2sp.Anchors.of(model))
     l2sp.detach(model)
     with pytest.raises(l2sp.InputError, match="finds no penalty"):
         model.fit(X, Y, verbose=0)
     with pytest.raises(l2sp.InputError, match="no penalty to step"):
         l2sp.Proximal.of("sgd", model)
-    model = network()
-    coverage = attached(model, l2sp.Anchors.of(model))
-    model.compile("sgd", LOSS)
-    with pytest.raises(l2sp.UnboundPenaltyError, match="compiled with SGD: compile it with what"):
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_compiled_otherwise_the_penalty_is_in_the_gradient_again(run_eagerly):
+    """The steps after a proximal run are those of a model that never had one."""
+    models = [network(), network()]
+    anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(models[0]).items()})
+    coverages = [l2sp.attach(model, l2sp.L2SP(0.7), anchors, 0.1, new=("b",)) for model in models]
+    models[0].compile(l2sp.Proximal.of(keras.optimizers.SGD(0.1), models[0]), LOSS, run_eagerly=run_eagerly)
+    fit(models[0], coverages[0])
+    models[1].set_weights(models[0].get_weights())
+    for model, coverage in zip(models, coverages, strict=True):
+        model.compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=run_eagerly)
         fit(model, coverage)
+    for one, two in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_what_would_count_twice_is_refused(run_eagerly):
+    """A stepping optimizer in a model that was not told of it, and one around the model that was."""
+    part = network()
+    l2sp.attach(part, l2sp.L1SP(0.1), l2sp.Anchors.of(part), new=("b",))
+    whole = keras.Sequential([keras.Input((4,)), part])
+    for model in (part, whole):
+        model.compile(l2sp.Proximal(keras.optimizers.SGD(0.1)), LOSS, run_eagerly=run_eagerly)
+        with pytest.raises(l2sp.InputError, match=r"would count twice: call l2sp_tf.Proximal.of\(model.optimizer, model\)"):
+            model.fit(X, Y, verbose=0)
+    l2sp.Proximal.of(whole.optimizer, whole)
+    whole.fit(X, Y, verbose=0)
+
+
+def test_a_loop_of_ones_own_leaves_the_penalties_out_of_its_loss():
+    model = network()
+    anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(model).items()})
+    l2sp.attach(model, l2sp.L2SP(0.7), anchors, new=("b",))
+    optimizer, kernel = l2sp.Proximal.of(keras.optimizers.SGD(0.1), model), model.get_layer("a").kernel
+    for include in (False, True):
+        with tf.GradientTape() as tape:
+            loss = LOSS(Y, model(X, training=True)) + (sum(model.losses) if include else 0)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        if include:
+            with pytest.raises(l2sp.InputError, match="leave model.losses out of your own loss"):
+                optimizer.apply(gradients, model.trainable_variables)
+        else:
+            moved = kernel.numpy() - 0.1 * gradients[0].numpy()
+            optimizer.apply(gradients, model.trainable_variables)
+            np.testing.assert_allclose(kernel.numpy(), proximal_map(kernel.regularizer, moved, 0.1), atol=1e-6)
 
 
 def test_a_step_with_gradients_that_are_not_finite_is_skipped_whole():
@@ -355,7 +398,6 @@ def test_what_cannot_be_stepped_is_refused_in_a_sentence():
     l2sp.attach(model, l2sp.L1SP(0.1, epsilon=1e-16), l2sp.Anchors.of(model), new=("b",))
     with pytest.raises(l2sp.InputError, match="epsilon=1e-16, which smooths the kink"):
         l2sp.Proximal.of("sgd", model)
-    assert not model.get_layer("a").kernel.regularizer.stepped
     used = keras.optimizers.SGD(0.1)
     l2sp.Proximal(used)
     for optimizer, message in (
@@ -375,7 +417,6 @@ def test_a_weight_that_the_loss_does_not_reach_is_still_pulled():
     w = [keras.Variable(np.ones(2, "float32")) for _ in range(2)]
     for variable in w:
         variable.regularizer = l2sp.L1SP(1.0, np.zeros(2, "float32"))
-        variable.regularizer.stepped = True
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         l2sp.Proximal(keras.optimizers.SGD(0.1)).apply([None, tf.ones(2)], w)
