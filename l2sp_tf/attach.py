@@ -131,7 +131,7 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
         rows.append(row)
     if anchors is not None and not matches:
         raise InputError(
-            f"No weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
+            f"No trainable weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
             f"shape of one of the anchors ({', '.join(list(anchors)[:3])}, ...): give the anchors of the model it started from."
         )
     for weight in weights.values():
@@ -201,8 +201,14 @@ class _FisherValues:
         provenance = getattr(fisher, "provenance", None)
         if provenance is None or anchors is None or provenance["model"] == anchors.digest:
             return
+        estimated_at = provenance.get("weights")
+        if estimated_at is None:  # a file from before these were recorded
+            raise InputError(
+                f"This Fisher diagonal was estimated on a model of digest {str(provenance['model'])[:12]}, but the anchors have "
+                f"{anchors.digest[:12]}: estimate it on the model that the anchors were taken from."
+            )
         # other names or another head make another digest, of which the weights that count know nothing
-        estimated_at, hashes = provenance.get("weights", {}), {entry["name"]: entry["sha256"] for entry in anchors.manifest}
+        hashes = {entry["name"]: entry["sha256"] for entry in anchors.manifest}
         for key, other in self._matches.items():
             if estimated_at.get(other) != hashes[matches[key]]:
                 raise InputError(

@@ -153,7 +153,7 @@ def _run(start, plan, setting, selection, say, verbose):
         run = finetune(start.pretrained, start.target, setting.penalty, recipe, save=plan.save_models, **options)
         record = _record_of(run, _measure(run, start, recipe))
     results, seconds = record["results"], record["seconds"]
-    extra = {"fisher": fisher.provenance if fisher is not None else None, "selection": selection}
+    extra = {"fisher": None if fisher is None else _without_weights(fisher.provenance), "selection": selection}
     extra["deterministic"] = plan.deterministic or None
     record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
     if distribution.is_chief(strategy):
@@ -165,6 +165,11 @@ def _run(start, plan, setting, selection, say, verbose):
     say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")
     keras.utils.clear_session(free_memory=True)
     return records.read_record(path)
+
+
+def _without_weights(provenance):
+    """The provenance of a Fisher diagonal without the hash of each weight, which its `model` sums up."""
+    return {name: value for name, value in provenance.items() if name != "weights"}
 
 
 def _run_fold(task, start, setting, recipe, options):

@@ -221,7 +221,7 @@ BAD_CALLS = [
     (lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), a, params="some"), "params is 'some'"),
     (
         lambda m, a: l2sp.attach(m, l2sp.L2SP(0.1), {"x/kernel": np.ones(3)}),
-        r"No weight .*\(conv1_conv/kernel.*\(x/kernel",
+        r"No trainable weight .*\(conv1_conv/kernel.*\(x/kernel",
     ),
 ]
 
