@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"errors", "files", "memory", "variables"},
     {"reading"},
-    {"batch_norm", "pixels"},
+    {"batch_norm", "pixels", "likelihoods"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
     | {"stepping", "distribution"},
