@@ -88,8 +88,8 @@ class Likelihood:
         if not self.assumed and doubtful:
             kind = "negative, above 1 or of another sum than 1" if self.family == CATEGORICAL else "negative or above 1"
             raise InputError(
-                f"The outputs of the model {model.name!r} are taken for probabilities, because its loss or from_logits=False says "
-                f"so, but some are {kind}: pass from_logits=True if they are logits."
+                f"The outputs of the model {model.name!r} are taken for probabilities, because its loss or from_logits=False "
+                f"says so, but some are {kind}: pass from_logits=True if they are logits."
             )
 
 
@@ -207,8 +207,8 @@ def _check_linear(source, classes, what):
         )
     if classes == 1:
         raise InputError(
-            f"{what[0].upper()}{what[1:]} is one number, and nothing says what it means: pass from_logits=True if it is the logit "
-            "of one class, or compile the model with its loss, such as BinaryCrossentropy(from_logits=True)."
+            f"{what[0].upper()}{what[1:]} is one number, and nothing says what it means: pass from_logits=True if it is a logit, "
+            "or compile the model with its loss, such as BinaryCrossentropy(from_logits=True)."
         )
 
 
@@ -280,7 +280,7 @@ def _said_by(loss, classes):
 def _said_by_one(loss, classes):
     if isinstance(loss, str) and loss.lower() in ("crossentropy", "ce"):  # Keras chooses by the shape
         return BERNOULLI if classes == 1 else CATEGORICAL, False
-    if isinstance(loss, (str, dict)) or isinstance(loss, type):
+    if isinstance(loss, (str, dict, type)):
         try:
             loss = keras.losses.get(loss)
         except (ValueError, TypeError):

@@ -359,9 +359,7 @@ def test_cotangents_factor_the_covariance(classes):
     columns = np.stack([likelihoods.column(tf.constant(p), i).numpy() for i in range(classes)])
     np.testing.assert_allclose(np.einsum("ibk,ibl->bkl", columns, columns), h, atol=1e-14)
     assert not columns[-1].any()
-    u = likelihoods.signs_cotangent(
-        tf.constant(np.tile(p, (4000, 1))), likelihoods.random_signs(3, 0, 0, 28000, classes)
-    ).numpy()
+    u = likelihoods.signs_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_signs(3, 0, 0, 28000, classes)).numpy()
     np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
     u = likelihoods.label_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_uniforms(3, 0, 0, 28000)).numpy()
     np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
