@@ -2,8 +2,9 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
+from l2sp_tf.answers import Judge
+from l2sp_tf.batches import check_readable_again, labelled_batches
 from l2sp_tf.data import Task, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.models import detached_copy
@@ -15,66 +16,62 @@ STATISTICS = ("moving_mean", "moving_variance")
 def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=False):
     """Top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
 
-    With ten crops the class is that of the highest mean probability, 1/10 sum_v softmax(z_v), over the
-    corners, the centre and their mirror images.
+    The class is that of the highest score. One output, a sigmoid or its logit, says 1 where its probability is above 1/2.
+    With ten crops the class is that of the highest mean probability, 1/10 sum_v p(x_v), over the corners, the
+    centre and their mirror images. A row of scores with a NaN is no right answer.
+
+    With weights the accuracy is sum_i w_i right_i / sum_i w_i; the counts stay counts. With many outputs each is judged by
+    itself, and the accuracy and counts are those of all answers together.
 
     Args:
-        model: a Keras classifier; logits and probabilities do alike.
-        data: a `Task`, or a finite iterable of (images [b, h, w, 3], labels [b]); with ten crops, of
-            (images [b, 10, h, w, 3], labels [b]).
-        batch_size: crops a step, for a `Task`; ten crops of an image stay together.
+        model: a Keras classifier with outputs [B, K], [B, 1, 1, K] or [B, 1]: logits and probabilities do alike.
+        data: a `Task`; arrays (x, y) or (x, y, weights) in a tuple; a `tf.data.Dataset` or `keras.utils.PyDataset` of
+            such elements, batched or not; or an iterable of batches. With ten crops x is [b, 10, h, w, 3]. x may be a
+            dict or tuple of inputs. Labels are integers [b] or [b, 1], also as booleans or whole floats, or one-hot
+            [b, K]; for many outputs in a dict or list like theirs.
+        batch_size: crops a step, where the data are no batches; ten crops of an image stay together.
         crops: 1 or 10 of each image.
-        from_logits: whether the model's output is logits; None takes non-negative outputs that sum to 1
-            for probabilities. It counts with ten crops only.
+        from_logits: whether the model's output is logits, as in `fisher_diagonal`. It counts with ten crops, and for
+            one output.
         answers: whether to return which images were right, too.
 
     Returns:
         {"accuracy": in [0, 1], "correct": count, "total": count}, and with `answers` under "right" a
-        bool [n] in the order of the images.
+        bool [n] in the order of the images. With many outputs also "outputs", a dict from the name of each output to
+        such a dict; then "right" is bool [n, outputs].
 
     Raises:
-        InputError: there is no image, or `crops` is neither 1 nor 10.
+        InputError: there is no image; data, labels or outputs have a form that cannot be judged; it cannot be told what an
+            output means where that matters; `crops` is neither 1 nor 10.
     """
-    if crops not in (1, 10):
-        raise InputError(f"crops is {crops!r}: it must be 1 or 10.")
-    batches = data
+    return _accuracy(model, data, Judge(model, model, crops, from_logits), batch_size, answers)
+
+
+def _accuracy(model, data, judge, batch_size, answers=False):
+    """What `evaluate` returns, by the answers of a `Judge`."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}: give an integer that is at least 1.")
+    size = max(1, batch_size // judge.crops)
     if isinstance(data, Task):
-        size = max(1, batch_size // crops)
-        batches = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=crops)
+        data = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=judge.crops)
+    judged = [judge(*batch) for batch in labelled_batches(data, model, size=size, crops=judge.crops)]
+    if not judged:
+        again = ", in data that can be read again if they have been read before" if hasattr(data, "__next__") else ""
+        raise InputError(f"There are no test images to evaluate on: give at least one{again}.")
+    right, weights = (np.concatenate([part[i] for part in judged]) for i in (0, 1))
+    if judge.names == [None]:
+        return _summary(right[:, 0], weights[:, 0], answers)
+    each = {name: _summary(right[:, i], weights[:, i], answers) for i, name in enumerate(judge.names)}
+    return {**_summary(right, weights, answers), "outputs": each}
 
-    right, is_right = [], None
-    for x, y in batches:
-        if is_right is None:
-            is_right = _judge(model, x, crops, from_logits)
-        right.append(is_right(tf.cast(x, tf.float32), tf.cast(y, tf.int64)).numpy())
-    if not right:
-        raise InputError("There are no test images to evaluate on.")
-    right = np.concatenate(right)
-    result = {"accuracy": float(right.mean()), "correct": int(right.sum()), "total": len(right)}
+
+def _summary(right, weights, answers):
+    total = weights.sum()
+    if not total > 0:
+        raise InputError("The sample weights are all 0: give at least one image a weight.")
+    accuracy = float(right.mean()) if (weights == 1).all() else float(weights[right].sum() / total)
+    result = {"accuracy": accuracy, "correct": int(right.sum()), "total": right.size}
     return {**result, "right": right} if answers else result
-
-
-def _judge(model, x, crops, from_logits):
-    """A traced function of images and labels, for any number of them, that tells which answers are right: bool [n]."""
-
-    def judge(images, labels):
-        scores = model(tf.reshape(images, [-1, *images.shape[-3:]]), training=False)
-        if crops > 1:
-            scores = tf.reshape(_probabilities(scores, from_logits), [-1, crops, scores.shape[-1]])
-            scores = tf.reduce_mean(scores, axis=1)
-        return tf.argmax(scores, axis=-1) == labels
-
-    specs = tf.TensorSpec([None, *x.shape[1:]], tf.float32), tf.TensorSpec([None], tf.int64)
-    return tf.function(judge).get_concrete_function(*specs)
-
-
-def _probabilities(scores, from_logits):
-    """The probabilities [b, classes] that a model's output means, in float32."""
-    scores = tf.cast(scores, tf.float32)
-    if from_logits is None:
-        sums = tf.abs(tf.reduce_sum(scores, axis=1) - 1)
-        from_logits = tf.reduce_any(scores < 0) | tf.reduce_any(sums > 1e-2)  # half precision sums no better
-    return tf.where(from_logits, tf.nn.softmax(scores), scores)
 
 
 def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
@@ -100,11 +97,13 @@ def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crop
     Raises:
         InputError: the two models share no weights.
     """
+    check_readable_again(source)
     before = before or evaluate(pretrained, source, batch_size=batch_size, crops=crops)
     result = {"before": before}
     for name in ("target_statistics", "source_statistics"):
         model = transplant(finetuned, pretrained, statistics=name == "target_statistics")
-        result[name] = evaluate(model, source, batch_size=batch_size, crops=crops)
+        # the copy is not compiled: the loss of the pre-trained model says what its outputs mean
+        result[name] = _accuracy(model, source, Judge(model, pretrained, crops, None), batch_size)
         result[f"drop_{name}"] = before["accuracy"] - result[name]["accuracy"]
     return result
 

@@ -1,22 +1,24 @@
 """The diagonal of the Fisher information on source images: the unnumbered estimate of section 3.
 
-Symbols: `p` = f(x) the class probabilities of one image, `z` its logits, `u` a cotangent of the
-logits, H = diag(p) - p pᵀ the Fisher information of z. With J the Jacobian of z with respect to
-the weights, F_jj = mean over images of (Jᵀ H J)_jj, so any u with E[u uᵀ] = H gives an unbiased
-estimate (Jᵀ u)_j² from one backward pass.
+Symbols: `p` = f(x) the probabilities of one image, `z` its logits, `u` a cotangent of the logits,
+H the Fisher information of z: diag(p) - p pᵀ for one of K classes, diag(p (1 - p)) for K Bernoulli
+outputs. With J the Jacobian of z with respect to the weights, F_jj = mean over images of
+(Jᵀ H J)_jj, so any u with E[u uᵀ] = H gives an unbiased estimate (Jᵀ u)_j² from one backward pass.
 """
 
 import hashlib
 import json
 import math
+import re
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.anchors import Anchors, Arrays, digest_of, load_arrays, save_arrays
+from l2sp_tf.anchors import Arrays, digest_of, load_arrays, manifest_of, save_arrays
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher_rules import check_layers, instrumented
+from l2sp_tf.likelihoods import CATEGORICAL, FAMILIES, likelihood_of, random_signs, random_uniforms
 from l2sp_tf.reading import parse_json, refusing
 from l2sp_tf.variables import keyed_weights
 
@@ -37,7 +39,8 @@ class Fisher(Arrays):
     Attributes:
         provenance: a dict of where the numbers come from: `source` (the caller's words),
             `images` (how many), `mode`, `samples`, `seed`, `first`, `model` (the digest of the
-            model's weights) and `transforms`.
+            model's weights), `weights` (the sha256 of each weight of the model, by key; files
+            written before lack it) and `transforms`.
     """
 
     def __init__(self, arrays, provenance, statistics):
@@ -87,7 +90,8 @@ class Fisher(Arrays):
         Fields of the provenance that differ (source, seed, first) become lists.
 
         Raises:
-            InputError: the two are of different models, weights, modes or samples, or one is transformed.
+            InputError: the two are of different models, values of the weights, modes or samples, or one is
+                transformed.
         """
         if not isinstance(other, Fisher):
             return NotImplemented
@@ -96,7 +100,7 @@ class Fisher(Arrays):
         arrays = {key: (m * self[key].astype("float64") + n * other[key]) / (m + n) for key in self}
         statistics = {layer: np.add(sums, other._statistics[layer]) for layer, sums in self._statistics.items()}
         merged = {key: _merge(self.provenance[key], other.provenance[key]) for key in ("source", "seed", "first")}
-        return Fisher(arrays, {**self.provenance, **merged, "images": m + n}, statistics)
+        return Fisher(arrays, {**other.provenance, **self.provenance, **merged, "images": m + n}, statistics)
 
     def _check_addable(self, other):
         wrong = [
@@ -104,6 +108,10 @@ class Fisher(Arrays):
             for name in ("model", "mode", "samples")
             if self.provenance[name] != other.provenance[name]
         ]
+        hashes, others = self.provenance.get("weights"), other.provenance.get("weights")
+        if hashes and others and hashes != others:  # a file that lacks them has the digest over them
+            key = next(key for key in {**hashes, **others} if hashes.get(key) != others.get(key))
+            wrong.append(f"they were estimated at other weights (of {key}, say)")
         if {key: array.shape for key, array in self.items()} != {key: array.shape for key, array in other.items()}:
             wrong.append("their weights differ")
         if self.provenance["transforms"] or other.provenance["transforms"]:
@@ -190,6 +198,14 @@ def fisher_diagonal(
       variance that is at most 2 F² an image where that of "mc" is not bounded. With two classes
       it is exact, because H has rank 1.
 
+    K sigmoids are K independent Bernoulli outputs, whose log-likelihoods add: H = diag(p (1 - p)).
+    Then "exact" takes the K columns √(p_k (1 - p_k)) e_k, "mc" u = y - p with each y_k drawn from
+    p_k, and "rademacher" u_k = ε_k √(p_k (1 - p_k)), which is exact for one output.
+
+    What the output means is decided by its operation, a softmax or sigmoid. Otherwise `from_logits`
+    decides, or else the loss that the model was compiled with. If there is neither, two or more
+    outputs of a linear operation are taken for logits of classes.
+
     In all modes a last Dense layer is computed in closed form, F_W[c, k] = mean h_c² p_k (1 - p_k),
     but not with `slow_fallback`. Random numbers are a function of (seed, index of the image, draw)
     alone: no batch size and no split changes them.
@@ -206,14 +222,15 @@ def fisher_diagonal(
     largest. A batch that does not fit is split, with the same result.
 
     Args:
-        model: a built Keras classifier, with logits or a softmax [B, K] as its only output. The
-            softmax is undone by taking its argument, never by a logarithm.
+        model: a built Keras classifier, with logits, a softmax or sigmoids [B, K] as its only output. A
+            softmax or sigmoid is undone by taking its argument, never by a logarithm.
         images: a `tf.data.Dataset` of batches x or (x, y), of which y is ignored; or an array.
         mode: "rademacher", "mc" or "exact".
         samples: draws for each image, averaged.
         seed: of the draws, at least 0.
-        from_logits: whether the model's output is logits; None finds out. False also accepts
-            probabilities that no softmax operation made, and takes their logarithm.
+        from_logits: whether the model's output is logits, where no softmax or sigmoid operation made
+            it; None finds out. One output is a Bernoulli one, more are classes unless the compiled
+            loss is binary. Of probabilities that no operation made the logarithm is taken.
         batch_size: 32 for an array; None leaves the batches of a dataset as they are.
         first: the index of the first image, for one part of a longer pass; `+` joins the parts.
         source: any words or JSON that describe the images, kept in the provenance.
@@ -228,7 +245,8 @@ def fisher_diagonal(
 
     Raises:
         InputError: a bad argument; no images; a trainable weight of a layer that is shared, called in
-            a loop, or quantized; outputs that are not logits [B, K] or not finite.
+            a loop, or quantized; an output of another shape, or of which it cannot be told what it means;
+            outputs that are not finite.
     """
     _check_arguments(mode, samples, seed, first, tolerance)
     estimator = _Estimator(model, mode, samples, seed, from_logits, slow_fallback)
@@ -257,7 +275,7 @@ def fisher_diagonal(
         "samples": samples,
         "seed": seed,
         "first": first,
-        "model": Anchors.of(model).digest,
+        **_identity(model),
         "transforms": [],
     }
     return Fisher(sums.means(), provenance, sums.statistics())
@@ -331,7 +349,7 @@ class _Estimator:
             raise InputError(f"The model {model.name!r} has no trainable weight: set trainable=True on what shall have a Fisher.")
         if not slow:
             check_layers(self.weights)
-        self.classes = None
+        self.likelihood = None  # known as soon as the model is traced
         self._functions = {}
         self._largest = math.inf
 
@@ -355,35 +373,45 @@ class _Estimator:
         self._batch = _length(x)
         spec = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), x)
         if str(spec) not in self._functions:
-            noise = {"rademacher": [tf.TensorSpec([None] * 3, tf.int8)], "mc": [tf.TensorSpec([None] * 2, tf.float64)]}
+            noise = {"rademacher": [tf.TensorSpec([None] * 3, tf.int8)], "mc": [tf.TensorSpec([None] * 3, tf.float64)]}
             function = tf.function(self._slow_sums if self.slow else self._fast_sums, autograph=False)
             self._functions[str(spec)] = function.get_concrete_function(spec, *noise.get(self.mode, []))
-        sums, are_probabilities = self._functions[str(spec)](*tf.nest.flatten(x), *self._noise(first, _length(x)))
-        if self.from_logits is None and bool(are_probabilities):
-            raise InputError(
-                f"The outputs of the model {self.model.name!r} look like probabilities, but no softmax operation gave them: "
-                "pass from_logits=False if they are, from_logits=True if they are logits."
-            )
+        sums, doubtful = self._functions[str(spec)](*tf.nest.flatten(x), *self._noise(first, _length(x)))
+        self.likelihood.check(int(doubtful), _length(x), self.model)
         return sums
 
     def _noise(self, first, n):
-        """The random numbers of the images first..first+n-1: signs [samples, n, K], uniforms [samples, n] or nothing."""
+        """The random numbers of the images first..first+n-1: signs [samples, n, K], uniforms [samples, n, 1 or K] or nothing."""
         if self.mode == "exact":
             return []
-        if self.mode == "mc":
-            draws = [random_uniforms(self.seed, draw, first, first + n) for draw in range(self.samples)]
-        else:
-            draws = [random_signs(self.seed, draw, first, first + n, self.classes) for draw in range(self.samples)]
+        function = random_uniforms if self.mode == "mc" else random_signs
+        one = self.mode == "mc" and self.likelihood.family == CATEGORICAL  # label an image, whose draws a count would not change
+        count = 1 if one else self.likelihood.classes
+        draws = [function(self.seed, draw, first, first + n, count) for draw in range(self.samples)]
         return [tf.constant(np.stack(draws))]
+
+    def _traced(self, x):
+        """The model's output and the logits [B, K] that it means.
+
+        Raises:
+            InputError: the model has several outputs, or it cannot be told what its output means.
+        """
+        outputs = self.model(x, training=False)
+        if len(tf.nest.flatten(outputs)) == 1:
+            outputs = tf.nest.flatten(outputs)[0]
+        self.likelihood = likelihood_of(outputs, self.model, self.from_logits)
+        return outputs, self.likelihood.logits()
+
+    def _count_doubtful(self, output):
+        return tf.reduce_sum(tf.cast(self.likelihood.doubtful(output), tf.int32))
 
     def _fast_sums(self, x, noise=None):
         """One forward pass, and one backward pass for all images together for each cotangent."""
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             with instrumented(self.model, self.weights, tape) as trace:
-                output = self.model(x, training=False)
-                logits = self._logits(output)
+                output, logits = self._traced(x)
         trace.check()
-        p = _probabilities(logits)
+        p = FAMILIES[self.likelihood.family](logits)
         head = next((site for site in trace.sites if site.is_dense and site.output.name == logits.name), None)
         sites = [site for site in trace.sites if site is not head]
         names = {id(weight.variable): key for key, weight in self.weights.items()}
@@ -396,21 +424,20 @@ class _Estimator:
                 found.update({} if gs[0] is None else site.squares(gs))
             return {names[name]: square for name, square in found.items() if name in names}
 
-        closed = {} if head is None else {names[name]: s for name, s in _head_squares(head, p).items() if name in names}
+        closed = {} if head is None else {names[name]: s for name, s in _head_squares(head, p.variances).items() if name in names}
         open_keys = [key for key in self.weights if key not in closed]
         sums = self._sum_over_cotangents(p, noise, squares, open_keys, self._columns(sites))
-        return {key: (closed | sums)[key] for key in self.weights}, _are_probabilities(output, logits)
+        return {key: (closed | sums)[key] for key in self.weights}, self._count_doubtful(output)
 
     def _slow_sums(self, x, noise=None):
         """One image after the other, each differentiated with respect to the weights themselves."""
         n = tf.shape(tf.nest.flatten(x)[0])[0]
 
-        def one(i, sums, doubt):
+        def one(i, sums, doubtful):
             image = tf.nest.map_structure(lambda t: t[i : i + 1], x)
             with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
                 with instrumented(self.model, self.weights, tape, rules=False) as trace:
-                    output = self.model(image, training=False)
-                    logits = self._logits(output)
+                    output, logits = self._traced(image)
 
             def squares(cotangents):
                 gradients = [tape.gradient(logits, trace.values, output_gradients=tf.cast(u, logits.dtype)) for u in cotangents]
@@ -418,24 +445,23 @@ class _Estimator:
                 return {key: sum(tf.square(tf.convert_to_tensor(g[key])) for g in gradients) for key in reached}
 
             own = None if noise is None else noise[:, i : i + 1]
-            found = self._sum_over_cotangents(_probabilities(logits), own, squares, self.weights)
-            return i + 1, {key: sums[key] + found[key] for key in sums}, doubt & _are_probabilities(output, logits)
+            found = self._sum_over_cotangents(FAMILIES[self.likelihood.family](logits), own, squares, self.weights)
+            return i + 1, {key: sums[key] + found[key] for key in sums}, doubtful + self._count_doubtful(output)
 
-        start = (tf.constant(0), self._zeros(self.weights), tf.constant(True))
+        start = (tf.constant(0), self._zeros(self.weights), tf.constant(0))
         return tf.while_loop(lambda i, *_: i < n, one, start, parallel_iterations=1)[1:]
 
     def _sum_over_cotangents(self, p, noise, squares, keys, columns=COLUMNS):
         """sum over the cotangents u, one column of a factor of H or one draw each, of squares(u)."""
-        classes = p.shape[-1]
-        if self.mode == "exact" or (self.mode == "rademacher" and classes == 2):  # H has rank 1: a sign changes no square
-            count, scale, cotangent = classes - 1, 1, lambda i: column(p, i)
+        if self.mode == "exact" or (self.mode == "rademacher" and p.rank == 1):  # a sign changes no square
+            count, scale, cotangent = p.rank, 1, p.column
         else:
-            draw = {"rademacher": signs_cotangent, "mc": label_cotangent}[self.mode]
-            count, scale, cotangent = self.samples, self.samples, lambda i: draw(p, noise[i])
+            draw = {"rademacher": p.by_signs, "mc": p.by_labels}[self.mode]
+            count, scale, cotangent = self.samples, self.samples, lambda i: draw(noise[i])
 
         def step(i, sums):
             group = [i + j for j in range(min(columns, count))]
-            found = squares([cotangent(tf.minimum(j, count - 1)) * tf.cast(j < count, p.dtype) for j in group])
+            found = squares([cotangent(tf.minimum(j, count - 1)) * tf.cast(j < count, tf.float64) for j in group])
             return i + columns, {key: total + tf.cast(found.get(key, 0), total.dtype) for key, total in sums.items()}
 
         if count <= columns:
@@ -456,100 +482,14 @@ class _Estimator:
     def _zeros(self, keys):
         return {key: tf.zeros(self.weights[key].variable.shape, _full(self.weights[key].variable.dtype)) for key in keys}
 
-    def _logits(self, output):
-        """The logits [B, K] behind the model's output.
 
-        Raises:
-            InputError: the output is not one tensor [B, K] with K > 1.
-        """
-        if not tf.is_tensor(output) or len(output.shape) != 2 or (output.shape[-1] or 0) < 2:
-            raise InputError(
-                f"The output of the model {self.model.name!r} is {getattr(output, 'shape', type(output).__name__)}: "
-                "give a classifier with one output of shape (batch, classes), with two classes at least."
-            )
-        self.classes = output.shape[-1]
-        softmax = output
-        while softmax.op.type in ("Identity", "Reshape", "Cast"):
-            softmax = softmax.op.inputs[0]
-        if self.from_logits is not True and softmax.op.type == "Softmax":
-            logits = softmax.op.inputs[0]
-            return logits if len(logits.shape) == 2 else tf.reshape(logits, tf.shape(output))
-        if self.from_logits is False:
-            return tf.math.log(tf.maximum(output, np.finfo(output.dtype.as_numpy_dtype).tiny))
-        return output
-
-
-def column(p, i):
-    """Column i of a lower triangular factor of H = diag(p) - p pᵀ, [B, K]; the last column is 0.
-
-    With the tail sums r_i = sum_{k > i} p_k it is sqrt(p_i r_i / r_{i-1}) (e_i - p_k / r_i [k > i]):
-    sums and quotients of positive numbers only, and 0 where a tail vanishes.
-    """
-    tails = tf.cumsum(p, axis=1, reverse=True)  # r_{i-1} at i
-    p_i, before = p[:, i, None], tails[:, i, None]
-    classes = tf.range(p.shape[-1])
-    later = tf.cast(classes > i, p.dtype)
-    after = tf.reduce_sum(p * later, axis=1, keepdims=True)
-    scale = tf.sqrt(tf.math.divide_no_nan(p_i * after, before))
-    return scale * (tf.cast(classes == i, p.dtype) - tf.math.divide_no_nan(p, after) * later)
-
-
-def signs_cotangent(p, signs):
-    """u = S ε with S = diag(√p) - p √pᵀ, for signs ε [B, K]: E[u uᵀ] = S Sᵀ = diag(p) - p pᵀ.
-
-    The variance of (Jᵀ u)_j² is 2 F² (1 - sum_k q_k²) at most 2 F², q_k being the share of column
-    k of S in F_jj.
-    """
-    root = tf.sqrt(p) * tf.cast(signs, p.dtype)
-    return root - p * tf.reduce_sum(root, axis=1, keepdims=True)
-
-
-def label_cotangent(p, uniforms):
-    """u = onehot(k) - p with the label k drawn from p by its cumulative sums, for uniforms [B] in [0, 1)."""
-    sums = tf.cumsum(p, axis=1)
-    drawn = tf.reduce_sum(tf.cast(sums <= uniforms[:, None] * sums[:, -1:], tf.int32), axis=1)
-    return tf.one_hot(tf.minimum(drawn, p.shape[-1] - 1), p.shape[-1], dtype=p.dtype) - p
-
-
-def random_signs(seed, draw, start, stop, classes):
-    """The signs of the images start..stop-1, [stop - start, classes] of int8, a function of (seed, draw, image) alone."""
-    blocks = -(-classes // 256)
-    bits = np.unpackbits(_random_words(seed, draw, start, stop, blocks).view("uint8"), axis=1, count=classes)
-    return 1 - 2 * bits.astype("int8")
-
-
-def random_uniforms(seed, draw, start, stop):
-    """Uniform numbers in [0, 1) of the images start..stop-1, a function of (seed, draw, image) alone."""
-    return (_random_words(seed, draw, start, stop, 1)[:, 0] >> np.uint64(11)) * 2.0**-53
-
-
-def _random_words(seed, draw, start, stop, blocks):
-    """4 `blocks` random 64-bit words for each image: Philox counts in blocks of four, and each image has its own counters."""
-    generator = np.random.Philox(key=seed + (draw << 64), counter=start * blocks)
-    return generator.random_raw((stop - start) * blocks * 4).reshape(stop - start, -1)
-
-
-def _probabilities(logits):
-    """softmax(logits) in float64, in which 1 - p keeps its digits at confident predictions."""
-    return tf.nn.softmax(tf.cast(logits, tf.float64))
-
-
-def _head_squares(head, p):
+def _head_squares(head, variances):
     """The last Dense layer in closed form: sum_b h_bc² p_bk (1 - p_bk), and sum_b p_bk (1 - p_bk) for the bias."""
-    variance = p * (1 - p)
     layer, h = head.layer, tf.cast(head.x, tf.float64)
-    squares = {id(layer.kernel): tf.matmul(tf.square(h), variance, transpose_a=True)}
+    squares = {id(layer.kernel): tf.matmul(tf.square(h), variances, transpose_a=True)}
     if layer.bias is not None:
-        squares[id(layer.bias)] = tf.reduce_sum(variance, 0)
+        squares[id(layer.bias)] = tf.reduce_sum(variances, 0)
     return squares
-
-
-def _are_probabilities(output, logits):
-    """Whether an output that is taken for logits looks like probabilities."""
-    if output is not logits:
-        return tf.constant(False)
-    sums = tf.abs(tf.reduce_sum(output, axis=1) - 1)
-    return tf.reduce_all(sums < 1e-3) & tf.reduce_all(output >= 0)
 
 
 def _batches(images, batch_size):
@@ -563,6 +503,12 @@ def _batches(images, batch_size):
         raise InputError(f"The images are a {type(images).__name__}: give a tf.data.Dataset of batches or an array of images.")
     size, n = batch_size or 32, images.shape[0]
     return (images[i : i + size] for i in range(0, n, size)), -(-n // size)
+
+
+def _identity(model):
+    """The part of the provenance that tells the weights: their digest, as `Anchors` have it, and the sha256 of each."""
+    manifest = manifest_of({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
+    return {"model": digest_of(manifest), "weights": {entry["name"]: entry["sha256"] for entry in manifest}}
 
 
 def _length(x):
@@ -588,6 +534,9 @@ def _header(metadata, path):
             raise ValueError("its provenance lacks a field, or has no number of images")
         if provenance["mode"] not in MODES or not isinstance(provenance["transforms"], list):
             raise ValueError("its provenance has no mode or no list of transforms")
+        hashes = provenance.get("weights", {})
+        if not isinstance(hashes, dict) or not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes.values()):
+            raise ValueError("the weights of its provenance have no sha256 each")
     return provenance, statistics
 
 

@@ -11,6 +11,7 @@ import tensorflow as tf
 from l2sp_tf import models, records, retention_page
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.anchors import Anchors
+from l2sp_tf.batches import labelled_batches
 from l2sp_tf.data import Task, load_dataset, prepare, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import STATISTICS, retention
@@ -132,7 +133,7 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
     Args:
         model: the fine-tuned model; a functional or Sequential one if `source` is given.
         anchors: the `Anchors` that it started from.
-        source: the source task, a `Task` or batches (images, labels) that can be read several times;
+        source: the source task, as `evaluate` takes it, which can be read several times;
             None leaves accuracies and R² out.
         pretrained: the model that it started from; by default `pretrained_of(model, anchors)`.
         title: of the report; by default the model's name.
@@ -149,7 +150,7 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
     if source is not None:
         pretrained = pretrained_of(model, anchors) if pretrained is None else pretrained
         accuracies = retention(model, pretrained, source)
-        values = activation_r2(model, pretrained, _some_images(source), layers=_compared(model, pretrained))
+        values = activation_r2(model, pretrained, _some_images(source, pretrained), layers=_compared(model, pretrained))
         r2 = {name: box(layer) for name, layer in values.items()}
     name = source.name if isinstance(source, Task) else ""
     return RetentionReport(title or model.name, {}, layers, new, accuracies, name, r2)
@@ -280,12 +281,13 @@ def _compared(model, pretrained):
         return [name for name in names if model.get_layer(name).output.shape == pretrained.get_layer(name).output.shape]
 
 
-def _some_images(source):
+def _some_images(source, pretrained):
     """Batches of at most `R2_IMAGES` source images."""
-    batches = source
     if isinstance(source, Task):
         order = np.random.default_rng(0).permutation(len(source.test))[:R2_IMAGES]
         batches = test_batches(source.test, source.preprocessing, source.mean, batch_size=R2_BATCH, order=order)
+    else:
+        batches = labelled_batches(source, pretrained, size=R2_BATCH)
     count = 0
     for batch in batches:
         x = batch[0]

@@ -167,6 +167,7 @@ def read_anchors(path):
 
 def make_fisher(folder):
     provenance = {"source": "s", "images": 8, "mode": "mc", "samples": 1, "seed": 0, "first": 0, "model": "m", "transforms": []}
+    provenance["weights"] = {"a/kernel": "0" * 64}
     Fisher({"a/kernel": np.ones((3, 4), "float32")}, provenance, {"a": [2, 8, 0.5, 0.5]}).save(folder / "f.safetensors")
     return folder / "f.safetensors"
 

@@ -20,8 +20,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"effect", "errors", "files", "memory", "variables"},
     {"reading"},
-    {"batch_norm", "pixels"},
-    {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
+    {"batches", "batch_norm", "likelihoods", "pixels"},
+    {"answers", "regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
     | {"stepping", "distribution"},
     {"activations", "evaluation", "proximal", "decoupled"},

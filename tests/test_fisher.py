@@ -1,6 +1,7 @@
 """The Fisher diagonal against brute force, its sampled modes, its numerics and its file."""
 
 import contextlib
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ import tensorflow as tf
 from keras import layers
 
 from l2sp_tf import fisher as fisher_module
+from l2sp_tf import likelihoods
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher import Fisher, fisher_diagonal
@@ -354,24 +356,22 @@ def test_cotangents_factor_the_covariance(classes):
     p = np.random.default_rng(0).dirichlet(np.ones(classes) / 3, size=7)
     p[0] = np.eye(classes)[1]
     h = p[:, :, None] * np.eye(classes) - p[:, :, None] * p[:, None]
-    columns = np.stack([fisher_module.column(tf.constant(p), i).numpy() for i in range(classes)])
+    columns = np.stack([likelihoods.column(tf.constant(p), i).numpy() for i in range(classes)])
     np.testing.assert_allclose(np.einsum("ibk,ibl->bkl", columns, columns), h, atol=1e-14)
     assert not columns[-1].any()
-    u = fisher_module.signs_cotangent(
-        tf.constant(np.tile(p, (4000, 1))), fisher_module.random_signs(3, 0, 0, 28000, classes)
-    ).numpy()
+    u = likelihoods.signs_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_signs(3, 0, 0, 28000, classes)).numpy()
     np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
-    u = fisher_module.label_cotangent(tf.constant(np.tile(p, (4000, 1))), fisher_module.random_uniforms(3, 0, 0, 28000)).numpy()
+    u = likelihoods.label_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_uniforms(3, 0, 0, 28000)).numpy()
     np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
 
 
 def test_random_numbers_belong_to_the_image():
-    whole = fisher_module.random_signs(1, 2, 0, 20, 300)
-    np.testing.assert_array_equal(fisher_module.random_signs(1, 2, 7, 20, 300), whole[7:])
+    whole = likelihoods.random_signs(1, 2, 0, 20, 300)
+    np.testing.assert_array_equal(likelihoods.random_signs(1, 2, 7, 20, 300), whole[7:])
     assert set(np.unique(whole)) == {-1, 1} and abs(whole.mean()) < 0.06
-    assert not np.array_equal(whole, fisher_module.random_signs(1, 3, 0, 20, 300))
-    assert not np.array_equal(whole, fisher_module.random_signs(2, 2, 0, 20, 300))
-    np.testing.assert_array_equal(fisher_module.random_uniforms(1, 2, 7, 20), fisher_module.random_uniforms(1, 2, 0, 20)[7:])
+    assert not np.array_equal(whole, likelihoods.random_signs(1, 3, 0, 20, 300))
+    assert not np.array_equal(whole, likelihoods.random_signs(2, 2, 0, 20, 300))
+    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20), likelihoods.random_uniforms(1, 2, 0, 20)[7:])
 
 
 @pytest.mark.parametrize("mode", fisher_module.MODES)
@@ -522,8 +522,23 @@ def test_plus_refuses_what_does_not_belong_together():
     with pytest.raises(InputError, match="transformed"):
         f + f.epsilon(1.0)
     randomise(model, seed=5)
-    with pytest.raises(InputError, match="model differ"):
+    with pytest.raises(InputError, match="model differ.*other weights"):
         f + fisher_diagonal(model, x)
+    moved = {**f.provenance["weights"], "a/kernel": "0" * 64}
+    with pytest.raises(InputError, match=r"at other weights \(of a/kernel, say\)"):
+        f + Fisher(f, {**f.provenance, "weights": moved}, f._statistics)
+
+
+def test_the_provenance_has_the_sha256_of_every_weight(tmp_path):
+    model = randomise(spatial(layers.BatchNormalization(name="bn")))
+    model.get_layer("stem").trainable = False
+    f = fisher_diagonal(model, images(dtype="float32"))
+    expected = {key: hashlib.sha256(array.tobytes()).hexdigest() for key, array in Anchors.of(model).items()}
+    assert f.provenance["weights"] == expected and {"stem/kernel", "bn/moving_mean"} <= set(expected)
+    older = Fisher(f, {key: value for key, value in f.provenance.items() if key != "weights"}, f._statistics)
+    older.save(tmp_path / "older.safetensors")
+    loaded = Fisher.load(tmp_path / "older.safetensors")
+    assert "weights" not in loaded.provenance and (loaded + f).provenance["weights"] == (f + f).provenance["weights"] == expected
 
 
 def test_plus_weighs_by_images_and_keeps_the_spread():
@@ -642,7 +657,7 @@ def test_bad_arguments_are_refused(arguments):
 
 
 def test_a_model_that_is_no_classifier_is_refused():
-    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    model = keras.Sequential([keras.Input((4,)), layers.Reshape((2, 2)), layers.Dense(3)])
     with pytest.raises(InputError, match="classes"):
         fisher_diagonal(model, images((4,)))
     model.trainable = False

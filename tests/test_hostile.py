@@ -201,6 +201,10 @@ def test_a_pixel_format_that_is_none(tmp_path):
         ("provenance", {"images": 0}),
         ("provenance", {"mode": ["mc"]}),
         ("provenance", {"transforms": None}),
+        ("provenance", {"weights": None}),
+        ("provenance", {"weights": ["0" * 64]}),
+        ("provenance", {"weights": {"a/kernel": 1}}),
+        ("provenance", {"weights": {"a/kernel": None}}),
         ("provenance", None),
     ],
 )
