@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import detached_copy
+from l2sp_tf.copies import detached_copy
 from l2sp_tf.variables import keyed_weights
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "models.md"
