@@ -44,6 +44,8 @@ def copy_of(model, *, scope=None, seeds=False):
     Raises:
         InputError: as in `detached_copy`.
     """
+    if not model.built:
+        raise InputError(f"The model {model.name!r} is not built: call it on an input before it is copied.")
     made = {}
     if scope is None:
         copy = _rebuilt(model, made)
@@ -87,7 +89,7 @@ def copy_variables(source, target):
     Raises:
         InputError: a layer cannot derive its state from the values; it is named.
     """
-    for one, two in zip(source.variables, target.variables, strict=True):
+    for one, two in zip(_state(source), _state(target), strict=True):
         two.assign(one.numpy())
     finish(target._flatten_layers())
 
@@ -174,21 +176,35 @@ def _layer_rebuilt(layer):
     try:
         with keras.saving.custom_object_scope(_objects_of(parts)), SafeModeScope(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
-            copy = type(layer).from_config(layer.get_config())
+            copy = type(layer).from_config(_config_of(layer))
     except Exception as error:  # whatever a stranger's layer raises
         raise InputError(
             f"The layer {_title(layer)} cannot be made again from its configuration: {error}; give it a get_config with all "
             "arguments of its constructor."
         ) from error
     for one, two in zip(parts, copy._flatten_layers() if isinstance(layer, keras.Layer) else [copy], strict=False):
-        for name, value in vars(one).items():
-            if _is_users(value) and _is_users(getattr(two, name, None)):
+        for name, value in _functions_of(one).items():
+            if inspect.isfunction(getattr(two, name, None)):
                 setattr(two, name, value)  # a lambda that was written out and read again has lost its module's names
     return copy
 
 
-def _is_users(value):
-    return inspect.isfunction(value) and not str(value.__module__).startswith("keras.")
+def _config_of(layer):
+    """The configuration of a layer, with its lambdas as they are, which Keras writes out as it cannot read them."""
+    lambdas = {name: value for name, value in _functions_of(layer).items() if value.__name__ == "<lambda>"}
+    config = layer.get_config()
+    if not isinstance(layer, keras.layers.Lambda):  # it reads its own
+        config |= {name: value for name, value in lambdas.items() if name in config}
+    return config
+
+
+def _functions_of(layer):
+    """The functions of others that a layer was given, such as activations, by the attribute; methods are none."""
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if inspect.isfunction(value) and not hasattr(type(layer), name) and not str(value.__module__).startswith("keras.")
+    }
 
 
 def _objects_of(parts):
@@ -196,11 +212,8 @@ def _objects_of(parts):
     found = {}
     for part in parts:
         found[type(part).__name__] = type(part)
-        for value in vars(part).values():
-            if _is_users(value):
-                found[value.__name__] = value
-            elif isinstance(value, SETTINGS):
-                found[type(value).__name__] = type(value)
+        found |= {value.__name__: value for value in _functions_of(part).values()}
+        found |= {type(value).__name__: type(value) for value in vars(part).values() if isinstance(value, SETTINGS)}
     return found
 
 
@@ -226,7 +239,7 @@ def _carry(one, two):
             f"The layer {_title(one)} cannot be copied: its configuration makes weights of shapes "
             f"{[tuple(v.shape) for v in _own(two)]}, but it has {[tuple(v.shape) for v in _own(one)]}."
         )
-    for a, b in zip(_own(one), _own(two), strict=True):
+    for a, b in zip(_own(one) + _unlisted(one), _own(two) + _unlisted(two), strict=True):
         b.assign(a.numpy())
     try:
         if isinstance(one, LOOKUPS):
@@ -264,6 +277,20 @@ def _carry_vocabulary(one, two):
 def _own(layer):
     """The weights of a layer without those of the layers inside it."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _unlisted(layer):
+    """Variables that a layer holds where Keras does not look for weights, such as the states of a stateful LSTM."""
+    listed = {id(variable) for variable in layer.variables}
+    held = [
+        v for name, v in vars(layer).items() if not name.startswith("_") and isinstance(v, (keras.Variable, list, tuple, dict))
+    ]
+    leaves = {id(leaf): leaf for leaf in keras.tree.flatten(held) if isinstance(leaf, keras.Variable)}
+    return [leaf for key, leaf in leaves.items() if key not in listed]
+
+
+def _state(model):
+    return [*model.variables, *(variable for layer in model._flatten_layers() for variable in _unlisted(layer))]
 
 
 def _is_custom(layer, method):
