@@ -21,7 +21,6 @@ POOLS = {
     4: keras.layers.GlobalAveragePooling2D,
     5: keras.layers.GlobalAveragePooling3D,
 }
-SUMS = (keras.layers.Add, keras.layers.Average, keras.layers.Maximum, keras.layers.Minimum, keras.layers.Multiply)
 NORMALIZATIONS = (
     *(keras.layers.BatchNormalization, keras.layers.LayerNormalization, keras.layers.GroupNormalization),
     *(keras.layers.RMSNormalization, keras.layers.Normalization),
@@ -88,7 +87,7 @@ def head_of(model):
         InputError: the model is subclassed.
     """
     _check_graph(model, "head_of")
-    found = [_find(model, tensor) for tensor in model.outputs]
+    found = [_found_in(model, tensor) for tensor in model.outputs]
     found = [one for one in found if one.kind != "features"]
     own = {id(v) for one in found for owner in one.owners for v in owner.weights}
     keys = [key for key, weight in keyed_weights(model).items() if id(weight.variable) in own] if own else []
@@ -122,7 +121,7 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
     if len(pretrained.outputs) != 1:
         raise InputError(f"The model {pretrained.name!r} has {len(pretrained.outputs)} outputs: with_new_head needs one.")
     copy = detached_copy(pretrained)
-    found = _find(copy, copy.outputs[0])
+    found = _found_in(copy, copy.outputs[0])
     if found.kind == "unclear":
         _refuse_scores(pretrained, ", ".join(dict.fromkeys(owner.name for owner in found.owners)))
     features = _features(copy, found)
@@ -134,7 +133,7 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
     inputs = inputs_of(copy)
     model = keras.Model(inputs, layer(x), name=pretrained.name)
     model._trainable = copy._trainable
-    if _are_scores(keras.Model(inputs, x)):
+    if found.kind == "head" and _are_scores(keras.Model(inputs, x)):
         _refuse_scores(pretrained, features._keras_history.operation.name)
     say(_sentence(pretrained, num_classes, found, features))
     return model
@@ -164,47 +163,51 @@ def _sentence(pretrained, num_classes, found, features):
     return f"The new head {classes} stands on the output of {name} of the model {pretrained.name}; nothing was cut off."
 
 
-def _find(model, tensor):
-    """Follows the graph back from an output to what makes it."""
-    steps, owners = [], []
-    end = _back(tensor, (model,), (), steps)
-    while end is not None and _makes_scores(steps[:-1]) and isinstance(end.operation, NORMALIZATIONS):
-        end = _back_from(end, steps)  # logits that are normalised on the way to a softmax
+def _found_in(model, tensor):
+    """What makes an output; one that looks like scores of classes on an example is judged as such, whatever makes it so."""
+    found = _find(tensor, (model,), ())
+    if found.kind == "features" and found.owners and _are_scores(keras.Model(inputs_of(model), tensor)):
+        found = _find(tensor, (model,), (), scores=True)
+    return found
+
+
+def _find(tensor, models, calls, scores=False):
+    """Follows the graph back from a tensor to what makes it.
+
+    Args:
+        tensor: in the graph of the innermost of `models`.
+        models, calls: as in a `_Step`.
+        scores: whether the tensor is known to become scores of classes.
+    """
+    steps = []
+    end = _back(tensor, models, calls, steps)
+    scores = scores or _makes_scores(steps[:-1])
+    while end is not None and scores and isinstance(end.operation, NORMALIZATIONS):  # of logits, before a softmax
+        end = _back(end.node.input_tensors[0], end.models, end.calls, steps)
+    owners = [step.operation for step in steps if _weights_of(step.operation)]
     if end is None:
         return _Found("features", steps, owners)
-    behind = steps[:-1]
     if not _weights_of(end.operation):
-        return _of_several(end, steps, behind)
-    if _is_head(end, behind):
-        return _Found("head", steps, [end.operation])
-    is_unclear = _makes_scores(behind) or _activation(end.operation) in SCORES and not _is_gate(end.operation)
-    return _Found("unclear" if is_unclear else "features", steps, [end.operation])
+        return _of_several(end, steps, scores)
+    if _is_head(end, steps[:-1], scores):
+        return _Found("head", steps, owners)
+    is_unclear = scores or (_activation(end.operation) in SCORES and _is_linear(end.operation))
+    return _Found("unclear" if is_unclear else "features", steps, owners)
 
 
-def _of_several(end, steps, behind):
+def _of_several(end, steps, scores):
     """The finding where several tensors meet: a sum of class scores is no features, and what is no head stays."""
-    branches = [_find_from(end, tensor) for tensor in _sources(end)]
+    branches = [_find(tensor, end.models, end.calls, scores) for tensor in _sources(end)]
     owners = list({id(owner): owner for branch in branches for owner in branch.owners}.values())
-    if len(owners) == 1 and all(branch.kind == "head" for branch in branches):  # such as z / sum(z)
-        return _Found("head", steps + branches[0].steps, owners)
-    heads = all(branch.kind != "features" for branch in branches)
-    if _makes_scores(behind) or (heads and (isinstance(end.operation, SUMS) or _is_sum(end.operation))):
-        return _Found("unclear", steps, owners)
-    scores = all(branch.kind != "features" and _makes_scores(branch.steps) for branch in branches)
-    return _Found("unclear" if scores else "features", steps, owners)
-
-
-def _find_from(step, tensor):
-    """The finding of one of the tensors that meet in a step."""
-    steps = []
-    end = _back(tensor, step.models, step.calls, steps)
-    if end is None:
-        return _Found("features", steps, [])
-    if not _weights_of(end.operation):
-        return _of_several(end, steps, steps[:-1])
-    if _is_head(end, steps[:-1]):
-        return _Found("head", steps, [end.operation])
-    return _Found("unclear" if _makes_scores(steps[:-1]) else "features", steps, [end.operation])
+    ends = {id(branch.steps[-1].operation) for branch in branches if branch.steps}
+    heads = all(branch.kind == "head" for branch in branches)
+    if heads and len(ends) == 1:  # such as z / sum(z)
+        longest = max(branches, key=lambda branch: len(branch.steps))
+        return _Found("head", steps + longest.steps, owners)
+    are_scores = all(branch.kind != "features" for branch in branches) and (
+        _is_sum(end.operation) or all(branch.kind == "unclear" or _makes_scores(branch.steps) for branch in branches)
+    )
+    return _Found("unclear" if scores or are_scores else "features", steps, owners)
 
 
 def _back(tensor, models, calls, steps):
@@ -232,10 +235,6 @@ def _back(tensor, models, calls, steps):
         if _weights_of(operation) or len(_sources(step)) != 1:
             return step
         tensor = node.input_tensors[0]
-
-
-def _back_from(step, steps):
-    return _back(step.node.input_tensors[0], step.models, step.calls, steps)
 
 
 def _outer(tensor, models, calls):
@@ -287,19 +286,21 @@ def _makes_scores(steps):
     return any(_activation(step.operation) in SCORES for step in steps)
 
 
-def _is_gate(operation):
-    return not isinstance(_judged(operation), (keras.layers.Dense, keras.layers.EinsumDense, *CONVOLUTIONS))
+def _is_linear(operation):
+    return isinstance(_judged(operation), (keras.layers.Dense, keras.layers.EinsumDense, *CONVOLUTIONS))
 
 
 def _is_sum(operation):
-    return type(operation).__name__ in ("Add", "Maximum", "Minimum", "Multiply", "Mean", "Sum", "Stack")
+    """Whether an operation, or layer, puts numbers of the same class together."""
+    return type(operation).__name__ in ("Add", "Average", "Subtract", "Maximum", "Minimum", "Multiply", "Mean", "Sum", "Stack")
 
 
-def _is_head(step, behind):
-    """Whether a layer makes one number for each class, given the steps from it to the output."""
+def _is_head(step, behind, scores):
+    """Whether a layer makes one number for each class, given the steps from it to the output, and whether that is scores."""
     layer = _judged(step.operation)
     names = {_activation(layer), *(_activation(other.operation) for other in behind)}
-    if not names & SCORES and (names & FEATURES or not _is_known(layer)):
+    scores = scores or bool(names & SCORES)
+    if not scores and (names & FEATURES or not _is_known(layer)):
         return False
     shape = step.node.input_tensors[0].shape
     if isinstance(layer, keras.layers.Dense):
@@ -309,7 +310,7 @@ def _is_head(step, behind):
     if not isinstance(layer, CONVOLUTIONS) or set(layer.kernel_size) != {1}:
         return False
     spatial = shape[1:-1] if layer.data_format == "channels_last" else shape[2:]
-    return set(spatial) == {1} or bool(names & SCORES) or any(_pools(other) for other in behind)
+    return set(spatial) == {1} or scores or any(_pools(other) for other in behind)
 
 
 def _is_known(layer):
