@@ -1,5 +1,6 @@
 """One small network of each family of keras.applications, with adapted and trained state."""
 
+import inspect
 import sys
 
 import keras
@@ -47,15 +48,21 @@ FAMILIES = {
     "ConvNeXt": smaller("ConvNeXtTiny", "ConvNeXt", (1, 1, 1, 1), (4, 8, 12, 16), name="convnext"),
     "DenseNet": smaller("DenseNet121", "DenseNet", (1, 1, 1, 1), name="densenet"),
     "EfficientNet": smaller("EfficientNetB0", "EfficientNet", 0.1, 0.1, 32, name="efficientnet"),
-    "EfficientNetV2": smaller("EfficientNetV2B0", "EfficientNetV2", 0.1, 0.1, 32, name="v2", weights_name="efficientnetv2-b0"),
+    "EfficientNetV2": smaller("EfficientNetV2B0", "EfficientNetV2", 0.1, 0.1, 32, name="efficientnetv2-b0"),
     "MobileNet": application("MobileNet", alpha=0.25),
     "MobileNetV2": application("MobileNetV2", alpha=0.35),
     "MobileNetV3": application("MobileNetV3Small", alpha=0.35, minimalistic=True),
-    "NASNet": smaller("NASNetMobile", "NASNet", penultimate_filters=24, num_blocks=1, stem_block_filters=8, skip_reduction=False),
+    "NASNet": smaller("NASNetMobile", "NASNet", penultimate_filters=96, num_blocks=1, stem_block_filters=8, skip_reduction=False),
     "ResNet": resnet(False),
     "ResNetV2": resnet(True),
 }
 SMALL = ("EfficientNet", "MobileNet")
+SIDES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
+ALL = {
+    name: application(name, SIDES.get(name, 32))
+    for name in dir(keras.applications)
+    if inspect.isfunction(getattr(keras.applications, name))
+}
 
 
 def trained(model):
@@ -64,8 +71,9 @@ def trained(model):
     for weight in keyed_weights(model).values():
         value = weight.variable.numpy()
         if value.dtype.kind == "f":
-            weight.variable.assign(value + 0.1 * rng.random(value.shape))
+            noise = rng.normal(size=value.shape)
+            weight.variable.assign(np.abs(value) * (1 + 0.2 * np.tanh(noise)) if (value > 0).all() else value + 0.03 * noise)
     for layer in model._flatten_layers():
-        if isinstance(layer, keras.layers.Normalization):
+        if isinstance(layer, keras.layers.Normalization) and layer.input_mean is None:
             layer.adapt(rng.uniform(0, 1, (4, 32, 32, 3)))
     return model
