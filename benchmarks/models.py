@@ -130,8 +130,11 @@ def moved(model):
     """Gives all weights values off those of the start, and `Normalization` a mean and a variance."""
     rng = np.random.default_rng(0)
     values = {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
-    scale = {key: 0.1 * rng.random(value.shape).astype("float32") for key, value in values.items()}
-    copies.assign(model, {key: value + scale[key] for key, value in values.items() if value.dtype.kind == "f"})
+    values = {key: value for key, value in values.items() if value.dtype.kind == "f"}
+    for key, value in values.items():
+        noise = np.tanh(rng.normal(size=value.shape)).astype("float32")
+        values[key] = value * (1 + 0.2 * noise) + 0.01 * noise * (value.ndim < 2)
+    copies.assign(model, values)
     return model
 
 
