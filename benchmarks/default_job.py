@@ -32,7 +32,7 @@ PARTS = {
         ("starts.models", "backbone"),
         ("training", "with_new_head"),
         ("training", "attach"),
-        ("starts.models", "detached_copy"),
+        ("starts", "detached_copy"),
     ],
     "steps after the first": [("starts", "train_source"), ("experiments", "finetune")],
     "accuracies": [("experiments", "evaluate"), ("experiments", "retention"), ("starts", "evaluate")],

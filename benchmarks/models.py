@@ -1,8 +1,9 @@
 """Which Keras models can be fine-tuned with l2sp_tf: small ones with random weights go through every step.
 
-A new head is put on (where `with_new_head` can), the penalty attached, two steps trained, the Fisher
-diagonal estimated, the model saved as `.keras`, loaded, attached again and trained on, its delta saved
-and loaded, and the penalty detached. The outcome is a row of docs/models.md.
+The model is copied and a new head put on (where `with_new_head` can), the penalty attached, two steps trained, what the
+step adds to the loss compared with Eq. (3), the Fisher diagonal estimated, the model saved as `.keras`, loaded, attached
+again and trained on, its delta saved and loaded, and the penalty detached. Outputs are compared after each copy: of random
+inputs, in inference mode. The outcome is a row of docs/models.md.
 
     python -m benchmarks.models            # all, and writes docs/models.md
     python -m benchmarks.models MobileNet  # some; the other rows stay
@@ -21,12 +22,13 @@ import numpy as np
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import detached_copy
-from l2sp_tf.variables import keyed_weights
+from l2sp_tf import copies
+from l2sp_tf.copies import detached_copy
+from l2sp_tf.variables import keyed_weights, match_keys
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- rows: python -m benchmarks.models -->\n", "<!-- end of rows -->\n"
-COLUMNS = ("model", "numbers", "attach, two steps", "Fisher", "saved, loaded, trained on", "delta", "detach")
+COLUMNS = ("model", "numbers", "copy", "head", "two steps", "penalty", "Fisher", "saved, loaded", "trained on", "delta", "detach")
 CLASSES, BATCH, SEQUENCE, WORDS = 3, 4, 8, 50
 CHEAPEST = ("ConvNeXt, 4 blocks", "DenseNet, 4 blocks")
 
@@ -102,32 +104,56 @@ def inputs_of(model):
 def check(name):
     """The row of one model: what happened at each step."""
     keras.utils.set_random_seed(0)
-    pretrained = MODELS[name]()
+    pretrained = moved(MODELS[name]())
     x, y = inputs_of(pretrained), np.arange(BATCH) % CLASSES
     anchors = l2sp.Anchors.of(pretrained)
     numbers = sum(int(np.prod(v.shape)) for v in pretrained.trainable_variables)
-    model, head = with_head(pretrained)
-    row = [name, f"{numbers:,}", trained(model, anchors, x, y, 2) + head, fisher_of(pretrained, x)]
+    copy = detached_copy(pretrained)
+    model, cut = with_head(copy)
+    row = [name, f"{numbers:,}", same_outputs(pretrained, copy, x), cut, trained(model, anchors, x, y, 2)]
+    row += [penalty_of(model, anchors, x, y), fisher_of(pretrained, x)]
     with tempfile.TemporaryDirectory() as folder:
         model.save(pathlib.Path(folder) / "m.keras")
         loaded = keras.models.load_model(pathlib.Path(folder) / "m.keras")
-        same = l2sp.Anchors.of(loaded).digest == l2sp.Anchors.of(model).digest
-        row.append(trained(loaded, anchors, x, y, 1) if same else "other weights")
+        row += [same_outputs(model, loaded, x), trained(loaded, anchors, x, y, 1)]
         l2sp.save_delta(loaded, anchors, pathlib.Path(folder) / "d.safetensors")
         l2sp.load_delta(model, anchors, pathlib.Path(folder) / "d.safetensors")
-        row.append("yes" if l2sp.Anchors.of(loaded).digest == l2sp.Anchors.of(model).digest else "not exact")
+        exact = l2sp.Anchors.of(loaded).digest == l2sp.Anchors.of(model).digest
+        row.append(same_outputs(loaded, model, x) if exact else "other weights")
     l2sp.detach(model)
     left = [w.key for w in keyed_weights(model).values() if w.variable.regularizer is not None]
     row.append("yes" if not left else f"left on {left[0]}")
     return row
 
 
-def with_head(pretrained):
-    """A copy with a new head, and nothing to say; or the model itself, and that its head is its own."""
+def moved(model):
+    """Gives all weights values off those of the start, and `Normalization` a mean and a variance."""
+    rng = np.random.default_rng(0)
+    values = {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
+    values = {key: value for key, value in values.items() if value.dtype.kind == "f"}
+    for key, value in values.items():
+        noise = np.tanh(rng.normal(size=value.shape)).astype("float32")
+        values[key] = value * (1 + 0.2 * noise) + 0.01 * noise * (value.ndim < 2)
+    copies.assign(model, values)
+    return model
+
+
+def same_outputs(model, other, x):
+    """Whether two models give the same outputs in inference mode, up to rounding."""
+    a, b = (keras.ops.convert_to_numpy(m(x, training=False)).astype("float64") for m in (model, other))
+    difference = np.abs(a - b).max() / np.abs(a).max()
+    return "yes" if difference <= 1e-5 else f"outputs differ by {difference:.1g}"
+
+
+def with_head(copy):
+    """The model with a new head, and what was cut off; or the model itself, and that its head is its own."""
+    said = []
     try:
-        return l2sp.with_new_head(pretrained, CLASSES + 1), ""
+        model = l2sp.with_new_head(copy, CLASSES + 1, say=said.append)
     except l2sp.InputError:
-        return detached_copy(pretrained) if not hasattr(pretrained, "backbone") else pretrained, ", own head"
+        return copy, "own"
+    cut = said[0].partition(" takes the place of ")[2].partition(" of the model")[0]
+    return model, f"for {cut}" if cut else "on top"
 
 
 def trained(model, anchors, x, y, steps):
@@ -135,11 +161,31 @@ def trained(model, anchors, x, y, steps):
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors)
     before = l2sp.Anchors.of(model).digest
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(1e-3), loss)
+    cross_entropy = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy")
+    model.compile(keras.optimizers.SGD(1e-3), loss, metrics=[cross_entropy])
     batch = tf.data.Dataset.from_tensors((x, y)).repeat(steps)
     history = model.fit(batch, verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
     moved = l2sp.Anchors.of(model).digest != before
     return "yes" if moved and np.isfinite(history.history["loss"][0]) else "no"
+
+
+def penalty_of(model, anchors, x, y):
+    """Whether the traced step adds Eq. (3) to the loss: alpha / 2 ||w - w0||^2 on S and beta / 2 ||w||^2 on S-bar."""
+    values = {
+        key: value + np.float32(0.01) * (value.ndim > 1)
+        for key, value in l2sp.Anchors.of(model).items()
+        if value.dtype.kind == "f"
+    }
+    copies.assign(model, values)
+    coverage, expected = l2sp.attach(model, l2sp.L2SP(0.1), anchors, 0.01), 0.0
+    for weight in coverage.group("S") + coverage.group("S-bar"):
+        w0 = anchors[match_keys([weight.key], anchors)[weight.key]] if weight.group == "S" else 0.0
+        strength = 0.1 if weight.group == "S" else 0.01
+        expected += strength / 2 * np.sum(np.square(values[weight.key].astype("float64") - w0))
+    logs = model.fit(tf.data.Dataset.from_tensors((x, y)), verbose=0).history
+    added = logs["loss"][0] - logs["cross_entropy"][0]
+    error = abs(added - expected) / (abs(expected) + 1e-4 * logs["loss"][0])  # the loss is in float32
+    return "yes" if error <= 1e-3 else f"{added:.4g}, not {expected:.4g}"
 
 
 def fisher_of(model, x):

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from l2sp_tf.copies import assign
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.memory import aligned_copy
@@ -114,7 +115,7 @@ class Anchors(Arrays):
         return anchors
 
     def restore(self, model):
-        """Assigns these values to the weights of `model` that have the same key.
+        """Assigns these values to the weights of `model` that have the same key; its layers derive their state from them.
 
         Args:
             model: a built model of the same architecture.
@@ -137,8 +138,7 @@ class Anchors(Arrays):
                 f"These weights are not of the architecture of the model {model.name!r} "
                 f"(model / weights: {'; '.join(wrong[:5])}{more}): choose the architecture they were made with."
             )
-        for key, weight in weights.items():
-            weight.variable.assign(self[pairs[key]])
+        assign(model, {key: self[other] for key, other in pairs.items()})
 
 
 def manifest_of(arrays):

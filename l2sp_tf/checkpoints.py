@@ -16,6 +16,7 @@ import keras
 
 from l2sp_tf import records
 from l2sp_tf.anchors import load_arrays, save_arrays
+from l2sp_tf.copies import finish
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import sha256_of_file, sync_folder, write_text
 from l2sp_tf.reading import read_json
@@ -187,6 +188,7 @@ class Checkpointing(keras.callbacks.Callback):
             )
         for name, variable in variables.items():
             variable.assign(found.arrays[name])
+        finish(model._flatten_layers())
         try:
             self.monitor.restore(found.step, found.state["monitor"])
             self._seconds = float(found.state["seconds"])

@@ -14,6 +14,7 @@ import pathlib
 import keras
 import tensorflow as tf
 
+from l2sp_tf.copies import copy_of, copy_variables
 from l2sp_tf.errors import InputError
 from l2sp_tf.variables import keyed_weights, set_regularizer
 
@@ -204,9 +205,7 @@ def replicated(model, strategy):
         return model
     if not isinstance(model, keras.Sequential) and getattr(model, "inputs", None) is None:
         raise InputError(f"A model of class {type(model).__name__} cannot be copied to several replicas: give a functional one.")
-    with scope(strategy):
-        copy = keras.models.clone_model(model)
-    copy_weights(model, copy)
+    copy = copy_of(model, scope=scope(strategy), seeds=True)
     for one, two in zip(keyed_weights(model).values(), keyed_weights(copy).values(), strict=True):
         set_regularizer(two, one.variable.regularizer)
     for layer in copy._flatten_layers():
@@ -218,8 +217,7 @@ def replicated(model, strategy):
 def copy_weights(source, target):
     """Gives `target` the values of all variables of `source`, a model of the same architecture; nothing if they are one."""
     if source is not target:
-        for one, two in zip(source.variables, target.variables, strict=True):
-            two.assign(one.numpy())
+        copy_variables(source, target)
 
 
 def fit(model, batches, *, steps, callbacks=(), verbose=0):

@@ -5,9 +5,10 @@ import numpy as np
 
 from l2sp_tf.answers import Judge
 from l2sp_tf.batches import check_readable_again, labelled_batches
+from l2sp_tf.copies import assign, detached_copy
 from l2sp_tf.data import Task, test_batches
 from l2sp_tf.errors import InputError
-from l2sp_tf.models import detached_copy
+from l2sp_tf.heads import head_of
 from l2sp_tf.variables import keyed_weights, match_keys
 
 STATISTICS = ("moving_mean", "moving_variance")
@@ -77,7 +78,7 @@ def _summary(right, weights, answers):
 def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
     """What a fine-tuned model still knows of its source task (Table 3).
 
-    The fine-tuned backbone gets the original head back, without any retraining. Table 3
+    The fine-tuned backbone gets the original head back, without any retraining, whatever the heads are called. Table 3
     does not say whose batch-norm statistics it takes, so the accuracy is given both ways:
     with those of the fine-tuned model ("target statistics") and of the pre-trained one
     ("source statistics").
@@ -109,7 +110,7 @@ def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crop
 
 
 def transplant(finetuned, pretrained, *, statistics=True):
-    """A copy of `pretrained`, with its head, that has the fine-tuned values of all shared weights.
+    """A copy of `pretrained`, with its head, that has the fine-tuned values of all other weights that the two share.
 
     Args:
         finetuned, pretrained: two models that share weights by key and shape.
@@ -121,12 +122,19 @@ def transplant(finetuned, pretrained, *, statistics=True):
     model = detached_copy(pretrained)
     weights, tuned = keyed_weights(model), keyed_weights(finetuned)
     matches = match_keys(weights, tuned)
-    shared = {key: other for key, other in matches.items() if tuned[other].variable.shape == weights[key].variable.shape}
+    head = head_of(model).keys  # never the new one's, not even where name and shape agree
+    shared = {
+        key: other
+        for key, other in matches.items()
+        if key not in head and tuned[other].variable.shape == weights[key].variable.shape
+    }
     if not shared:
         raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
+    values = {}
     for key, other in shared.items():
         weight = weights[key]
         is_statistic = isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS
         if statistics or not is_statistic:
-            weight.variable.assign(tuned[other].variable)
+            values[key] = tuned[other].variable.numpy()
+    assign(model, values)
     return model

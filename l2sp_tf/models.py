@@ -1,4 +1,4 @@
-"""Backbones, their weights, the new head, and freezing the first n units (Fig. 3)."""
+"""Backbones, their weights, and freezing the first n units (Fig. 3)."""
 
 import io
 import math
@@ -11,13 +11,13 @@ import h5py
 import keras
 
 from l2sp_tf.anchors import Anchors, read_header
+from l2sp_tf.copies import assign, carry_tables, detached_copy
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
-from l2sp_tf.regularizers import Penalty
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
-from l2sp_tf.variables import forget_traced_steps, keyed_weights, set_regularizer
+from l2sp_tf.variables import forget_traced_steps, keyed_weights
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
@@ -87,15 +87,17 @@ def load_weights(model, path):
     if path.suffix == ".safetensors":
         Anchors.load(path).restore(model)
     elif path.suffix == ".keras":
-        Anchors.of(load_model(path)).restore(model)
+        loaded = load_model(path)
+        Anchors.of(loaded).restore(model)
+        carry_tables(loaded, model)
     elif path.name.endswith(".weights.h5"):
         _check_h5(model, path)
-        before = model.get_weights()
+        before = {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
         try:
             with refusing(f"The weights file {path} is damaged"):
                 model.load_weights(path)
         except InputError:
-            model.set_weights(before)
+            assign(model, before)
             raise
     else:
         raise InputError(f"The weights file {path} is of an unknown kind: give a .safetensors, .weights.h5 or .keras file.")
@@ -160,7 +162,10 @@ def save_model(model, path, pixels):
         OSError: the file cannot be written.
     """
     with atomic_path(path) as temporary:
-        detached_copy(model).save(temporary)
+        copy = detached_copy(model)
+        if model.compiled:
+            copy.compile_from_config(model.get_compile_config())
+        copy.save(temporary)
         with zipfile.ZipFile(temporary, "a") as archive:  # Keras passes over members that it does not know
             archive.writestr(PIXELS_MEMBER, pixels.to_json())
 
@@ -209,56 +214,6 @@ def head_classes(path):
     """The number of classes of the head in a `.safetensors` file of weights; None where there is no such head."""
     shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
     return shape[0] if shape else None
-
-
-def with_new_head(pretrained, num_classes, *, seed=None):
-    """A copy of a pre-trained classifier with a new, random last layer of logits.
-
-    The layers after the last weighted one (a softmax, say) go too. If the last weighted
-    layer is not Dense, the model is taken for a backbone without a head, and gets global
-    average pooling (where its output is an image) and the new layer on top. The copy keeps
-    layer names and weights and shares nothing with `pretrained`; the new layer is called
-    "new_head", with a number behind it where that name is taken.
-
-    Args:
-        pretrained: a built functional or Sequential model with one input and one output.
-        num_classes: number of classes of the target task.
-        seed: of the head's Glorot uniform initial weights.
-
-    Returns:
-        A functional Keras model that returns logits [b, num_classes].
-
-    Raises:
-        InputError: the model is subclassed, or has several inputs or outputs.
-    """
-    if not isinstance(pretrained, keras.Model) or getattr(pretrained, "inputs", None) is None or len(pretrained.inputs) != 1:
-        raise InputError(
-            f"with_new_head needs a functional or Sequential model with one input, not {type(pretrained).__name__}: "
-            "build the new model from its layers, and give it to attach."
-        )
-    if len(pretrained.outputs) != 1:
-        raise InputError(f"The model {pretrained.name!r} has {len(pretrained.outputs)} outputs: with_new_head needs one.")
-    copy = detached_copy(pretrained)
-    weighted = [layer for layer in copy.layers if layer.weights]
-    head = weighted[-1] if weighted and isinstance(weighted[-1], keras.layers.Dense) else None
-    x = head.input if head is not None else copy.outputs[0]
-    if head is None and len(x.shape) == 4:
-        x = keras.layers.GlobalAveragePooling2D(name="new_pool")(x)
-    names, name, number = {layer.name for layer in copy.layers}, "new_head", 1
-    while name in names:
-        number += 1
-        name = f"new_head_{number}"
-    layer = keras.layers.Dense(num_classes, name=name, kernel_initializer=keras.initializers.GlorotUniform(seed=seed))
-    return keras.Model(copy.inputs[0], layer(x), name=pretrained.name)
-
-
-def detached_copy(model):
-    """A clone of a functional or Sequential model with the same weights, nothing shared, and no penalties of ours."""
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    for weight in keyed_weights(clone).values():
-        set_regularizer(weight, None, only=Penalty)
-    return clone
 
 
 def units(model):

@@ -12,10 +12,12 @@ from l2sp_tf import models, records, retention_page
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.batches import labelled_batches
+from l2sp_tf.copies import assign, detached_copy
 from l2sp_tf.data import Task, load_dataset, prepare, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import STATISTICS, retention
 from l2sp_tf.files import write_text
+from l2sp_tf.heads import head_of, inputs_of
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.training import preprocessing_of
 from l2sp_tf.variables import keyed_weights, match_keys
@@ -192,32 +194,39 @@ def pretrained_of(model, anchors):
         anchors: the `Anchors`.
 
     Raises:
-        InputError: what is new in the model, or left over in the anchors, is more than one last Dense layer.
+        InputError: what is new in the model, or left over in the anchors, is more than one last Dense layer (or 1x1
+            convolution of features that are no image).
     """
-    copy = models.detached_copy(model)
+    copy = detached_copy(model)
     weights = keyed_weights(copy)
     matches = match_keys(weights, anchors)
     matches = {key: other for key, other in matches.items() if anchors[other].shape == tuple(weights[key].variable.shape)}
-    for key, other in matches.items():
-        weights[key].variable.assign(anchors[other])
-    new = {id(weight.layer): weight.layer for key, weight in weights.items() if key not in matches}
+    assign(copy, {key: anchors[other] for key, other in matches.items()})
+    new = {key for key in weights if key not in matches}
     left = {key.rpartition("/")[2]: anchors[key] for key in anchors if key not in matches.values()}
     if not new and not left:
         return copy
-    last = [layer for layer in copy.layers if layer.weights][-1]
-    head = next(iter(new.values()), None)
-    fits = (
-        head is last and isinstance(head, keras.layers.Dense) and len(new) == 1 and set(left) in ({"kernel"}, {"kernel", "bias"})
-    )
-    if not fits or left["kernel"].shape[:1] != tuple(head.kernel.shape[:1]) or left["kernel"].ndim != 2:
+    head = next((weights[key].layer for key in new), None)
+    if not new or not isinstance(head, keras.layers.Dense) or new != set(head_of(copy).keys) or not _fits(head, left):
         raise InputError(
             f"The pre-trained classifier cannot be had from {model.name!r} and its anchors, which differ in more than one last "
             "Dense layer: give the model that it started from, too."
         )
-    old = keras.layers.Dense(left["kernel"].shape[1], use_bias="bias" in left, name="pretrained_head")
-    restored = keras.Model(copy.inputs[0], old(head.input), name=model.name)
-    old.set_weights([left[name] for name in ("kernel", "bias") if name in left])
+    kernel = left["kernel"].reshape(-1, left["kernel"].shape[-1])
+    old = keras.layers.Dense(kernel.shape[1], use_bias="bias" in left, name="pretrained_head")
+    restored = keras.Model(inputs_of(copy), old(head.input), name=model.name)
+    old.kernel.assign(kernel)
+    if old.use_bias:
+        old.bias.assign(left["bias"])
     return restored
+
+
+def _fits(head, left):
+    """Whether the left-over anchors are a kernel, and perhaps a bias, that stood where a Dense layer stands now."""
+    if set(left) not in ({"kernel"}, {"kernel", "bias"}) or left["kernel"].shape[-2:-1] != tuple(head.kernel.shape[:1]):
+        return False
+    is_pooled = head.input._keras_history.operation.name.startswith("new_pool")  # an activation may have stood before it
+    return left["kernel"].ndim == 2 or (set(left["kernel"].shape[:-2]) == {1} and not is_pooled)
 
 
 def report_of_run(folder):

@@ -11,6 +11,7 @@ import tensorflow as tf
 from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.checkpoints import Checkpoints
+from l2sp_tf.copies import detached_copy
 from l2sp_tf.data import Task, load_dataset, prepare, test_batches
 from l2sp_tf.distribution import chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.errors import InputError
@@ -132,7 +133,7 @@ def _pretrained(plan, source, say, verbose):
         wait_for_chief(strategy)
         models.load_weights(model, path)  # the same in every worker, to the bit
         say(f"source model: trained in {run.seconds:.1f} s")
-    return models.detached_copy(model), "scratch"
+    return detached_copy(model), "scratch"
 
 
 def _stored_anchors(plan, pretrained):

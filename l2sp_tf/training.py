@@ -15,7 +15,8 @@ from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, lo
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.decoupled import Decoupled
 from l2sp_tf.errors import InputError
-from l2sp_tf.models import freeze_first, save_model, with_new_head
+from l2sp_tf.heads import with_new_head
+from l2sp_tf.models import freeze_first, save_model
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.proximal import Proximal
@@ -117,12 +118,16 @@ def finetune(
     task = as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
-    model = with_new_head(pretrained, len(task.classes), seed=seed)
+    model = with_new_head(pretrained, len(task.classes), seed=seed, say=print if verbose else _say_nothing)
     if frozen:
         freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
     return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
+
+
+def _say_nothing(line):
+    """Takes the lines that a quiet run does not print."""
 
 
 def train_source(

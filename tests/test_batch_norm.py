@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import detached_copy
+from l2sp_tf.copies import detached_copy
 
 SHAPE = (6, 5, 3)
 

@@ -22,6 +22,7 @@ import l2sp_tf as l2sp
 from l2sp_tf import checkpoints as module
 from l2sp_tf import models
 from l2sp_tf.checkpoints import MANIFEST, Checkpoints, deferred_signals, locked
+from l2sp_tf.copies import detached_copy
 from l2sp_tf.data import Dataset, Split, prepare
 from l2sp_tf.training import preprocessing_of
 
@@ -260,7 +261,7 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
         "data.digest was",
     ):
         assert part in str(told.value)
-    moved = models.detached_copy(pretrained)
+    moved = detached_copy(pretrained)
     moved.layers[1].set_weights([weight + 1 for weight in moved.layers[1].get_weights()])
     with pytest.raises(l2sp.InputError, match="start was .* and is"):
         l2sp.finetune(moved, task(), l2sp.L2SP(0.1), RECIPE, anchors=run.anchors, **options)

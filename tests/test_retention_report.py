@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import l2sp_tf as l2sp
 from l2sp_tf import models, records
+from l2sp_tf.copies import detached_copy
 from l2sp_tf.pixels import PIXELS
 from l2sp_tf.retention_report import distances, pretrained_of, report_of_files, report_of_run
 
@@ -81,7 +82,7 @@ def test_the_start_is_rebuilt_from_the_anchors(small_network, bias):
     x = batches()[0][0]
     rebuilt = pretrained_of(model, l2sp.Anchors.of(pretrained))
     np.testing.assert_array_equal(rebuilt(x, training=False), pretrained(x, training=False))
-    same_head = models.detached_copy(pretrained)
+    same_head = detached_copy(pretrained)
     same_head.set_weights([w + 1 for w in pretrained.get_weights()])
     again = pretrained_of(same_head, l2sp.Anchors.of(pretrained))
     np.testing.assert_array_equal(again(x, training=False), pretrained(x, training=False))
