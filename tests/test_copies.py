@@ -49,6 +49,13 @@ def lora():
     return layer
 
 
+def quantized(mode):
+    layer = layers.Dense(3)
+    layer.build((None, *VECTOR))
+    layer.quantize(mode)
+    return layer
+
+
 def scaled(x):
     return x * np.float32(3)
 
@@ -167,6 +174,8 @@ STATES = {
     "a function for an activation": (lambda: layers.Dense(3, activation=scaled), VECTOR),
     "a lambda for an activation": (lambda: layers.Dense(3, activation=lambda x: np.pi * x), VECTOR),
     "LoRA": (lora, VECTOR),
+    "int8": (lambda: quantized("int8"), VECTOR),
+    "float8": (lambda: quantized("float8"), VECTOR),
     "a stateful LSTM": (lambda: layers.LSTM(3, stateful=True), "batch of 2"),
     "renormalised": (lambda: layers.Dense(3, kernel_constraint="unit_norm", kernel_regularizer="l2"), VECTOR),
 }
