@@ -1,6 +1,7 @@
 """Copies of models and values put into models, with all the state that layers derive or keep beside their weights."""
 
 import inspect
+import re
 import tempfile
 import warnings
 
@@ -61,7 +62,7 @@ def copy_of(model, *, scope=None, seeds=False):
     for one, two in pairs:  # a setter would reach into the layers inside
         two._trainable = one._trainable
     for one, two in pairs:
-        for a, b in zip(_own(one), _own(two), strict=True):
+        for a, b in _own_pairs(one, two):
             b.trainable = a.trainable
     check_same(model, copy)
     return copy
@@ -118,7 +119,9 @@ def finish(layers):
             try:
                 _finish(layer)
             except Exception as error:  # whatever a stranger's layer raises
-                raise InputError(f"The layer {_title(layer)} cannot derive its state from its weights: {error}.") from error
+                raise InputError(
+                    f"The layer {_title(layer)} cannot derive its state from its weights: {_said_by(error)}."
+                ) from error
 
 
 def _finish(layer):
@@ -157,7 +160,7 @@ def _graph_rebuilt(model, made):
         try:
             return copy(*args, **kwargs)
         except Exception as error:  # whatever a stranger's layer raises
-            raise InputError(f"The layer {_title(copy)} cannot be called again in a copy: {error}") from error
+            raise InputError(f"The layer {_title(copy)} cannot be called again in a copy: {_said_by(error)}.") from error
 
     inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
     outputs = model._run_through_graph(inputs, operation_fn=lambda operation: _rebuilt(operation, made), call_fn=call)
@@ -179,8 +182,8 @@ def _layer_rebuilt(layer):
             copy = type(layer).from_config(_config_of(layer))
     except Exception as error:  # whatever a stranger's layer raises
         raise InputError(
-            f"The layer {_title(layer)} cannot be made again from its configuration: {error}; give it a get_config with all "
-            "arguments of its constructor."
+            f"The layer {_title(layer)} cannot be made again from its configuration: {_said_by(error)}; give it a get_config "
+            "with all arguments of its constructor."
         ) from error
     for one, two in zip(parts, copy._flatten_layers() if isinstance(layer, keras.Layer) else [copy], strict=False):
         for name, value in _functions_of(one).items():
@@ -234,12 +237,7 @@ def _pairs(made):
 
 def _carry(one, two):
     """Gives a layer the weights of another, without those of the layers inside, and what else it keeps."""
-    if [v.shape for v in _own(one)] != [v.shape for v in _own(two)]:
-        raise InputError(
-            f"The layer {_title(one)} cannot be copied: its configuration makes weights of shapes "
-            f"{[tuple(v.shape) for v in _own(two)]}, but it has {[tuple(v.shape) for v in _own(one)]}."
-        )
-    for a, b in zip(_own(one) + _unlisted(one), _own(two) + _unlisted(two), strict=True):
+    for a, b in [*_own_pairs(one, two), *zip(_unlisted(one), _unlisted(two), strict=True)]:
         b.assign(a.numpy())
     try:
         if isinstance(one, LOOKUPS):
@@ -247,7 +245,9 @@ def _carry(one, two):
         else:
             _carry_kept(one, two)
     except Exception as error:  # whatever a stranger's layer raises
-        raise InputError(f"The layer {_title(one)} cannot be copied, as its state cannot be carried over: {error}.") from error
+        raise InputError(
+            f"The layer {_title(one)} cannot be copied, as its state cannot be carried over: {_said_by(error)}."
+        ) from error
     finish([two])
 
 
@@ -279,6 +279,20 @@ def _own(layer):
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
+def _own_pairs(one, two):
+    """The weights of a layer with those of its copy: in order, or by name where they were made in another order."""
+    ones, twos = _own(one), _own(two)
+    named = {variable.name: variable for variable in twos}
+    if [v.name for v in ones] != [v.name for v in twos] and {v.name for v in ones} == set(named) and len(named) == len(ones):
+        twos = [named[variable.name] for variable in ones]
+    if [v.shape for v in ones] != [v.shape for v in twos]:
+        raise InputError(
+            f"The layer {_title(one)} cannot be copied: its configuration makes weights of shapes "
+            f"{[tuple(v.shape) for v in twos]}, but it has {[tuple(v.shape) for v in ones]}."
+        )
+    return list(zip(ones, twos, strict=True))
+
+
 def _unlisted(layer):
     """Variables that a layer holds where Keras does not look for weights, such as the states of a stateful LSTM."""
     listed = {id(variable) for variable in layer.variables}
@@ -304,6 +318,13 @@ def _is_merged(layer):
     return getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None
 
 
+def _said_by(error):
+    """The line of an error that says what happened, without what Keras puts around it."""
+    lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Exception encountered", "Error when deserializing"))]
+    return (telling or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+
+
 def _title(layer):
     return f"{layer.name!r} of class {type(layer).__name__}"
 
@@ -322,7 +343,7 @@ def check_same(model, copy):
         try:
             found = infer(copy, inputs, like=model)
         except Exception as error:
-            raise InputError(f"The copy of the model {model.name!r} does not compute: {error}") from error
+            raise InputError(f"The copy of the model {model.name!r} does not compute: {_said_by(error)}.") from error
         if not _are_close(expected, found):
             raise InputError(_difference(model, copy, inputs))
         return

@@ -251,7 +251,9 @@ def _graph(operation):
 
 
 def _sources(step):
-    return list({id(tensor): tensor for tensor in step.node.input_tensors}.values())
+    """The different tensors that an operation takes; a mask tells which of their entries count, and is none."""
+    masks = {id(x) for x in keras.tree.flatten(step.node.arguments.kwargs.get("mask"))}
+    return list({id(x): x for x in step.node.input_tensors if id(x) not in masks}.values())
 
 
 def _weights_of(operation):

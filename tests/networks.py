@@ -1,10 +1,12 @@
 """One small network of each family of keras.applications, with adapted and trained state."""
 
+import functools
 import inspect
 import sys
 
 import keras
 import numpy as np
+import pytest
 
 from l2sp_tf.variables import keyed_weights
 
@@ -44,7 +46,7 @@ def resnet(preact):
     return smaller("ResNet50", "ResNet", stacks, preact, True, name="resnet")
 
 
-FAMILIES = {
+MAKERS = {
     "ConvNeXt": smaller("ConvNeXtTiny", "ConvNeXt", (1, 1, 1, 1), (4, 8, 12, 16), name="convnext"),
     "DenseNet": smaller("DenseNet121", "DenseNet", (1, 1, 1, 1), name="densenet"),
     "EfficientNet": smaller("EfficientNetB0", "EfficientNet", 0.1, 0.1, 32, name="efficientnet"),
@@ -56,6 +58,7 @@ FAMILIES = {
     "ResNet": resnet(False),
     "ResNetV2": resnet(True),
 }
+SLOW = ("NASNet",)
 SMALL = ("EfficientNet", "MobileNet")
 SIDES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 ALL = {
@@ -63,6 +66,15 @@ ALL = {
     for name in dir(keras.applications)
     if inspect.isfunction(getattr(keras.applications, name))
 }
+
+
+FAMILIES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MAKERS]
+
+
+@functools.cache
+def network(family):
+    """The trained network of a family: one for all tests, which leave it as it is."""
+    return trained(MAKERS[family]())
 
 
 def trained(model):

@@ -7,7 +7,7 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from networks import FAMILIES, SMALL, adapted
+from networks import FAMILIES, SMALL, adapted, network
 
 import l2sp_tf as l2sp
 from l2sp_tf import copies, distribution, models
@@ -46,6 +46,13 @@ def lora():
     layer = layers.Dense(3)
     layer.build((None, *VECTOR))
     layer.enable_lora(2)
+    return layer
+
+
+def quantized(mode):
+    layer = layers.Dense(3)
+    layer.build((None, *VECTOR))
+    layer.quantize(mode)
     return layer
 
 
@@ -167,6 +174,8 @@ STATES = {
     "a function for an activation": (lambda: layers.Dense(3, activation=scaled), VECTOR),
     "a lambda for an activation": (lambda: layers.Dense(3, activation=lambda x: np.pi * x), VECTOR),
     "LoRA": (lora, VECTOR),
+    "int8": (lambda: quantized("int8"), VECTOR),
+    "float8": (lambda: quantized("float8"), VECTOR),
     "a stateful LSTM": (lambda: layers.LSTM(3, stateful=True), "batch of 2"),
     "renormalised": (lambda: layers.Dense(3, kernel_constraint="unit_norm", kernel_regularizer="l2"), VECTOR),
 }
@@ -446,7 +455,7 @@ def check_copies(model, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_of_each_family_is_copied_and_restored(family, tmp_path):
-    check_copies(networks.trained(FAMILIES[family]()), tmp_path)
+    check_copies(network(family), tmp_path)
 
 
 @pytest.mark.slow
@@ -457,7 +466,7 @@ def test_every_network_is_copied_and_restored(name, tmp_path):
 
 @pytest.mark.parametrize("family", SMALL)
 def test_a_network_on_devices_computes_the_same(family, mirrored):
-    model = networks.trained(FAMILIES[family]())
+    model = network(family)
     x = inputs_of(model, n=2)
     copy = distribution.replicated(model, mirrored)
     assert_equal(model, copy, x, training=False)
