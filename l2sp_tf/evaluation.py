@@ -6,8 +6,9 @@ import tensorflow as tf
 
 from l2sp_tf.data import Task, test_batches
 from l2sp_tf.errors import InputError
+from l2sp_tf.matching import match
 from l2sp_tf.models import detached_copy
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.variables import keyed_weights
 
 STATISTICS = ("moving_mean", "moving_variance")
 
@@ -117,12 +118,13 @@ def transplant(finetuned, pretrained, *, statistics=True):
         statistics: whether the moving statistics of batch norm are taken over too.
 
     Raises:
-        InputError: the two models share no weights.
+        InputError: the two models share no weights, or it is not clear which of them.
     """
     model = detached_copy(pretrained)
     weights, tuned = keyed_weights(model), keyed_weights(finetuned)
-    matches = match_keys(weights, tuned)
-    shared = {key: other for key, other in matches.items() if tuned[other].variable.shape == weights[key].variable.shape}
+    found = match(weights, tuned)
+    found.refuse()
+    shared = found.pairs
     if not shared:
         raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
     for key, other in shared.items():

@@ -18,8 +18,8 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"errors", "files", "memory", "variables"},
-    {"reading"},
+    {"errors", "files", "likeness", "memory", "variables"},
+    {"matching", "reading"},
     {"batch_norm", "pixels"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
