@@ -150,7 +150,8 @@ class _Names:
         self.shapes, self.known_shapes = ({key: _shape(value) for key, value in side.items()} for side in (weights, known))
         self.root, self.known_root, self.related = _tree(weights), _tree(known), related
         self.owner = {key: layer for layer in self.known_root.walk() for key in layer.weights.values()}
-        self._own, self._aligned, self._most = {}, {}, {}
+        self._shapes, self._numbers, self._ties, self._aligned, self._most = {}, {}, {}, {}, {}
+        self._measure()
         self._counters = {stem for root in (self.root, self.known_root) for layer in root.walk() for stem in layer.counters()}
         self._candidates = {}
         self._nest()
@@ -180,11 +181,23 @@ class _Names:
 
     def own(self, layer, other):
         """How related the own weights of two layers are, and how many numbers have the same name and shape."""
-        pair = id(layer), id(other)
-        if pair not in self._own:
-            same, _ = _paired(layer, other, self)
-            self._own[pair] = _sum(self._score(key, self.related.get(key, {}).get(known, 0)) for key, known in same.items())
-        return self._own[pair]
+        shapes = self._shapes[id(layer)], self._shapes[id(other)]
+        if shapes not in self._numbers:
+            self._numbers[shapes] = sum(math.prod(shape) for _, shape in shapes[0] & shapes[1])
+        return self._ties[id(layer)].get(id(other), 0), self._numbers[shapes]
+
+    def _measure(self):
+        """Notes of each layer the names and shapes of its weights, and how related it is to known layers."""
+        for root, shapes in ((self.root, self.shapes), (self.known_root, self.known_shapes)):
+            for layer in root.walk():
+                self._shapes[id(layer)] = frozenset((name, shapes[key]) for name, key in layer.weights.items())
+        for layer in self.root.walk():
+            ties = self._ties.setdefault(id(layer), {})
+            for name, key in layer.weights.items():
+                for known_key, strength in self.related.get(key, {}).items():
+                    other = self.owner[known_key]
+                    if other.weights.get(name) == known_key:
+                        ties[id(other)] = ties.get(id(other), 0) + self._score(key, strength)[0]
 
     def _score(self, key, strength):
         size = math.prod(self.shapes[key])
@@ -192,6 +205,8 @@ class _Names:
 
     def _align(self, layer, other):
         """The score of two layers with all below them, and for each group of children the ways to pair them that have it."""
+        if not layer.children or not other.children:
+            return self.own(layer, other), []
         pair = id(layer), id(other)
         if pair not in self._aligned:
             score, groups = self.own(layer, other), []
@@ -290,15 +305,14 @@ def _sum(scores):
 def _decide(layer, names, found, differ):
     """Enters the weights of one layer into what was found."""
     other, rivals = names.of(layer)
-    fits = other is not None and names.own(layer, other)[1] > 0
+    related, numbers = (0, 0) if other is None else names.own(layer, other)
     same, is_equal = _descent(layer, names)
-    if same and not (fits and other in same):
-        if not fits or not names.is_explicit(layer, other):
-            other, rivals = same[0], ([] if is_equal else same[1:])
-        elif is_equal or not names.own(layer, other)[0]:
-            found.conflicts.update(_paired(layer, same[0], names)[0])
-    elif same:
+    if same and (other in same or related and not is_equal):
         rivals = [] if is_equal else [rival for rival in rivals if rival in same]
+    elif same and numbers and names.is_explicit(layer, other):
+        found.conflicts.update(_paired(layer, same[0], names)[0])
+    elif same:
+        other, rivals = same[0], ([] if is_equal else same[1:])
     if other is None:
         return
     pairs, other_shape = _paired(layer, other, names)
@@ -306,6 +320,7 @@ def _decide(layer, names, found, differ):
     for key, known_key in pairs.items():
         name = known_key.rpartition("/")[2].partition("#")[0]
         keys = [known_key, *(rival.weights[name] for rival in rivals if name in rival.weights)]
+        keys = [other_key for other_key in keys if names.known_shapes[other_key] == names.shapes[key]]
         if differ(keys):
             found.ambiguous[key] = tuple(sorted(keys, key=_natural))
         else:
@@ -320,19 +335,20 @@ def _paired(layer, other, names):
 
 
 def _descent(layer, names):
-    """The known layers that have the values of a layer, and whether they are bit-equal; most of its numbers must say so."""
-    total, equal, related = 0, {}, {}
-    for name, key in layer.weights.items():
-        if key not in names.related:
-            continue
-        size = math.prod(names.shapes[key])
-        total += size
-        for known_key, strength in names.related[key].items():
-            other = names.owner[known_key]
-            if other.weights.get(name) == known_key:
-                related[other] = related.get(other, 0) + size * min(strength, 1)
-                equal[other] = equal.get(other, 0) + size * (strength == EQUAL)
-    for scores, is_equal in ((equal, True), (related, False)):
+    """The known layers that have the values of a layer, and whether they are bit-equal; most of its numbers must say so.
+
+    Of those that are not equal kernels alone tell: statistics of layers in a row are alike.
+    """
+    for is_equal in (True, False):
+        total, scores = 0, {}
+        for name, key in layer.weights.items():
+            if key in names.related and (is_equal or len(names.shapes[key]) >= 2):
+                size = math.prod(names.shapes[key])
+                total += size
+                for known_key, strength in names.related[key].items():
+                    other = names.owner[known_key]
+                    if other.weights.get(name) == known_key and (strength == EQUAL or not is_equal):
+                        scores[other] = scores.get(other, 0) + size * min(strength, 1)
         best = max(scores.values(), default=0)
         if best and 2 * best >= total:
             worst = best if is_equal else best - (total - best)  # twice as far as the nearest is another one
