@@ -18,8 +18,8 @@ import numpy as np
 
 import l2sp_tf as l2sp
 from l2sp_tf import delta
+from l2sp_tf.matching import match
 from l2sp_tf.models import load_model
-from l2sp_tf.variables import match_keys
 
 
 def measure(folder):
@@ -34,9 +34,7 @@ def measure(folder):
     weights = l2sp.Anchors.of(model)
     sizes = dict.fromkeys(("differ", "encoded", "by XOR", "deflated alone", "places and values"), 0)
     numbers = 0
-    for key, other in match_keys(weights, anchors).items():
-        if weights[key].shape != anchors[other].shape:
-            continue
+    for key, other in match(weights, anchors).pairs.items():
         bits, base = delta._bits(weights[key]), delta._bits(anchors[other])
         changed = int((bits != base).sum())
         numbers += bits.size

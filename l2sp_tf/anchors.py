@@ -13,10 +13,11 @@ import safetensors.numpy
 from l2sp_tf.copies import assign
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
+from l2sp_tf.matching import match
 from l2sp_tf.memory import aligned_copy
 from l2sp_tf.pixels import PixelFormat
 from l2sp_tf.reading import parse_json, refusing
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.variables import keyed_weights
 
 FORMAT = "l2sp_tf.anchors.v1"
 
@@ -125,13 +126,15 @@ class Anchors(Arrays):
                 other way round; both sides are listed, and the model is left as it was.
         """
         weights = keyed_weights(model)
-        pairs = match_keys(weights, self)
+        found = match(weights, self, values=False)  # the model holds other values
+        pairs, other_shape = found.pairs, found.other_shape
         wrong = [
-            f"{key} {tuple(weight.variable.shape)} / {self[pairs[key]].shape if key in pairs else 'missing'}"
+            f"{key} {tuple(weight.variable.shape)} / {self._partner(key, found)}"
             for key, weight in weights.items()
-            if key not in pairs or self[pairs[key]].shape != tuple(weight.variable.shape)
+            if key not in pairs
         ]
-        wrong += [f"missing / {key} {self[key].shape}" for key in self if key not in pairs.values()]
+        named = {*pairs.values(), *other_shape.values(), *(key for keys in found.ambiguous.values() for key in keys)}
+        wrong += [f"missing / {key} {self[key].shape}" for key in self if key not in named]
         if wrong:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise InputError(
@@ -139,6 +142,12 @@ class Anchors(Arrays):
                 f"(model / weights: {'; '.join(wrong[:5])}{more}): choose the architecture they were made with."
             )
         assign(model, {key: self[other] for key, other in pairs.items()})
+
+    def _partner(self, key, found):
+        """What is said of a weight of a model that has no partner of its shape here."""
+        if key in found.ambiguous:
+            return f"any of {', '.join(found.ambiguous[key])}"
+        return self[found.other_shape[key]].shape if key in found.other_shape else "missing"
 
 
 def manifest_of(arrays):

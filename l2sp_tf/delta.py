@@ -10,8 +10,9 @@ import numpy as np
 
 from l2sp_tf.anchors import Anchors, load_arrays, save_arrays
 from l2sp_tf.errors import InputError
+from l2sp_tf.matching import match
 from l2sp_tf.reading import parse_json, refusing
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.variables import keyed_weights
 
 FORMAT = "l2sp_tf.delta.v1"
 
@@ -58,7 +59,7 @@ def save_delta(model, anchors, path):
         OSError: the file cannot be written.
     """
     weights = Anchors.of(model)
-    matches = {key: other for key, other in match_keys(weights, anchors).items() if _alike(weights[key], anchors[other])}
+    matches = {key: other for key, other in match(weights, anchors).pairs.items() if _alike(weights[key], anchors[other])}
     if not matches:
         raise InputError(
             f"No weight of the model {model.name!r} has an anchor of its name, shape and dtype: "
@@ -109,7 +110,7 @@ def load_delta(model, anchors, path):
 def _check_dtypes(model, weights):
     """A value that is cast is not the one that was saved."""
     own = keyed_weights(model)
-    for key, other in match_keys(own, weights).items():
+    for key, other in match(own, weights, values=False).pairs.items():
         if own[key].variable.dtype != weights[other].dtype.name:
             raise InputError(
                 f"{key} is of {own[key].variable.dtype} in the model {model.name!r}, but of {weights[other].dtype.name} "

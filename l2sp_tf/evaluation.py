@@ -9,7 +9,8 @@ from l2sp_tf.copies import assign, detached_copy
 from l2sp_tf.data import Task, test_batches
 from l2sp_tf.errors import InputError
 from l2sp_tf.heads import head_of
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.matching import match
+from l2sp_tf.variables import keyed_weights
 
 STATISTICS = ("moving_mean", "moving_variance")
 
@@ -117,17 +118,14 @@ def transplant(finetuned, pretrained, *, statistics=True):
         statistics: whether the moving statistics of batch norm are taken over too.
 
     Raises:
-        InputError: the two models share no weights.
+        InputError: the two models share no weights, or it is not clear which of them.
     """
     model = detached_copy(pretrained)
     weights, tuned = keyed_weights(model), keyed_weights(finetuned)
-    matches = match_keys(weights, tuned)
     head = head_of(model).keys  # never the new one's, not even where name and shape agree
-    shared = {
-        key: other
-        for key, other in matches.items()
-        if key not in head and tuned[other].variable.shape == weights[key].variable.shape
-    }
+    found = match(weights, tuned)
+    found.refuse([key for key in weights if key not in head])
+    shared = {key: other for key, other in found.pairs.items() if key not in head}
     if not shared:
         raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
     values = {}

@@ -18,9 +18,10 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import STATISTICS, retention
 from l2sp_tf.files import write_text
 from l2sp_tf.heads import head_of, inputs_of
+from l2sp_tf.matching import match
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.training import preprocessing_of
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.variables import keyed_weights
 
 R2_IMAGES = 512
 R2_BATCH = 16  # the outputs of all compared layers are in memory at once
@@ -162,18 +163,20 @@ def distances(model, anchors):
     """||w - w0|| of each layer of a model that has anchors, and the keys of the weights that have none.
 
     Raises:
-        InputError: the model shares no weights with the anchors.
+        InputError: the model shares no weights with the anchors, or it is not clear which of them.
     """
     weights = keyed_weights(model)
-    matches = match_keys(weights, anchors)
+    found = match(weights, anchors)
+    found.refuse()
+    matches = found.pairs
     sums, new = {}, []
     for key, weight in weights.items():
         if isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS:
             continue
-        w0 = anchors[matches[key]].astype("float64") if key in matches else None
-        if w0 is None or w0.shape != tuple(weight.variable.shape):
+        if key not in matches:
             new.append(key)
             continue
+        w0 = anchors[matches[key]].astype("float64")
         w = weight.variable.numpy().astype("float64")
         added = np.array([w.size, np.sum((w - w0) ** 2), np.sum(w0**2)])
         layer = key.rpartition("/")[0]
@@ -195,12 +198,13 @@ def pretrained_of(model, anchors):
 
     Raises:
         InputError: what is new in the model, or left over in the anchors, is more than one last Dense layer (or 1x1
-            convolution of features that are no image).
+            convolution of features that are no image), or not clear.
     """
     copy = detached_copy(model)
     weights = keyed_weights(copy)
-    matches = match_keys(weights, anchors)
-    matches = {key: other for key, other in matches.items() if anchors[other].shape == tuple(weights[key].variable.shape)}
+    found = match(weights, anchors)
+    found.refuse()
+    matches = found.pairs
     assign(copy, {key: anchors[other] for key, other in matches.items()})
     new = {key for key in weights if key not in matches}
     left = {key.rpartition("/")[2]: anchors[key] for key in anchors if key not in matches.values()}

@@ -18,8 +18,8 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"effect", "errors", "files", "memory", "variables"},
-    {"reading"},
+    {"effect", "errors", "files", "likeness", "memory", "variables"},
+    {"matching", "reading"},
     {"batches", "batch_norm", "likelihoods", "pixels"},
     {"answers", "regularizers", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"copies"},
