@@ -24,7 +24,8 @@ import tensorflow as tf
 import l2sp_tf as l2sp
 from l2sp_tf import copies
 from l2sp_tf.copies import detached_copy
-from l2sp_tf.variables import keyed_weights, match_keys
+from l2sp_tf.matching import match
+from l2sp_tf.variables import keyed_weights
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- rows: python -m benchmarks.models -->\n", "<!-- end of rows -->\n"
@@ -177,9 +178,9 @@ def penalty_of(model, anchors, x, y):
         if value.dtype.kind == "f"
     }
     copies.assign(model, values)
-    coverage, expected = l2sp.attach(model, l2sp.L2SP(0.1), anchors, 0.01), 0.0
+    coverage, pairs, expected = l2sp.attach(model, l2sp.L2SP(0.1), anchors, 0.01), match(values, anchors).pairs, 0.0
     for weight in coverage.group("S") + coverage.group("S-bar"):
-        w0 = anchors[match_keys([weight.key], anchors)[weight.key]] if weight.group == "S" else 0.0
+        w0 = anchors[pairs[weight.key]] if weight.group == "S" else 0.0
         strength = 0.1 if weight.group == "S" else 0.01
         expected += strength / 2 * np.sum(np.square(values[weight.key].astype("float64") - w0))
     logs = model.fit(tf.data.Dataset.from_tensors((x, y)), verbose=0).history

@@ -13,8 +13,9 @@ import numpy as np
 from l2sp_tf import effect
 from l2sp_tf.anchors import Anchors, Arrays, digest_of
 from l2sp_tf.errors import InputError
+from l2sp_tf.matching import match
 from l2sp_tf.regularizers import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
-from l2sp_tf.variables import forget_traced_steps, keyed_weights, match_keys, set_regularizer
+from l2sp_tf.variables import forget_traced_steps, keyed_weights, set_regularizer
 
 SHARED, NEW, LEFT_OUT = "S", "S-bar", "left out"
 FROZEN = "frozen"  # why a weight is left out
@@ -123,12 +124,15 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
     weights = keyed_weights(model)
     _refuse_unfaithful_layers(weights.values())
     _refuse_other_anchors(weights.values(), anchors)
-    matches = _shared(weights, anchors or {}, new)
-    plan = _Plan(penalty, anchors, beta, params, None if fisher is None else _FisherValues(fisher, anchors, matches))
+    found = match(weights, anchors or {})
+    matches = _shared(weights, found, new)
+    values = None if fisher is None else _FisherValues(fisher, anchors, matches)
+    plan = _Plan(penalty, anchors, beta, params, values, found.other_shape)
     rows, bound = [], {}
     for key, weight, is_trained in _trainable(model, weights):
         row, bound[key] = plan.cover(key, weight, matches.get(key), is_trained)
         rows.append(row)
+    found.refuse([row.key for row in rows if row.penalty is not None and not _is_in(row.key, new)])
     if anchors is not None and not matches:
         raise InputError(
             f"No trainable weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
@@ -140,6 +144,8 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
         if regularizer is not None:
             set_regularizer(weights[key], regularizer)
     forget_traced_steps(model)
+    if doubt := found.warning([row.key for row in rows if row.group == SHARED]):
+        warnings.warn(doubt, stacklevel=2)
     return Coverage(tuple(rows), anchors.digest if anchors is not None else None, _is_saved(model, bound))
 
 
@@ -161,6 +167,7 @@ class _Plan:
     beta: float
     params: str
     fisher: "_FisherValues | None"
+    other_shape: dict
 
     def cover(self, key, weight, anchor, is_trained):
         """The row of one weight and the penalty that goes on it, or None; `anchor` is the key of its anchor, or None."""
@@ -184,42 +191,62 @@ class _Plan:
     def _reason(self, key):
         if self.anchors is None:
             return ""
-        other = match_keys([key], self.anchors).get(key)
-        return f"the anchor has the shape {self.anchors[other].shape}" if other else "no anchor"
+        return f"the anchor has the shape {self.anchors[self.other_shape[key]].shape}" if key in self.other_shape else "no anchor"
 
 
 class _FisherValues:
     """The Fisher diagonal by the keys of the model's weights.
 
     Raises:
-        InputError: it was estimated at other weights than the anchors.
+        InputError: it was estimated at other weights than the anchors; it is not clear which weight a value is of.
     """
 
     def __init__(self, fisher, anchors, matches):
-        self._values, self._matches = fisher, match_keys(matches, fisher)
+        self._values = fisher
         self.digest = fisher.digest if hasattr(fisher, "digest") else digest_of(Arrays(fisher).manifest)
         provenance = getattr(fisher, "provenance", None)
-        if provenance is None or anchors is None or provenance["model"] == anchors.digest:
+        if provenance is not None and anchors is not None:
+            self._matches = _by_hash(fisher, provenance, anchors, matches)
             return
-        estimated_at = provenance.get("weights")
-        if estimated_at is None:  # a file from before these were recorded
-            raise InputError(
-                f"This Fisher diagonal was estimated on a model of digest {str(provenance['model'])[:12]}, but the anchors have "
-                f"{anchors.digest[:12]}: estimate it on the model that the anchors were taken from."
-            )
-        # other names or another head make another digest, of which the weights that count know nothing
-        hashes = {entry["name"]: entry["sha256"] for entry in anchors.manifest}
-        for key, other in self._matches.items():
-            if estimated_at.get(other) != hashes[matches[key]]:
-                raise InputError(
-                    f"This Fisher diagonal was estimated at other weights than the anchors: {other} differs from {matches[key]}; "
-                    "estimate it on the model that the anchors were taken from."
-                )
+        known = {key: np.shape(value) for key, value in fisher.items()}
+        found = match({key: anchors[other].shape for key, other in matches.items()} if anchors else {}, known, values=False)
+        found.refuse()
+        self._matches = found.pairs | found.other_shape  # of another shape, the penalty says so
 
     def __getitem__(self, key):
         if key not in self._matches:
             raise InputError(f"The Fisher diagonal has no entry for {key}: estimate it for every weight that the penalty is on.")
         return self._values[self._matches[key]]
+
+
+def _by_hash(fisher, provenance, anchors, matches):
+    """For each key the Fisher diagonal's entry that was estimated at the anchor's values, whatever its name."""
+    estimated_at = provenance.get("weights")
+    if provenance["model"] == anchors.digest:
+        return {key: other for key, other in matches.items() if other in fisher}
+    if estimated_at is None:  # a file from before these were recorded
+        raise InputError(
+            f"This Fisher diagonal was estimated on a model of digest {str(provenance['model'])[:12]}, but the anchors have "
+            f"{anchors.digest[:12]}: estimate it on the model that the anchors were taken from."
+        )
+    # other names or another head make another digest, of which the weights that count know nothing
+    hashes, entries = {entry["name"]: entry["sha256"] for entry in anchors.manifest}, {}
+    for name in fisher:
+        entries.setdefault(estimated_at[name], []).append(name)
+    shapes = {key: value.shape for key, value in fisher.items()}
+    names = match({key: anchors[other].shape for key, other in matches.items()}, shapes, values=False)
+    found = {}
+    for key, other in matches.items():
+        candidates = entries.get(hashes[other], [])
+        by_name = names.pairs.get(key) or names.other_shape.get(key)
+        if by_name in candidates or len(candidates) == 1:  # constant weights, such as gammas, have many
+            found[key] = by_name if by_name in candidates else candidates[0]
+        elif by_name is not None:
+            raise InputError(
+                f"This Fisher diagonal was estimated at other weights than the anchors: {by_name} differs from {other}; "
+                "estimate it on the model that the anchors were taken from."
+            )
+    return found
 
 
 def _distance(variable, anchor):
@@ -406,17 +433,17 @@ def _row(key, group, reason, variable, penalty, distance):
     return CoveredWeight(key, group, tuple(variable.shape), config, reason, distance)
 
 
-def _shared(weights, anchors, new):
-    """The keys whose anchor has the same shape, with the anchor's key, except in layers called new."""
+def _shared(weights, found, new):
+    """The keys that have an anchor, with the anchor's key, except in layers called new."""
     layers = {part for key in weights for part in key.split("/")[:-1]}
     if unknown := [name for name in new if name not in layers]:
         raise InputError(f"new names the layer {unknown[0]!r}, which the model does not have: name one of its layers.")
-    matches = match_keys(weights, anchors)
-    return {
-        key: other
-        for key, other in matches.items()
-        if anchors[other].shape == tuple(weights[key].variable.shape) and not set(new) & set(key.split("/")[:-1])
-    }
+    return {key: other for key, other in found.pairs.items() if not _is_in(key, new)}
+
+
+def _is_in(key, layers):
+    """Whether a key names a weight within one of the layers."""
+    return bool(set(layers) & set(key.split("/")[:-1]))
 
 
 def _is_kernel(variable):

@@ -10,9 +10,10 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from l2sp_tf.matching import match
 from l2sp_tf.proximal import Proximal, frozen_share
 from l2sp_tf.stepping import unscaled
-from l2sp_tf.variables import first_not_finite, keyed_weights, match_keys
+from l2sp_tf.variables import first_not_finite, keyed_weights
 
 
 class Monitor(keras.callbacks.Callback):
@@ -54,12 +55,8 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         weights = {key: weight for key, weight in keyed_weights(self.model).items() if weight.variable.trainable}
-        matches = match_keys(weights, self.anchors or {})
-        self._anchored = {
-            key: (weights[key].variable, self.anchors[other])
-            for key, other in matches.items()
-            if self.anchors[other].shape == tuple(weights[key].variable.shape)
-        }
+        matches = match(weights, self.anchors or {}).pairs
+        self._anchored = {key: (weights[key].variable, self.anchors[other]) for key, other in matches.items()}
         if self.folder is not None:
             with self._warned():
                 self._open()

@@ -77,42 +77,6 @@ def first_not_finite(model):
     return next((w.key for w in weights if not np.isfinite(w.variable.numpy().astype("float32")).all()), None)
 
 
-def match_keys(keys, known):
-    """Finds for each key the known key that names the same weight.
-
-    Two keys name the same weight if they are equal, or if one ends with the other at a "/"
-    and no other key does: so the anchors of a backbone fit a model in which the backbone is
-    nested, and the other way round.
-
-    Args:
-        keys: keys of a model's weights.
-        known: keys of the anchors (or of another model).
-
-    Returns:
-        A dict from key to known key; keys without a partner are not in it.
-    """
-    keys, known = list(keys), set(known)
-    matched = {key: key for key in keys if key in known}
-    free = known - set(matched.values())
-    suffixes = {}
-    for other in free:
-        for suffix in _suffixes(other):
-            suffixes.setdefault(suffix, []).append(other)
-    claims = {}
-    for key in keys:
-        if key in matched:
-            continue
-        # An anchor that is a suffix of the key (the longest wins), or has the key as a suffix.
-        shorter = next((s for s in _suffixes(key) if s in free), None)
-        longer = suffixes.get(key, [])
-        if shorter is not None:
-            claims.setdefault(shorter, []).append(key)
-        elif len(longer) == 1:
-            claims.setdefault(longer[0], []).append(key)
-    matched.update({claimants[0]: other for other, claimants in claims.items() if len(claimants) == 1})
-    return matched
-
-
 def set_regularizer(weight, regularizer, *, only=object):
     """Sets a regularizer on the variable, which Keras reads, and on the layer, which Keras saves.
 
@@ -149,12 +113,6 @@ def forget_traced_steps(model):
 def _with_subclasses(kind):
     """A class and all classes made from it."""
     return {kind}.union(*(_with_subclasses(child) for child in kind.__subclasses__()))
-
-
-def _suffixes(key):
-    """The proper suffixes of a key that still name a layer and a weight, longest first."""
-    parts = key.split("/")
-    return ["/".join(parts[i:]) for i in range(1, len(parts) - 1)]
 
 
 def _unused(key, taken):
