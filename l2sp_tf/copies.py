@@ -237,9 +237,11 @@ def _pairs(made):
 
 def _carry(one, two):
     """Gives a layer the weights of another, without those of the layers inside, and what else it keeps."""
-    for a, b in [*_own_pairs(one, two), *zip(_unlisted(one), _unlisted(two), strict=True)]:
+    for a, b in _own_pairs(one, two):
         b.assign(a.numpy())
     try:
+        for a, b in zip(_unlisted(one), _unlisted(two), strict=True):
+            b.assign(a.numpy())
         if isinstance(one, LOOKUPS):
             _carry_vocabulary(one, two)
         else:
