@@ -128,7 +128,7 @@ def _finish(layer):
     if _is_custom(layer, "load_own_variables") and not _is_merged(layer):
         store = {}
         layer.save_own_variables(store)
-        layer.load_own_variables({name: np.array(value) for name, value in store.items()})
+        layer.load_own_variables({name: np.asarray(value) for name, value in store.items()})
     if callable(getattr(layer, "finalize_state", None)):
         layer.finalize_state()
 
@@ -237,9 +237,11 @@ def _pairs(made):
 
 def _carry(one, two):
     """Gives a layer the weights of another, without those of the layers inside, and what else it keeps."""
-    for a, b in [*_own_pairs(one, two), *zip(_unlisted(one), _unlisted(two), strict=True)]:
+    for a, b in _own_pairs(one, two):
         b.assign(a.numpy())
     try:
+        for a, b in zip(_unlisted(one), _unlisted(two), strict=True):
+            b.assign(a.numpy())
         if isinstance(one, LOOKUPS):
             _carry_vocabulary(one, two)
         else:
@@ -256,7 +258,7 @@ def _carry_kept(one, two):
     if _is_custom(one, "load_own_variables") and not _is_merged(one):
         store = {}
         one.save_own_variables(store)
-        two.load_own_variables({name: np.array(value) for name, value in store.items()})
+        two.load_own_variables({name: np.asarray(value) for name, value in store.items()})
     if _is_custom(one, "save_assets") and _is_custom(one, "load_assets"):
         with tempfile.TemporaryDirectory() as folder:
             one.save_assets(folder)

@@ -86,7 +86,7 @@ def head_of(model):
     Raises:
         InputError: the model is subclassed.
     """
-    _check_graph(model, "head_of")
+    _check_graph(model, "head_of", "give it such a model")
     found = [_found_in(model, tensor) for tensor in model.outputs]
     found = [one for one in found if one.kind != "features"]
     own = {id(v) for one in found for owner in one.owners for v in owner.weights}
@@ -117,7 +117,7 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
         InputError: the model is subclassed, has several outputs, or the new layer would see class scores: of several
             classifiers, or of a layer that is neither Dense nor a 1x1 convolution.
     """
-    _check_graph(pretrained, "with_new_head")
+    _check_graph(pretrained, "with_new_head", "build the new model from its layers, and give it to attach")
     if len(pretrained.outputs) != 1:
         raise InputError(f"The model {pretrained.name!r} has {len(pretrained.outputs)} outputs: with_new_head needs one.")
     copy = detached_copy(pretrained)
@@ -139,12 +139,9 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
     return model
 
 
-def _check_graph(model, function):
+def _check_graph(model, function, advice):
     if not isinstance(model, keras.Model) or getattr(model, "inputs", None) is None:
-        raise InputError(
-            f"{function} needs a functional or Sequential model, not {type(model).__name__}: "
-            "build the new model from its layers, and give it to attach."
-        )
+        raise InputError(f"{function} needs a functional or Sequential model, not {type(model).__name__}: {advice}.")
 
 
 def _refuse_scores(model, names):
@@ -168,6 +165,7 @@ def _found_in(model, tensor):
     found = _find(tensor, (model,), ())
     if found.kind == "features" and found.owners and _are_scores(keras.Model(inputs_of(model), tensor)):
         found = _find(tensor, (model,), (), scores=True)
+        found.kind = "head" if found.kind == "head" else "unclear"
     return found
 
 

@@ -59,7 +59,6 @@ MAKERS = {
     "ResNetV2": resnet(True),
 }
 SLOW = ("NASNet",)
-SMALL = ("EfficientNet", "MobileNet")
 SIDES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 ALL = {
     name: application(name, SIDES.get(name, 32))

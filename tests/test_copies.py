@@ -7,7 +7,7 @@ import networks
 import numpy as np
 import pytest
 from keras import layers
-from networks import FAMILIES, SMALL, adapted, network
+from networks import FAMILIES, MAKERS, adapted, network
 
 import l2sp_tf as l2sp
 from l2sp_tf import copies, distribution, models
@@ -464,7 +464,7 @@ def test_every_network_is_copied_and_restored(name, tmp_path):
     check_copies(networks.trained(networks.ALL[name]()), tmp_path)
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", [f if f == "EfficientNet" else pytest.param(f, marks=pytest.mark.slow) for f in MAKERS])
 def test_a_network_on_devices_computes_the_same(family, mirrored):
     model = network(family)
     x = inputs_of(model, n=2)

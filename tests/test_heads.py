@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from networks import ALL, CLASSES, FAMILIES, SMALL, adapted, network, trained
+from networks import ALL, CLASSES, FAMILIES, adapted, network, trained
 
 import l2sp_tf as l2sp
 from l2sp_tf import copies
@@ -309,9 +309,8 @@ def test_the_original_head_of_every_network_is_asked(name):
     check_original_head(trained(ALL[name]()))
 
 
-@pytest.mark.parametrize("family", SMALL)
-def test_retention_never_asks_the_new_head(family):
-    pretrained, rng = network(family), np.random.default_rng(3)
+def test_retention_never_asks_the_new_head():
+    pretrained, rng = network("MobileNet"), np.random.default_rng(3)
     x = rng.random((24, *pretrained.input_shape[1:])).astype("float32")
     y = np.argmax(pretrained(x), -1).reshape(-1)
     source = [(x, np.where(np.arange(24) % 3 == 0, (y + 1) % CLASSES, y))]
