@@ -17,13 +17,14 @@ _MODULES = {
     "errors": ["InputError"],
     "evaluation": ["evaluate", "retention"],
     "fisher": ["Fisher", "fisher_diagonal"],
-    "models": ["freeze_first", "with_new_head"],
+    "models": ["with_new_head"],
     "proximal": ["Proximal", "frozen_share"],
     "recipe": ["Recipe"],
     "regularizers": ["L1SP", "L2", "L2SP", "GroupLassoSP", "GroupLassoSPFisher", "L2SPFisher", "UnboundPenaltyError"],
     "retention_report": ["RetentionReport", "retention_report"],
     "selection": ["Selection", "cross_validate"],
     "training": ["Run", "finetune", "train_source"],
+    "units": ["freeze_first"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"errors", "files", "memory", "variables"},
     {"reading"},
-    {"batch_norm", "pixels"},
+    {"batch_norm", "pixels", "units"},
     {"regularizers", "anchors", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
     | {"stepping", "distribution"},
@@ -88,7 +88,7 @@ def test_public_names_are_no_modules_whatever_was_imported_first():
 
 def test_what_attaches_penalties_imports_no_tensorflow_of_its_own():
     paths, found = dict(modules()), set()
-    waiting = ["regularizers", "anchors", "attach", "models", "proximal", "decoupled"]
+    waiting = ["regularizers", "anchors", "attach", "models", "proximal", "decoupled", "units"]
     while waiting:
         name = waiting.pop()
         if name not in found:
