@@ -22,13 +22,13 @@ _MODULES = {
     "evaluation": ["evaluate", "retention"],
     "fisher": ["Fisher", "fisher_diagonal"],
     "heads": ["with_new_head"],
-    "models": ["freeze_first"],
     "proximal": ["Proximal", "frozen_share"],
     "recipe": ["Recipe"],
     "regularizers": ["L1SP", "L2", "L2SP", "GroupLassoSP", "GroupLassoSPFisher", "L2SPFisher", "UnboundPenaltyError"],
     "retention_report": ["RetentionReport", "retention_report"],
     "selection": ["Selection", "cross_validate"],
     "training": ["Run", "finetune", "train_source"],
+    "units": ["freeze_first"],
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

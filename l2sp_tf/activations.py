@@ -5,7 +5,7 @@ import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.errors import InputError
-from l2sp_tf.models import units
+from l2sp_tf.units import graph_of, nodes_of, units
 
 BOX = ("whislo", "q1", "med", "q3", "whishi")
 
@@ -18,11 +18,11 @@ def activation_r2(finetuned, pretrained, images, *, layers=None):
     no activation is stored.
 
     Args:
-        finetuned, pretrained: two functional models with layers of the same names and shapes.
+        finetuned, pretrained: two functional models with layers of the same names and shapes, also in nested models.
         images: an iterable of float32 [b, h, w, c], or of tuples that begin with them, which is
             read once.
-        layers: names of the layers to compare; by default the outputs of the units of
-            `models.units`: of the first convolution and of each residual block.
+        layers: names of the layers to compare; by default the last layer of each of the `units.units`: of the first
+            convolution and of each block.
 
     Returns:
         A dict from layer to float64 [channels]; NaN for a feature that is constant in either model.
@@ -66,12 +66,25 @@ def box(values):
 
 def _features(model, layers):
     """The model as a function of images that returns the outputs of the layers, in inference mode."""
-    known = {layer.name: layer for layer in model.layers}
+    known = _outputs(model, set(layers))
     missing = [name for name in layers if name not in known]
     if missing:
         raise InputError(f"The model {model.name!r} has no layer {missing[0]!r}: give layers that both models have.")
-    inner = keras.Model(model.inputs[0], [known[name].output for name in layers])
+    inner = keras.Model(model.inputs[0], [known[name] for name in layers])
     return lambda x: tf.nest.flatten(inner(x, training=False))  # Keras gives a single output bare
+
+
+def _outputs(model, names):
+    """The symbolic output of each layer of these names in a functional model, or in one nested in it, by name."""
+    found = {}
+    for node in nodes_of(graph_of(model)):
+        layer = node.operation
+        if layer.name in names:
+            found.setdefault(layer.name, node.outputs[0])
+        elif graph_of(layer) is not None and (inner := _outputs(layer, names - set(found))):
+            part = keras.Model(layer.inputs, list(inner.values()))
+            found |= zip(inner, tf.nest.flatten(part(node.input_tensors)), strict=True)
+    return found
 
 
 def _flat(a):

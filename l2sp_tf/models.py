@@ -1,9 +1,8 @@
-"""Backbones, their weights, and freezing the first n units (Fig. 3)."""
+"""Backbones and their weights."""
 
 import io
 import math
 import pathlib
-import re
 import tempfile
 import zipfile
 
@@ -17,7 +16,7 @@ from l2sp_tf.files import atomic_path
 from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
-from l2sp_tf.variables import forget_traced_steps, keyed_weights
+from l2sp_tf.variables import keyed_weights
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
@@ -214,55 +213,3 @@ def head_classes(path):
     """The number of classes of the head in a `.safetensors` file of weights; None where there is no such head."""
     shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
     return shape[0] if shape else None
-
-
-def units(model):
-    """The units that Fig. 3 counts: the first convolution, then each residual block, as lists of layers.
-
-    Units are told by the layer names of `keras.applications` and `small_resnet`: "conv1_*",
-    then "conv<stage>_block<number>_*". Batch norm belongs to its convolution's unit.
-
-    Raises:
-        InputError: the model has no layer named so.
-    """
-    found = {}
-    for layer in model._flatten_layers(include_self=False):
-        if match := re.match(r"(conv1|conv\d+_block\d+)_", layer.name):
-            found.setdefault(match[1], []).append(layer)
-    if not found:
-        raise InputError(
-            f"The model {model.name!r} has no layers named conv1_* or conv<n>_block<n>_*: freeze its layers by hand."
-        )
-    return sorted(found.values(), key=lambda layers: _unit_number(layers[0].name))
-
-
-def _unit_number(name):
-    match = re.match(r"conv(\d+)(?:_block(\d+))?", name)
-    return int(match[1]), int(match[2] or 0)
-
-
-def freeze_first(model, n):
-    """Freezes the first n units of a ResNet (Fig. 3) and unfreezes the others, batch norm included.
-
-    A frozen batch norm runs in inference mode: its statistics stay the source's.
-
-    Args:
-        model: a ResNet with the layer names of `units`.
-        n: number of units, from 0 (nothing frozen) to all of them.
-
-    Returns:
-        The number of units of the model.
-
-    Raises:
-        InputError: n is not between 0 and the number of units.
-    """
-    found = units(model)
-    if not isinstance(n, int) or not 0 <= n <= len(found):
-        raise InputError(
-            f"n is {n!r}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}."
-        )
-    for number, layers in enumerate(found):
-        for layer in layers:
-            layer.trainable = number >= n
-    forget_traced_steps(model)
-    return len(found)

@@ -21,6 +21,7 @@ from l2sp_tf.heads import head_of, inputs_of
 from l2sp_tf.matching import match
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.training import preprocessing_of
+from l2sp_tf.units import units
 from l2sp_tf.variables import keyed_weights
 
 R2_IMAGES = 512
@@ -285,9 +286,9 @@ def report_of_files(model, anchors, *, source=None, pretrained=None, pixels=None
 
 
 def _compared(model, pretrained):
-    """The layers whose activations are compared: the units of a ResNet, else all with weights that both have."""
+    """The layers whose activations are compared: its units, else all with weights that both have."""
     try:
-        return [unit[-1].name for unit in models.units(pretrained)]
+        return [unit[-1].name for unit in units(pretrained)]
     except InputError:
         both = {layer.name for layer in pretrained.layers} & {layer.name for layer in model.layers if layer.weights}
         names = [layer.name for layer in pretrained.layers if layer.name in both]

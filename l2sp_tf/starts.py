@@ -20,6 +20,7 @@ from l2sp_tf.fisher import Fisher, fisher_diagonal
 from l2sp_tf.monitor import write_histograms
 from l2sp_tf.plans import Plan
 from l2sp_tf.training import preprocessing_of, train_source
+from l2sp_tf.units import units
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Start:
     def units(self):
         """How many units can be frozen: 0 if the backbone's units cannot be told."""
         try:
-            return len(models.units(self.pretrained))
+            return len(units(self.pretrained))
         except InputError:
             return 0
 

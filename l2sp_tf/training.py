@@ -16,13 +16,14 @@ from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.decoupled import Decoupled
 from l2sp_tf.errors import InputError
 from l2sp_tf.heads import with_new_head
-from l2sp_tf.models import freeze_first, save_model
+from l2sp_tf.models import save_model
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
 from l2sp_tf.regularizers import L2
+from l2sp_tf.units import freeze_first, unfreeze
 
 CHECKPOINT_EVERY = 500  # steps
 
@@ -92,7 +93,8 @@ def finetune(
         anchors: where the penalty pulls to; by default the weights of `pretrained` now.
         fisher: for the Fisher penalties a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
-        frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3).
+        frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3); with 0 nothing is, whatever is frozen
+            in `pretrained`.
         run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
             None writes nothing.
         callbacks: more Keras callbacks; what they remember is not in the checkpoints.
@@ -119,6 +121,7 @@ def finetune(
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, say=print if verbose else _say_nothing)
+    unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
     coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)

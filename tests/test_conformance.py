@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"effect", "errors", "files", "likeness", "memory", "variables"},
     {"matching", "reading"},
-    {"batches", "batch_norm", "likelihoods", "pixels"},
+    {"batches", "batch_norm", "likelihoods", "pixels", "units"},
     {"answers", "regularizers", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"copies"},
     {"anchors", "heads"},
@@ -90,7 +90,7 @@ def test_public_names_are_no_modules_whatever_was_imported_first():
 
 def test_what_attaches_penalties_imports_no_tensorflow_of_its_own():
     paths, found = dict(modules()), set()
-    waiting = ["regularizers", "anchors", "attach", "models", "heads", "proximal", "decoupled"]
+    waiting = ["regularizers", "anchors", "attach", "models", "heads", "proximal", "decoupled", "units"]
     while waiting:
         name = waiting.pop()
         if name not in found:

@@ -21,6 +21,7 @@ import l2sp_tf as l2sp
 from l2sp_tf import convert, models, resnets
 from l2sp_tf.pixels import PIXELS
 from l2sp_tf.torch_files import read_state_dict
+from l2sp_tf.units import units
 
 IMAGES = np.random.default_rng(1).normal(size=(2, 33, 33, 3)).astype("float32")  # odd sides tell paddings apart
 CLASSES = 5
@@ -93,7 +94,7 @@ def test_the_variants_differ(slim):
 @pytest.mark.parametrize(("name", "blocks"), [("resnet101_slim", 33), ("resnet152_slim", 50), ("resnet34_torch", 16)])
 def test_deeper_ones_have_their_units_and_can_be_frozen(name, blocks):
     model = resnets.imagenet_resnet(name, 10, 32)
-    assert len(models.units(model)) == 1 + blocks == l2sp.freeze_first(model, 3)
+    assert len(units(model)) == 1 + blocks == l2sp.freeze_first(model, 3)
     assert {layer.momentum for layer in model.layers if layer.name.endswith("_bn")} == {0.9}
 
 

@@ -1,4 +1,4 @@
-"""Backbones, heads, freezing, and weights files that do not fit."""
+"""Backbones, heads, and weights files that do not fit."""
 
 import keras
 import numpy as np
@@ -31,10 +31,9 @@ def test_bad_small_resnets_are_refused():
         models.backbone("vgg", 3)
 
 
-def test_resnet50_returns_logits_and_counts_17_units():
+def test_resnet50_returns_logits():
     model = models.backbone("resnet50", 10, image_size=32)
     assert model.layers[-1].activation is keras.activations.linear
-    assert len(models.units(model)) == 1 + 3 + 4 + 6 + 3
 
 
 def test_imagenet_weights_need_1000_classes_at_224():
@@ -95,31 +94,6 @@ def test_models_that_cannot_get_a_head_are_refused():
 
     with pytest.raises(l2sp.InputError, match="functional or Sequential model, not Net"):
         l2sp.with_new_head(Net(), 3)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 4])
-def test_freezing_counts_units_and_includes_batch_norm(n):
-    model = tiny()
-    assert l2sp.freeze_first(model, n) == 4
-    units = ["conv1", "conv2_block1", "conv3_block1", "conv3_block2"]
-    for layer in model.layers:
-        unit = next((number for number, name in enumerate(units) if layer.name.startswith(f"{name}_")), None)
-        if layer.weights:
-            assert layer.trainable == (unit is None or unit >= n)
-    frozen = {w.path: w.numpy() for layer in model.layers if not layer.trainable for w in layer.weights}
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    model.fit(np.random.default_rng(0).normal(size=(4, 8, 8, 3)), np.zeros(4), verbose=0)
-    for weight in model.weights:
-        if weight.path in frozen:
-            np.testing.assert_array_equal(weight.numpy(), frozen[weight.path])
-
-
-def test_freezing_what_is_not_there_is_refused():
-    for n in (-1, 5, 1.0):
-        with pytest.raises(l2sp.InputError, match="has 4 units"):
-            l2sp.freeze_first(tiny(), n)
-    with pytest.raises(l2sp.InputError, match="has no layers named"):
-        l2sp.freeze_first(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]), 1)
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])

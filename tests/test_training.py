@@ -15,6 +15,7 @@ from l2sp_tf.data import Dataset, Images, Split, Task, prepare, test_batches
 from l2sp_tf.evaluation import transplant
 from l2sp_tf.pixels import PIXELS
 from l2sp_tf.training import preprocessing_of
+from l2sp_tf.units import freeze_first
 from l2sp_tf.variables import keyed_weights
 
 RECIPE = l2sp.Recipe(iterations=12, batch_size=8, resize=8, crop=6, blur="none", mirror=False, log_every=5, params="kernels")
@@ -59,6 +60,38 @@ def test_a_run_leaves_log_tensorboard_anchors_and_model(pretrained, tmp_path):
     assert not saved.losses
     for one, two in zip(saved.get_weights(), run.model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("frozen", [0, 2])
+@pytest.mark.parametrize("before", ["units", "model", "weights"])
+def test_what_was_frozen_in_the_pretrained_model_or_its_file_does_not_count(before, frozen, pretrained, tmp_path):
+    if before == "units":
+        freeze_first(pretrained, 3)
+    elif before == "model":
+        pretrained.trainable = False
+    else:
+        for weight in pretrained.weights:
+            weight.trainable = False
+    pretrained.save(tmp_path / "m.keras")
+    for start in (pretrained, models.load_model(tmp_path / "m.keras")):
+        recipe = RECIPE.replace(iterations=1, log_every=1, params="all")
+        run = l2sp.finetune(start, task(), l2sp.L2SP(0.1), recipe, frozen=frozen, verbose=0)
+        statistics = {"moving_mean", "moving_variance"}
+        for key, weight in keyed_weights(run.model).items():
+            free = not (frozen and key.startswith(("conv1_", "conv2_block1_")))
+            assert weight.variable.trainable == (free and weight.variable.name not in statistics), key
+        weights = [w for w in keyed_weights(run.model).values() if w.variable.name not in statistics]
+        assert len(run.coverage.weights) == len(weights) - (9 if frozen else 0)
+
+
+def test_a_model_without_known_units_is_unfrozen_too(small_network):
+    pretrained = small_network()
+    for layer in pretrained.layers:
+        layer.trainable = False
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE.replace(iterations=1, log_every=1), verbose=0)
+    assert all(layer.trainable for layer in run.model._flatten_layers())
+    with pytest.raises(l2sp.InputError, match="'small' has no layers named as the units"):
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, frozen=1, verbose=0)
 
 
 def test_a_proximal_run_logs_what_stays_at_the_start_and_leaves_a_model_that_needs_no_anchors(pretrained, tmp_path):
