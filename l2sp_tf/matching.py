@@ -11,6 +11,8 @@ from l2sp_tf.likeness import EQUAL, are_equal, doubts, related
 
 ANYTHING = ("functional", "sequential")  # names that Keras gives to any model: they say nothing about what is in it
 
+DEEPEST = 64  # levels of layers that are told apart
+
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
@@ -117,6 +119,7 @@ def _tree(keys):
     for key in sorted(keys, key=_natural):
         *path, name = key.split("/")
         name, mark, number = name.partition("#")
+        path[DEEPEST:] = ["/".join(path[DEEPEST:])] if len(path) > DEEPEST else []
         if path:
             path[-1] += mark + number  # "twin/kernel#2" is the kernel of a second layer called twin
         layer = root
@@ -134,13 +137,13 @@ def _tree(keys):
 
 def _split(name):
     """The stem of a name and the number behind it, or None: "conv2d_7" is ("conv2d", 7)."""
-    match = re.fullmatch(r"(.+?)(?:_(0|[1-9]\d*))?(#\d+)?", name)
+    match = re.fullmatch(r"(.*?)(?:_(0|[1-9][0-9]{0,17}))?(#[0-9]+)?", name, re.DOTALL)  # names may come from a stranger's file
     return match[1] + (match[3] or ""), None if match[2] is None else int(match[2])
 
 
 def _natural(key):
     """Sorts numbers within names as numbers."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", key)]
+    return [(bool(n), int(n or 0), text) for text, n in re.findall(r"([^0-9]+)|([0-9]{1,18})", key)]
 
 
 class _Names:

@@ -554,6 +554,15 @@ def test_numbers_that_are_not_finite_and_odd_arrays_do_no_harm():
     assert match(odd, odd).doubts == {}
 
 
+def test_any_string_is_a_key():
+    keys = ["", "/", "//", "#", "a//b", "/kernel", "_3/kernel", "_/kernel", "x_\u00b2/kernel", "x_\u0663/kernel", "a\nb_1/kernel"]
+    keys += ["a/#2", "k#2", "x_007/k", "x_" + "9" * 5000 + "/k", "/".join("a" * 5000) + "/kernel", "x_1#2/kernel#3"]
+    for key in keys:
+        assert match({key: (2, 3)}, {key: (2, 3)}, values=False).pairs == {key: key}
+    found = match(dict.fromkeys(keys, (2, 3)), dict.fromkeys(reversed(keys), (2, 3)), values=False)
+    assert found.pairs == {key: key for key in keys}
+
+
 def test_the_order_of_the_dicts_says_nothing():
     keys = shapes("InceptionV3")
     known = tagged(keys, constant=True)
