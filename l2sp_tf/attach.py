@@ -231,6 +231,10 @@ def _by_hash(fisher, provenance, anchors, matches):
         )
     # other names or another head make another digest, of which the weights that count know nothing
     hashes, entries = {entry["name"]: entry["sha256"] for entry in anchors.manifest}, {}
+    in_both = set(hashes.values()) & set(estimated_at.values())
+    for key in sorted(hashes.keys() & estimated_at.keys()):  # statistics too, since F depends on them
+        if hashes[key] != estimated_at[key] and not {hashes[key], estimated_at[key]} <= in_both:  # not just another name
+            raise _estimated_elsewhere(key, key)
     for name in fisher:
         entries.setdefault(estimated_at[name], []).append(name)
     shapes = {key: value.shape for key, value in fisher.items()}
@@ -242,11 +246,15 @@ def _by_hash(fisher, provenance, anchors, matches):
         if by_name in candidates or len(candidates) == 1:  # constant weights, such as gammas, have many
             found[key] = by_name if by_name in candidates else candidates[0]
         elif by_name is not None:
-            raise InputError(
-                f"This Fisher diagonal was estimated at other weights than the anchors: {by_name} differs from {other}; "
-                "estimate it on the model that the anchors were taken from."
-            )
+            raise _estimated_elsewhere(by_name, other)
     return found
+
+
+def _estimated_elsewhere(name, anchor):
+    return InputError(
+        f"This Fisher diagonal was estimated at other weights than the anchors: {name} differs from {anchor}; "
+        "estimate it on the model that the anchors were taken from."
+    )
 
 
 def _distance(variable, anchor):

@@ -56,7 +56,7 @@ class Matching:
         more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
         return (
             f"The values of {', '.join(named)}{more} have nothing to do with their anchors: load the pre-trained weights, "
-            "or name layers that are new."
+            "or name the layers that are new in attach(new=...)."
         )
 
 

@@ -474,3 +474,109 @@ def test_anchors_that_could_change_are_copied(small_network):
     kernel = arrays["conv1_conv/kernel"]
     bound = l2sp.L2SP(1.0).bind("k", anchor=kernel, digest="")
     assert not shared_with(bound._anchor, kernel)
+
+
+def head_of_the_old_name(pretrained):
+    """A model with the pre-trained backbone and a new, random head of the old one's name and shape."""
+    model = keras.models.clone_model(pretrained)
+    for layer in model.layers:
+        if layer.weights and layer.name != "predictions":
+            layer.set_weights(pretrained.get_layer(layer.name).get_weights())
+    return model
+
+
+def test_a_new_head_of_the_old_name_and_weights_never_loaded_are_told(small_network):
+    pretrained = small_network()
+    anchors = l2sp.Anchors.of(pretrained)
+    with pytest.warns(UserWarning, match=r"The values of predictions/kernel \(.*new=\.\.\."):
+        l2sp.attach(head_of_the_old_name(pretrained), l2sp.L2SP(0.1), anchors)
+    with pytest.warns(UserWarning, match="conv1_conv/kernel .*conv2_conv/kernel .*have nothing to do with their anchors"):
+        l2sp.attach(keras.models.clone_model(pretrained), l2sp.L2SP(0.1), anchors)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = head_of_the_old_name(pretrained)
+        assert l2sp.attach(model, l2sp.L2SP(0.1), anchors, new=["predictions"]).distance == 0
+        l2sp.attach(pretrained, l2sp.L2SP(0.1), anchors)
+        for weight in keyed_weights(pretrained).values():  # a model that was trained on
+            value = weight.variable.numpy()
+            weight.variable.assign(value + 0.2 * np.std(value) * np.random.default_rng(0).normal(size=value.shape))
+        l2sp.attach(pretrained, l2sp.L2SP(0.1), anchors)
+
+
+def test_layers_numbered_by_keras_match_those_of_an_earlier_model():
+    """The second network of a process has the names of other layers of the first: 94 of 95 kernels were taken for new."""
+
+    def numbered():
+        layers = [keras.layers.Dense(6) for _ in range(4)]
+        return keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(2, name="head")])
+
+    keras.backend.clear_session()
+    first = numbered()
+    anchors = l2sp.Anchors.of(first)
+    keras.layers.Dense(1)
+    second = numbered()
+    second.set_weights(first.get_weights())
+    assert {w.name for w in first.layers} & {w.name for w in second.layers} == {"head"}
+    keras.backend.clear_session()
+    keras.layers.Dense(1), keras.layers.Dense(1)
+    third = numbered()  # dense_2 here is dense there
+    third.set_weights(first.get_weights())
+    assert len({w.name for w in first.layers} & {w.name for w in third.layers}) == 3
+    for model in (second, third):
+        coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors)
+        assert coverage.counts["S"][0] == 5 and coverage.distance == 0 == float(sum(model.losses))
+
+
+def test_values_under_another_layers_name_stop():
+    first, second = (keras.Sequential([keras.Input((8,)), dense(8, "a"), dense(8, "b")]) for _ in range(2))
+    second.set_weights(first.get_weights()[2:] + first.get_weights()[:2])
+    with pytest.raises(l2sp.InputError, match="a/kernel has the values of b/kernel, but the name of a/kernel"):
+        l2sp.attach(second, l2sp.L2SP(0.1), l2sp.Anchors.of(first))
+    assert not second.losses
+
+
+def fisher_of(model, **options):
+    return l2sp.fisher_diagonal(model, batch()[0], from_logits=True, **options)
+
+
+def test_the_fisher_diagonal_belongs_to_the_coverage():
+    model = sequential()
+    anchors, fisher = l2sp.Anchors.of(model), fisher_of(model)
+    digests = set()
+    for values in (fisher, fisher.clip(1e-3), fisher_of(model, seed=1), dict(fisher)):
+        coverage = l2sp.attach(model, l2sp.L2SPFisher(0.3), anchors, fisher=values)
+        digests.add(coverage.digest)
+        digest = values.digest if isinstance(values, l2sp.Fisher) else None
+        for row in coverage.group("S"):
+            assert row.penalty["config"]["fisher_digest"] == (digest or row.penalty["config"]["fisher_digest"])
+            np.testing.assert_allclose(keyed_weights(model)[row.key].variable.regularizer.fisher, values[row.key], rtol=1e-5)
+    assert len(digests) == 4
+
+
+@pytest.mark.parametrize("change", ["none", "names", "head", "kernel", "statistics"])
+def test_a_fisher_diagonal_of_other_weights_is_refused(change):
+    """Other names or another head make another digest, but the weights that count may be the same."""
+
+    def network(a="a", b="new", units=3):
+        layers = [keras.layers.Flatten(), dense(4, a), keras.layers.BatchNormalization(name="bn"), dense(units, b)]
+        return keras.Sequential([keras.Input((6, 6, 3)), *layers])
+
+    model = network()
+    names = {"names": ("renamed", "new", 3), "head": ("a", "other_head", 5)}
+    other = network(*names.get(change, ("a", "new", 3)))
+    for one, two in zip(other.layers, model.layers, strict=True):
+        if one.name != "other_head":
+            one.set_weights(two.get_weights())
+    if change == "kernel":
+        other.layers[1].kernel.assign(1.01 * other.layers[1].kernel)
+    if change == "statistics":  # which F depends on, though no penalty is on them
+        other.layers[2].moving_mean.assign(np.arange(4.0))
+    anchors, fisher = l2sp.Anchors.of(model), fisher_of(other)
+    if change in ("kernel", "statistics"):
+        with pytest.raises(l2sp.InputError, match="estimated at other weights than the anchors"):
+            l2sp.attach(model, l2sp.L2SPFisher(0.3), anchors, fisher=fisher, new=["new"])
+        assert not model.losses
+        return
+    l2sp.attach(model, l2sp.L2SPFisher(0.3), anchors, fisher=fisher, new=["new"])
+    found = model.layers[1].kernel.regularizer.fisher
+    np.testing.assert_allclose(found, fisher[f"{other.layers[1].name}/kernel"], rtol=1e-5)
