@@ -102,8 +102,10 @@ def set_regularizer(weight, regularizer, *, only=object):
 def forget_traced_steps(model):
     """Makes a model, and those it is part of, trace their steps again: traced ones keep what the layers were before."""
     changed = {id(variable) for variable in model.variables}
-    # a layer does not know which models it is part of, so that all models are asked; each refers to its class
-    for other in [found for found in gc.get_referrers(*_with_subclasses(keras.Model)) if isinstance(found, keras.Model)]:
+    # A layer does not know which models it is part of, so that all models are asked. Of other objects only the type is read:
+    # some are half made, and gc.get_referrers, which looks into them, was seen to crash.
+    kinds = _with_subclasses(keras.Model)
+    for other in [found for found in gc.get_objects() if type(found) in kinds]:
         if other is model or any(id(variable) in changed for variable in other.variables):
             for name in ("train", "test"):
                 if getattr(other, f"{name}_function", None) is not None:  # made anew, not removed: the model may be in `fit`
