@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import re
 
 import keras
@@ -101,15 +102,15 @@ def set_regularizer(weight, regularizer, *, only=object):
 
 def forget_traced_steps(model):
     """Makes a model, and those it is part of, trace their steps again: traced ones keep what the layers were before."""
-    changed = {id(variable) for variable in model.variables}
     # A layer does not know which models it is part of, so that all models are asked. Of other objects only the type is read:
     # some are half made, and gc.get_referrers, which looks into them, was seen to crash.
-    kinds = _with_subclasses(keras.Model)
-    for other in [found for found in gc.get_objects() if type(found) in kinds]:
-        if other is model or any(id(variable) in changed for variable in other.variables):
-            for name in ("train", "test"):
-                if getattr(other, f"{name}_function", None) is not None:  # made anew, not removed: the model may be in `fit`
-                    getattr(other, f"make_{name}_function")(force=True)
+    kinds, changed = _with_subclasses(keras.Model), {id(variable) for variable in model.variables}
+    objects = gc.get_objects()
+    for other in list(itertools.compress(objects, map(kinds.__contains__, map(type, objects)))):
+        steps = [name for name in ("train", "test") if vars(other).get(f"{name}_function") is not None]
+        if steps and any(id(variable) in changed for variable in other.variables):
+            for name in steps:  # made anew, not removed: the model may be in `fit`
+                getattr(other, f"make_{name}_function")(force=True)
 
 
 def _with_subclasses(kind):
