@@ -92,7 +92,7 @@ UNITS = {  # of all networks of keras.applications
     **dict.fromkeys(["ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"], 37),
     **{"DenseNet121": 59, "DenseNet169": 83, "DenseNet201": 99},
     **{f"EfficientNetB{number}": count for number, count in enumerate((17, 24, 24, 27, 33, 40, 46, 56))},
-    **{"EfficientNetV2B0": 22, "EfficientNetV2B1": 28, "EfficientNetV2B2": 29, "EfficientNetV2B3": 34},
+    **{"EfficientNetV2B0": 22, "EfficientNetV2B1": 28, "EfficientNetV2B2": 29, "EfficientNetV2B3": 33},
     **{"EfficientNetV2S": 41, "EfficientNetV2M": 58, "EfficientNetV2L": 80},
     **{"InceptionV3": 12, "InceptionResNetV2": 44, "MobileNet": 14, "MobileNetV2": 18, "MobileNetV3Small": 12},
     **{"MobileNetV3Large": 16, "NASNetMobile": 17, "NASNetLarge": 23, "VGG16": 5, "VGG19": 5, "Xception": 14},
