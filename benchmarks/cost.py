@@ -50,7 +50,7 @@ RULES = {
     "Conv2D": _convolution(lambda op: op.outputs[0], lambda op: op.inputs[1]),
     "Conv2DBackpropInput": _convolution(lambda op: op.inputs[2], lambda op: op.inputs[1]),
     "Conv2DBackpropFilter": _convolution(lambda op: op.inputs[2], lambda op: op.outputs[0]),
-    **dict.fromkeys(["Cast", "Const", "Identity", "IdentityN", "Placeholder", "StopGradient"], lambda op: 0),
+    **dict.fromkeys(["Cast", "Const", "Identity", "IdentityN", "Placeholder", "Snapshot", "StopGradient"], lambda op: 0),
     **dict.fromkeys(["BroadcastTo", "ExpandDims", "Pack", "Pad", "Reshape", "Slice", "Squeeze", "Tile"], lambda op: 0),
     **dict.fromkeys(["AssignVariableOp", "ReadVariableOp", "ShapeN", "StridedSlice", "Unpack"], lambda op: 0),
 }
@@ -117,7 +117,7 @@ def costs(pretrained, num_classes=120, batch=64):
     """
     anchors = l2sp.Anchors.of(pretrained)
     fisher = {key: np.ones_like(anchor) for key, anchor in anchors.items()}
-    model = l2sp.with_new_head(pretrained, num_classes)
+    model = l2sp.with_new_head(pretrained, num_classes, say=lambda line: None)
     model.compile(l2sp.Recipe().optimizer(), keras.losses.SparseCategoricalCrossentropy(from_logits=True), jit_compile=False)
     found = {}
     for symbol, penalty in {"none": None, **PENALTIES}.items():

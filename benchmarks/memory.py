@@ -28,7 +28,7 @@ def peak(network, symbol, batch, results):
 
     pretrained = backbone(network, 1000)
     anchors = l2sp.Anchors.of(pretrained)
-    model = l2sp.with_new_head(pretrained, 120)
+    model = l2sp.with_new_head(pretrained, 120, say=lambda line: None)
     if symbol is not None:
         needed = (
             {"fisher": {k: np.ones_like(a) for k, a in anchors.items()}} if issubclass(PENALTIES[symbol], FisherPenalty) else {}

@@ -76,7 +76,7 @@ def steps(pretrained, symbols, batch, jit_compile="auto"):
     """The steps of one model without a penalty, with each penalty named, and without one again."""
     anchors = l2sp.Anchors.of(pretrained)
     fisher = {key: np.ones_like(anchor) for key, anchor in anchors.items()}
-    model = compiled(l2sp.with_new_head(pretrained, 120), jit_compile=jit_compile)
+    model = compiled(l2sp.with_new_head(pretrained, 120, say=lambda line: None), jit_compile=jit_compile)
     images, labels = batch_of(model, batch)
     found = {"none": step_of(model, images, labels)}
     for symbol in symbols:

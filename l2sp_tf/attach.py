@@ -446,7 +446,21 @@ def _shared(weights, found, new):
     layers = {part for key in weights for part in key.split("/")[:-1]}
     if unknown := [name for name in new if name not in layers]:
         raise InputError(f"new names the layer {unknown[0]!r}, which the model does not have: name one of its layers.")
-    return {key: other for key, other in found.pairs.items() if not _is_in(key, new)}
+    exchanged = _exchanged(weights, found)
+    return {k: other for k, other in found.pairs.items() if not _is_in(k, new) and k.rpartition("/")[0] not in exchanged}
+
+
+def _exchanged(weights, found):
+    """The layers that stand in the place of another one in the order of numbers, but have nothing of its values.
+
+    Such is a new head that Keras, or `with_new_head`, has numbered after the old one. Where most of the model has nothing of
+    its anchors, its weights were never loaded, and no layer is taken for new.
+    """
+    names = {key: (key.split("/")[-2:-1], found.pairs[key].split("/")[-2:-1]) for key in found.doubts}
+    sizes = {key: math.prod(weights[key].variable.shape) for key in found.pairs}
+    if 2 * sum(sizes[key] for key in found.doubts) > sum(sizes.values()):
+        return set()
+    return {key.rpartition("/")[0] for key, (own, other) in names.items() if own != other}
 
 
 def _is_in(key, layers):

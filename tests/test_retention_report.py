@@ -102,12 +102,12 @@ def test_accuracies_and_r2_are_those_of_the_library(small_network):
     model = moved_copy(pretrained)
     report = l2sp.retention_report(model, l2sp.Anchors.of(pretrained), source=batches())
     assert report.accuracies == l2sp.retention(model, pretrained, batches())
-    assert set(report.r2) == {"conv1_relu"}  # the only unit that these layer names tell
+    assert set(report.r2) == {"conv1_conv", "conv1_bn", "conv2_conv"}  # all that both have: the names tell no units
     x = np.concatenate([x for x, _ in batches()])
-    a, b = (keras.Model(m.inputs[0], m.get_layer("conv1_relu").output)(x, training=False).numpy() for m in (pretrained, model))
+    a, b = (keras.Model(m.inputs[0], m.get_layer("conv1_bn").output)(x, training=False).numpy() for m in (pretrained, model))
     expected = [np.corrcoef(a[..., k].ravel(), b[..., k].ravel())[0, 1] ** 2 for k in range(4)]
-    assert report.r2["conv1_relu"]["med"] == pytest.approx(np.median(expected), rel=1e-4)
-    assert report.r2["conv1_relu"]["features"] == 4
+    assert report.r2["conv1_bn"]["med"] == pytest.approx(np.median(expected), rel=1e-4)
+    assert report.r2["conv1_bn"]["features"] == 4
 
 
 class Links(html.parser.HTMLParser):
@@ -160,7 +160,7 @@ def test_tensorboard_gets_totals_and_curves_over_depth(small_network, tmp_path):
     curve = found["retention/relative_distance_by_depth"]
     assert [step for step, _ in curve] == [0, 1, 2]
     np.testing.assert_allclose([value for _, value in curve], [row.relative for row in report.layers], rtol=1e-6)
-    assert len(found["retention/median_r2_by_depth"]) == 1 and "retention/layers" in found
+    assert len(found["retention/median_r2_by_depth"]) == 3 and "retention/layers" in found
 
 
 def make_run(folder, pretrained, results):
