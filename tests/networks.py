@@ -58,7 +58,7 @@ MAKERS = {
     "ResNet": resnet(False),
     "ResNetV2": resnet(True),
 }
-SLOW = ("NASNet",)
+SLOW = ("NASNet", "MobileNetV2", "EfficientNetV2", "ResNetV2")
 SIDES = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 ALL = {
     name: application(name, SIDES.get(name, 32))

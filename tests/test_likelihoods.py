@@ -392,6 +392,7 @@ def test_half_precision_is_computed_in_float32(name, precision):
 
 
 DRAWN = [("sigmoid", False), ("sigmoids", False), ("logits by loss", True), ("softmax", False)]
+DRAWN = [pair if pair[0] == "sigmoids" else pytest.param(*pair, marks=pytest.mark.slow) for pair in DRAWN]
 
 
 @pytest.mark.parametrize("mode", ["rademacher", "mc"])

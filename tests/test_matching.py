@@ -27,7 +27,8 @@ FAMILIES = ["ResNet50", "ResNet50V2", "MobileNet", "MobileNetV2", "MobileNetV3Sm
 FAMILIES += ["DenseNet121", "VGG16", "ConvNeXtTiny", "InceptionV3", "Xception"]
 ALL = [name for name, value in vars(keras.applications).items() if inspect.isfunction(value)]
 OTHERS = [name for name in ALL if name not in FAMILIES]
-NETWORKS = FAMILIES + [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+QUICK = ("ResNet50", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny", "InceptionV3", "Xception")
+NETWORKS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES + OTHERS]
 SMALLEST = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 OPTIONS = {"MobileNet": {"alpha": 0.25}, "MobileNetV2": {"alpha": 0.35}}
 # Names that Keras numbers through the process.

@@ -193,8 +193,11 @@ def check_network(model, count, numbers, beside=(), move=True):
     assert all(layer.trainable for layer in model._flatten_layers())
 
 
+LONG = ("resnet18_torch", "InceptionV3", "NASNet", "InceptionResNetV2", "EfficientNetV2", "MobileNetV3Small")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("resnet18_torch", "InceptionV3"))) for name in SMALL]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SMALL]
 )
 def test_nothing_upstream_of_a_frozen_unit_trains_and_all_downstream_does(name):
     make, count = SMALL[name]
@@ -268,7 +271,7 @@ WAYS = {
     "nested twice": lambda model, path: wrapped(model, 2),
     "nested and loaded": lambda model, path: saved_and_loaded(wrapped(model), path),
 }
-QUICK = {"DenseNet nested twice", "Xception nested and loaded", "ConvNeXt with a new head", "InceptionV3 loaded"}
+QUICK = {"DenseNet nested twice", "Xception nested and loaded"}
 
 
 @pytest.mark.parametrize(
