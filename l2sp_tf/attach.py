@@ -365,10 +365,10 @@ def check_bound(model, coverage):
         _refuse_unfaithful_layers(weights.values())
     except InputError as error:
         raise UnboundPenaltyError(str(error)) from None
-    rows = {_place(weights, coverage) + row.key: row for row in coverage.weights}
-    penalties = []
+    place = _place(weights, coverage)
+    rows, penalties = {place + row.key: row for row in coverage.weights}, []
     for key, weight, is_trained in _trainable(model, weights):
-        if not key.startswith(_place(weights, coverage)):
+        if not key.startswith(place):
             continue  # outside of the part that was attached
         found = weight.variable.regularizer
         if problem := _problem(rows.get(key), found, is_trained):
