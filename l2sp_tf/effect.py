@@ -49,6 +49,7 @@ def _register_gradient():
 @contextlib.contextmanager
 def apart():
     """Keeps the penalties out of the gradients that are taken within the block; their values stay in the loss."""
+    pop_in_gradient()  # those of eager steps before, under another optimizer
     token = _apart.set(True)
     try:
         yield

@@ -307,6 +307,22 @@ def test_compiled_otherwise_the_penalty_is_in_the_gradient_again(run_eagerly):
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
+def test_a_plain_run_before_does_not_count_as_the_same_step(run_eagerly):
+    """Plain steps, then proximal ones: the latter are those of a model that had no plain ones."""
+    models = [network(), network()]
+    anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(models[0]).items()})
+    coverages = [l2sp.attach(model, l2sp.L1SP(0.1), anchors, 0.1, new=("b",)) for model in models]
+    models[0].compile(keras.optimizers.SGD(0.1), LOSS, run_eagerly=run_eagerly)
+    fit(models[0], coverages[0])
+    models[1].set_weights(models[0].get_weights())
+    for model, coverage in zip(models, coverages, strict=True):
+        model.compile(l2sp.Proximal.of(keras.optimizers.SGD(0.1), model), LOSS, run_eagerly=run_eagerly)
+        fit(model, coverage)
+    for one, two in zip(*(model.get_weights() for model in models), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
 def test_what_would_count_twice_is_refused(run_eagerly):
     """A stepping optimizer in a model that was not told of it, and one around the model that was."""
     part = network()
