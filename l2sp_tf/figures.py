@@ -10,7 +10,7 @@ from l2sp_tf import report, theory
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path, write_text
 from l2sp_tf.records import run_key
-from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, summary
+from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, frozen_text, labelled, summary
 
 matplotlib.use("Agg")
 from matplotlib import patheffects, pyplot
@@ -143,7 +143,7 @@ def figure_3(records):
     for (panel,), (place, here) in zip(axes, places.items(), strict=True):
         for number, line in enumerate(dict.fromkeys(map(_unfrozen, here))):
             points = sorted((row for row in here if _unfrozen(row) == line), key=lambda row: row["frozen"])
-            label = points[-1]["label"].replace(f", {points[-1]['frozen']} units frozen", "")
+            label = points[-1]["label"].replace(f", {frozen_text(points[-1])}", "")
             color, marker, dashes = COLORS[points[0]["penalty"]], "osD^v"[number % 5], ("--", ":", "-.")[number % 3]
             whole = None if points[0]["frozen"] else points.pop(0)
             x, y = [row["frozen"] for row in points], [row["target_accuracy"][0] for row in points]

@@ -78,7 +78,7 @@ def overview(records):
         source = ("-", "-", "-")
         if "before" in row:
             after = row["target_statistics"]
-            source = (f"{row['before']:.1f}", _show(after), f"{row['before'] - after[0]:.1f}")
+            source = (f"{row['before']:.1f}", _show(after), _one_decimal(row["before"] - after[0]))
         strengths = ["-" if row["identity"].get(name) is None else f"{row['identity'][name]:g}" for name in STRENGTHS]
         setting = (row["origin"], row["title"], row["label"], *strengths)
         lines.append((*setting, _count(row), _show(row["target_accuracy"]), *source))
@@ -257,5 +257,9 @@ def _show(pair, count=None):
         text = "diverged"
     else:
         mean, sd = pair
-        text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+        text = _one_decimal(mean) if sd is None else f"{_one_decimal(mean)} ± {sd:.1f}"
     return text if count is None else f"{text} ({count})"
+
+
+def _one_decimal(value):
+    return f"{round(value, 1) + 0.0:.1f}"  # 0.0, not -0.0

@@ -141,7 +141,7 @@ def labelled(rows, shown=()):
     """
     for here in by_place(rows).values():
         identities = [row["identity"] for row in here]
-        texts = [[row["name"]] + ([f"{row['frozen']} units frozen"] if row["frozen"] else []) for row in here]
+        texts = [[row["name"]] + ([frozen_text(row)] if row["frozen"] else []) for row in here]
         own = [name for name in STRENGTHS if name not in shown]
         other = {name for found in identities for name in found} - {*STRENGTHS, *CHOICE, *TARGET, *SOURCE, *NAMED, *shown}
         for members in _alike([row["name"]] for row in here):  # whatever is frozen, so that a line of Fig. 3 has one name
@@ -156,6 +156,11 @@ def labelled(rows, shown=()):
             row["label"] = ", ".join(filter(None, text))
         _check_told_apart([(row["label"], *cell) for row, cell in zip(here, cells, strict=True)], place(here[0]))
     return rows
+
+
+def frozen_text(row):
+    """How many units of a row are frozen, in words."""
+    return f"{row['frozen']} unit{'s' * (row['frozen'] > 1)} frozen"
 
 
 def _titles(rows, parts, text):
