@@ -89,7 +89,7 @@ def test_proximal_and_plain_runs_are_told_apart(tmp_path):
     assert set(found[1]["results"]["frozen"]) > {"all", "conv1_conv"}
     assert sum("source model: training" in line for line in said) == 1
     assert [row[0] for row in report.table_2(found).rows] == ["L1-SP", "L1-SP, Adam, proximal"]
-    assert "l1_sp, Adam, proximal" in report.table_csv(found)
+    assert "L1-SP, Adam, proximal" in report.table_csv(found)
 
 
 def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
