@@ -158,7 +158,7 @@ class Plan:
     def grid(self, symbol):
         """The settings of a penalty: the product of alphas, betas and learning rates, in that order."""
         alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
-        betas, rates = self.betas or (self.recipe.beta,), self.learning_rates or (self.recipe.learning_rate,)
+        betas, rates = self.betas or (self.recipe.beta_for(symbol),), self.learning_rates or (self.recipe.learning_rate,)
         combinations = itertools.product(*(dict.fromkeys(values) for values in (alphas, betas, rates)))
         return [Setting(symbol, *combination) for combination in combinations]
 

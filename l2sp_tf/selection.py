@@ -108,7 +108,7 @@ def cross_validate(
     parts = fold_tasks(as_task(data, recipe, pixels), folds, seed)
     candidates = []
     alphas = alphas or recipe.grid_for(penalty.symbol)
-    for alpha, beta, rate in itertools.product(alphas, betas or (recipe.beta,), learning_rates):
+    for alpha, beta, rate in itertools.product(alphas, betas or (recipe.beta_for(penalty.symbol),), learning_rates):
         setting = recipe.replace(beta=beta, learning_rate=rate)
         accuracies = []
         for number, part in enumerate(parts):

@@ -10,7 +10,7 @@ import keras
 from l2sp_tf import distribution
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
-from l2sp_tf.batch_norm import fuse_batch_norm
+from l2sp_tf.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.decoupled import Decoupled
@@ -22,7 +22,7 @@ from l2sp_tf.pixels import PIXELS, named_pixels
 from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
-from l2sp_tf.regularizers import L2
+from l2sp_tf.regularizers import L2, smoothed
 from l2sp_tf.units import freeze_first, unfreeze
 
 CHECKPOINT_EVERY = 500  # steps
@@ -77,7 +77,7 @@ def finetune(
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
     The copy gets a new head; weights shared with `pretrained` are penalised with `penalty`,
-    the head with L2 of strength `recipe.beta`. `pretrained` itself is not changed. Python's,
+    the head with L2 of the recipe's beta. `pretrained` itself is not changed. Python's,
     NumPy's and TensorFlow's random seeds are set to `seed`.
 
     With a `run_dir` the run is saved there from time to time. If it is cut off, by Ctrl-C, SIGTERM or a
@@ -120,11 +120,15 @@ def finetune(
     task = as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
-    model = with_new_head(pretrained, len(task.classes), seed=seed, say=print if verbose else _say_nothing)
+    say = print if verbose else _say_nothing
+    model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=say)
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
-    coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
+    set_moving_statistics(model, fresh=recipe.moving_statistics == "fresh" and not frozen, decay=recipe.batch_norm_decay)
+    penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
+    beta = recipe.beta_for(getattr(penalty, "symbol", ""))
+    coverage = attach(model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
     return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
 
