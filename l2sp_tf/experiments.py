@@ -191,6 +191,7 @@ def _record_of(run, results):
         "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
         "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"], **frozen},
         "seconds": run.seconds,
+        "classes": list(run.interface.classes),
     }
 
 
@@ -260,7 +261,7 @@ def _settings(plan, start, setting, recipe, fisher):
         "per_class": plan.per_class,
         "anchors": start.anchors.digest,
         "weights": start.origin,
-        "backbone": plan.backbone,
+        "backbone": start.backbone,
         "pixels": records.plain(start.target.pixels),
         "source_mean": start.source.mean.tolist() if start.source is not None else None,
         "penalty": setting.symbol,

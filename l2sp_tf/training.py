@@ -18,7 +18,7 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.heads import with_new_head
 from l2sp_tf.models import save_model
 from l2sp_tf.monitor import FiniteLoss, Monitor
-from l2sp_tf.pixels import PIXELS, named_pixels
+from l2sp_tf.pixels import PIXELS, Interface, named_pixels
 from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
@@ -39,6 +39,7 @@ class Run:
         history: the rows of the log, dicts.
         seconds: the time of training, before interruptions too.
         resumed_at: the step at which a checkpoint was taken up, 0 for none.
+        interface: the `Interface` of the model: how its images are made, and which output is which class.
     """
 
     model: keras.Model
@@ -47,12 +48,20 @@ class Run:
     history: list
     seconds: float
     resumed_at: int = 0
+    interface: Interface | None = None
 
 
 def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
     """The `Preprocessing` that a recipe asks for, for a network that sees pixels in this format."""
     names = ("resize", "resize_mode", "resize_filter", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
     return Preprocessing(**{name: getattr(recipe, name) for name in names}, pixels=pixels)
+
+
+def interface_of(task, recipe):
+    """The `Interface` of a network that is trained on a task by a recipe."""
+    p = task.preprocessing
+    images = (task.pixels, p.resize, p.resize_mode, p.resize_filter, p.crop)
+    return Interface(*images, crops=recipe.crops, mean=recipe.mean, classes=task.classes)
 
 
 def finetune(
@@ -209,7 +218,8 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         if writes:
             stack.enter_context(locked(folder.path))
             if anchors is not None:
-                _keep_anchors(anchors, folder.path / "anchors.safetensors", folder.checkpoints.newest)
+                kept = anchors.with_pixels(task.preprocessing.pixels)
+                _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with distribution.scope(strategy):
             metrics = _compile(trained, recipe, jit_compile)
             monitor = Monitor(
@@ -229,11 +239,12 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         else:
             monitor.rewrite(trained)
     distribution.copy_weights(trained, model)
+    interface = interface_of(task, recipe)
     if writes and folder.save:
-        save_model(model, folder.path / "model.keras", task.pixels)
+        save_model(model, folder.path / "model.keras", interface)
     if writes:
         folder.checkpoints.remove(keep=1)
-    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start)
+    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, interface)
 
 
 def _compile(model, recipe, jit_compile):

@@ -26,8 +26,8 @@ FLOORS = [
     {"anchors", "heads"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
     | {"stepping", "distribution"},
-    {"activations", "evaluation", "proximal", "decoupled"},
-    {"monitor"},
+    {"activations", "evaluation", "interfaces", "proximal", "decoupled"},
+    {"monitor", "predictions"},
     {"training"},
     {"engines", "plans", "retention_report", "selection"},
     {"starts"},
