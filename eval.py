@@ -52,6 +52,8 @@ MOST_ROWS = 20
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
+    if FLAGS.model is not None and not FLAGS.predict and not FLAGS.report:
+        raise app.UsageError("--model is for --predict or --report: give one of them")
     if FLAGS.predict:
         write_predictions()
     if FLAGS.report:

@@ -45,7 +45,7 @@ def interface_at(path, model, **given):
             found = known.pixels.mean
             agrees = found is not None and three_numbers("mean", value) == found
         if not agrees:
-            raise InputError(f"{name} is {value}, but {path} was trained and tested with {found}: leave --{name} out.")
+            raise InputError(f"{name} is {_said(value)}, but {path} was trained with {_said(found)}: leave --{name} out.")
     return known
 
 
@@ -90,7 +90,8 @@ def _made_of(path, crop, given):
     pixels = models.pixels_of(path, given.get("pixels"))
     if "mean" in given:
         if models.stored_pixels(path) is not None and pixels.mean not in (None, three_numbers("mean", given["mean"])):
-            raise InputError(f"mean is {given['mean']}, but {path} was trained with {pixels.mean}: leave --mean out.")
+            mean, found = _said(given["mean"]), _said(pixels.mean)
+            raise InputError(f"mean is {mean}, but {path} was trained with {found}: leave --mean out.")
         pixels = pixels.with_mean(given["mean"])
     images = {"resize": round(crop * 256 / 224), **USUAL}
     assumed = {name: value for name, value in images.items() if name not in given}
@@ -99,3 +100,8 @@ def _made_of(path, crop, given):
         warnings.warn(f"{path} does not say how its images were made: {listed} is assumed.", stacklevel=3)
     images |= {name: given[name] for name in images if name in given}
     return Interface(pixels, **images, crop=crop)
+
+
+def _said(value):
+    """A value as its flag takes it."""
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value

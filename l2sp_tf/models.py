@@ -201,8 +201,9 @@ def stored_interface(path):
     Raises:
         InputError: the file is missing or damaged.
     """
-    pixels, text = stored_pixels(path), None
-    if pixels is not None and pathlib.Path(path).suffix == ".keras":
+    path, text = _existing(path), None
+    pixels = stored_pixels(path)
+    if pixels is not None and path.suffix == ".keras":
         text = _member(path, INTERFACE_MEMBER)
     return None if text is None else Interface.from_json(text, pixels, path)
 

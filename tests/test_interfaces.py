@@ -90,7 +90,8 @@ def test_the_record_comes_again_from_the_files_to_the_last_image(way, tasks, fin
     assert [file.split("/")[-2] for file in predictions.files] == ["no"] * 9 + ["yes"] * 9
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(record["results"]["right"]), np.uint8))[:18]
     assert right_of(predictions, record["classes"]) == list(bits.astype(bool))
-    report = report_of_files(folder / "model.keras", folder / "anchors.safetensors", source="imagenet2012")
+    files = (str(folder / name) for name in ("model.keras", "anchors.safetensors"))
+    report = report_of_files(*files, source="imagenet2012")
     assert report.accuracies == record["results"]["source"]
     # a file of an earlier version says nothing of this, but the record beside it does
     old = shutil.copytree(folder, tmp_path / "old")

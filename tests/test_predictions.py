@@ -158,7 +158,9 @@ def test_the_command_writes_a_csv_and_prints_a_table(images, tmp_path, eval_py):
     status, _, error = eval_py(f"--predict={tmp_path / 'none'}", f"--workdir={tmp_path / 'run'}")
     assert status == 2 and error.startswith("error: There is no image") and error.count("\n") == 1
     status, _, error = eval_py(f"--predict={one}", f"--workdir={tmp_path / 'run'}", "--resize=9")
-    assert status == 2 and "leave --resize out" in error
+    assert status == 2 and "resize is 9" in error and "was trained with 8: leave --resize out" in error
+    status, _, error = eval_py(f"--predict={one}", f"--workdir={tmp_path / 'run'}", "--mean=1,2,3")
+    assert status == 2 and "mean is 1,2,3" in error and "was trained with 10.0,20.0,30.0: leave --mean out" in error
 
 
 def test_a_long_table_is_cut_on_the_screen_alone():
