@@ -14,11 +14,11 @@ import warnings
 import filelock
 import keras
 
-from l2sp_tf import records
 from l2sp_tf.anchors import load_arrays, save_arrays
 from l2sp_tf.copies import finish
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import sha256_of_file, sync_folder, write_text
+from l2sp_tf.provenance import versions
 from l2sp_tf.reading import read_json
 from l2sp_tf.variables import first_not_finite
 
@@ -139,6 +139,8 @@ class Checkpointing(keras.callbacks.Callback):
     metrics, and what `monitor` has logged. A checkpoint never holds weights that are not finite. A
     save that fails is warned of, and training goes on.
 
+    A training that another callback stops is over, and its last checkpoint says so in `stopped_at`.
+
     Without a place to keep checkpoints it does no more than look at the weights after the last step.
 
     Args:
@@ -155,6 +157,7 @@ class Checkpointing(keras.callbacks.Callback):
         self.monitor, self.metrics, self.iterations = monitor, metrics, iterations
         self.checkpoints, self.identity, self.every, self.stops, self.writes = None, {}, 0, (), False
         self.step, self._found = 0, None
+        self.stopped_at = None
         self._seconds, self._began = 0.0, None
 
     def keep(self, checkpoints, identity, every, stops=(), writes=True):
@@ -192,6 +195,7 @@ class Checkpointing(keras.callbacks.Callback):
         try:
             self.monitor.restore(found.step, found.state["monitor"])
             self._seconds = float(found.state["seconds"])
+            self.stopped_at = found.state.get("stopped_at")
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"The checkpoint of step {found.step} in {self.checkpoints.folder} lacks its log: remove that one."
@@ -205,7 +209,7 @@ class Checkpointing(keras.callbacks.Callback):
                 f"The checkpoint of step {found.step} in {self.checkpoints.folder} is of another run ("
                 f"{'; '.join(differences)}): go on with what it began with, give another folder, or remove this one."
             )
-        if changes := "; ".join(_differences(found.state.get("versions"), records.versions())):
+        if changes := "; ".join(_differences(found.state.get("versions"), versions())):
             warnings.warn(f"The run goes on, but may not end in the same bits as without a stop: {changes}.", stacklevel=3)
 
     @property
@@ -218,6 +222,9 @@ class Checkpointing(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._seconds, self._began = self.seconds, None
+        if 0 < self.step < self.iterations and not self.stops:  # a callback has stopped it
+            self.stopped_at = self.step
+            self._save()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._found is not None:  # Keras has just set the metrics to zero
@@ -244,9 +251,10 @@ class Checkpointing(keras.callbacks.Callback):
             return
         state = {
             "identity": self.identity,
-            "versions": records.versions(),
+            "versions": versions(),
             "monitor": self.monitor.state(),
             "seconds": self.seconds,
+            "stopped_at": self.stopped_at,
         }
         try:
             self.checkpoints.save(self.step, arrays, state)

@@ -17,9 +17,10 @@ from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
-from l2sp_tf.proximal import frozen_share
+from l2sp_tf.plans import Setting
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
-from l2sp_tf.selection import Candidate, Selection, fold_tasks
+from l2sp_tf.runs import folder_of, run_record, settings_of
+from l2sp_tf.selection import Search, accuracy_of, fold_tasks, write_selection
 from l2sp_tf.starts import prepare_start, short_name
 from l2sp_tf.training import finetune
 
@@ -62,7 +63,7 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         if max(plan.frozen or (0,)) > max(start.units - 1, 0):
             most = max(start.units - 1, 0)
             raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
-    trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
+    trials = _jobs((plan, setting) for plan in plans for setting in plan.trials())
     # the number of runs does not depend on what will be chosen
     guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]
     count = sum(len(list(plan.runs(start.units, guess))) for plan, start, guess in zip(plans, starts, guesses, strict=True))
@@ -72,16 +73,15 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         return []
     _prepare_fisher(plans, starts)
     work = functools.partial(_run_job, say, verbose)
-    scored = run_jobs(work, trials, **options)
-    jobs = []
-    for plan, start in zip(plans, starts, strict=True):
-        selections = _select(plan, trials, scored)
-        chosen = {symbol: setting for symbol, (setting, _) in selections.items()}
-        notes = {symbol: note for symbol, (_, note) in selections.items()}
-        jobs += [(plan, setting, notes.get(setting.symbol)) for setting in plan.runs(start.units, chosen)]
-        for setting in chosen.values():
-            say(f"{plan.target}: cross-validation chose {setting.penalty}, beta {setting.beta:g}, rate {setting.learning_rate:g}")
-    return run_jobs(work, _jobs(jobs), **options)
+    choices = _cross_validate(plans, starts, lambda jobs: run_jobs(work, jobs, **options), say)
+    jobs = [
+        (plan, setting)
+        for plan, start, chosen in zip(plans, starts, choices, strict=True)
+        for setting in plan.runs(start.units, chosen)
+    ]
+    found = run_jobs(work, _jobs(jobs), **options)
+    selected = {path: None for plan in plans for path in sorted(plan.workdir.glob("selections/*/selection.json"))}
+    return found + [records.read_record(path) for path in selected]
 
 
 def _share(plan, engine, say, verbose):
@@ -96,15 +96,15 @@ def _share(plan, engine, say, verbose):
     return (say, verbose) if distribution.is_chief(strategy) else (lambda text: None, 0)
 
 
-def _jobs(triples):
-    """Numbered jobs (plan, setting, selection, title), those that would leave the same record only once."""
-    unique = list({(plan.start_key(), setting): (plan, setting, selection) for plan, setting, selection in triples}.values())
-    return [(*triple, f"[{number}/{len(unique)}] {triple[1]}") for number, triple in enumerate(unique, start=1)]
+def _jobs(pairs):
+    """Numbered jobs (plan, setting, title), those that would leave the same record only once."""
+    unique = list({(plan.start_key(), setting): (plan, setting) for plan, setting in pairs}.values())
+    return [(*pair, f"[{number}/{len(unique)}] {pair[1]}") for number, pair in enumerate(unique, start=1)]
 
 
 def _run_job(say, verbose, job):
-    plan, setting, selection, title = job
-    return _run(_start_of(plan, say, verbose), plan, setting, selection, lambda text: say(f"{title}: {text}"), verbose)
+    plan, setting, title = job
+    return _run(_start_of(plan, say, verbose), plan, setting, lambda text: say(f"{title}: {text}"), verbose)
 
 
 _STARTS = {}
@@ -127,72 +127,57 @@ def _prepare_fisher(plans, starts):
             start.fisher  # noqa: B018
 
 
-def _run(start, plan, setting, selection, say, verbose):
+def _run(start, plan, setting, say, verbose):
     """One fine-tuning with its evaluation, or its record if it has one."""
     fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
     recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-    settings = _settings(plan, start, setting, recipe, fisher)
-    path = _folder(plan, setting, settings) / "run.json"
+    is_fold = setting.fold is not None
+    task = _folds(start.target, plan.folds)[setting.fold] if is_fold else start.target
+    settings = _settings(plan, start, setting, task, recipe, fisher)
+    path = folder_of(plan.workdir, setting, settings) / "run.json"
     strategy = distribution.make_strategy(plan.distribute)
     if distribution.chief_says(strategy, path.exists):
         record = records.read_record(path)
-        if selection is not None and record.get("selection") != selection and distribution.is_chief(strategy):
-            records.write_record(path, {**record, "selection": selection})  # run before as a point of a grid, and chosen now
-        say(f"already finished, accuracy {record['results']['accuracy']:.1%}")
-        return records.read_record(path)
+        say(f"already finished, {_outcome(record, is_fold)}")
+        return record
     checkpoints = Checkpoints(path.parent / "checkpoints")
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
-    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every}
+    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "save": plan.save_models and not is_fold}
     options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
+    options |= {} if is_fold else {"measure": lambda run: _measure(run, start, recipe)}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
-    if setting.fold is not None:
-        record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
-    else:
-        run = finetune(start.pretrained, start.target, setting.penalty, recipe, save=plan.save_models, **options)
-        record = _record_of(run, _measure(run, start, recipe))
-    results, seconds = record["results"], record["seconds"]
-    extra = {"fisher": None if fisher is None else _without_weights(fisher.provenance), "selection": selection}
-    extra["deterministic"] = plan.deterministic or None
-    record |= {"settings": settings, "versions": records.versions(), **{k: v for k, v in extra.items() if v is not None}}
+    record = run_record(start.pretrained, task, setting, recipe, settings, **options)
+    extra = {
+        "fisher": None if fisher is None else _without_weights(fisher.provenance),
+        "deterministic": plan.deterministic or None,
+    }
+    record |= {name: value for name, value in extra.items() if value is not None}
     if distribution.is_chief(strategy):
         records.write_record(path, record)
         checkpoints.remove()
     distribution.wait_for_chief(strategy)
-    kept = " on the fold" if setting.fold is not None else ""
-    kept += f", source {results['source']['target_statistics']['accuracy']:.1%}" if "source" in results else ""
-    say(results.get("diverged") or f"accuracy {results['accuracy']:.1%}{kept} ({seconds:.1f} s)")
+    say(f"{_outcome(record, is_fold)} ({record['seconds']:.1f} s)")
     keras.utils.clear_session(free_memory=True)
     return records.read_record(path)
+
+
+_folds = functools.lru_cache(maxsize=1)(fold_tasks)  # their means are sums over all pixels
+
+
+def _outcome(record, is_fold):
+    """What came of a run, in words."""
+    if records.diverged(record):
+        return f"diverged: {record['results']['diverged']}"
+    text = f"accuracy {record['results']['accuracy']:.1%}" + (" on the fold" if is_fold else "")
+    source = record["results"].get("source")
+    return text + (f", source {source['target_statistics']['accuracy']:.1%}" if source else "")
 
 
 def _without_weights(provenance):
     """The provenance of a Fisher diagonal without the hash of each weight, which its `model` sums up."""
     return {name: value for name, value in provenance.items() if name != "weights"}
-
-
-def _run_fold(task, start, setting, recipe, options):
-    """The record of a run on a fold. One that diverges has an accuracy of 0, so that the search goes on without it."""
-    try:
-        run = finetune(start.pretrained, task, setting.penalty, recipe, save=False, **options)
-    except FloatingPointError as error:
-        results = {"accuracy": 0.0, "correct": 0, "total": len(task.test), "diverged": str(error)}
-        return {"results": results, "seconds": 0.0, "anchors": {"digest": start.anchors.digest}, "coverage": {"digest": ""}}
-    return _record_of(run, evaluate(run.model, task, crops=recipe.crops))
-
-
-def _record_of(run, results):
-    """What a record says of a run and its results."""
-    counts = {name: list(counts) for name, counts in run.coverage.counts.items()}
-    frozen = {"frozen": frozen_share(run.model)} if "frozen" in run.history[-1] else {}
-    return {
-        "coverage": {"digest": run.coverage.digest, "counts": counts},
-        "anchors": {"digest": run.anchors.digest, "file": "anchors.safetensors"},
-        "results": {**results, "distance": run.history[-1]["distance"], "penalty": run.history[-1]["penalty"], **frozen},
-        "seconds": run.seconds,
-        "classes": list(run.interface.classes),
-    }
 
 
 def _measure(run, start, recipe):
@@ -208,26 +193,47 @@ def _measure(run, start, recipe):
     return results
 
 
-def _select(plan, trials, scored):
-    """By symbol, the setting that has the highest mean accuracy over the folds, and a note of all scores for the record."""
-    if not plan.folds:
-        return {}
-    accuracy = {(job[0].start_key(), job[1]): record["results"]["accuracy"] for job, record in zip(trials, scored, strict=True)}
-    chosen = {}
-    for symbol in dict.fromkeys(plan.penalties):
-        candidates = []
-        for s in plan.grid(symbol):
-            folds = tuple(accuracy[plan.start_key(), dataclasses.replace(s, seed=fold, fold=fold)] for fold in range(plan.folds))
-            candidates.append(Candidate(s.alpha, s.beta, s.learning_rate, folds))
-        best = Selection(type(s.penalty), plan.recipe, tuple(candidates)).best
-        chosen[symbol] = (
-            plan.grid(symbol)[candidates.index(best)],
-            {
-                "folds": plan.folds,
-                "candidates": records.plain([[c.alpha, c.beta, c.learning_rate, c.mean] for c in candidates]),
-            },
+def _cross_validate(plans, starts, run, say):
+    """For each plan with folds the chosen setting of each penalty, by symbol, and a record of each selection; else None.
+
+    The penalties whose every setting diverged are left out. All searches go on side by side, so that `run` gets many jobs.
+    """
+    searches = {(i, symbol): Search(plan.axes(symbol)) for i, plan in enumerate(plans) if plan.folds for symbol in plan.penalties}
+    while pending := {place: values for place, search in searches.items() if (values := search.pending())}:
+        settings = {place: [Setting(place[1], *values) for values in found] for place, found in pending.items()}
+        jobs = _jobs(
+            (plans[i], dataclasses.replace(setting, seed=fold, fold=fold))
+            for (i, _), found in settings.items()
+            for setting in found
+            for fold in range(plans[i].folds)
         )
-    return chosen
+        scores = {(job[0].start_key(), job[1]): accuracy_of(made) for job, made in zip(jobs, run(jobs), strict=True)}
+        for (i, symbol), found in settings.items():
+            plan = plans[i]
+            key = lambda s, fold, plan=plan: (plan.start_key(), dataclasses.replace(s, seed=fold, fold=fold))  # noqa: E731
+            told = {(s.alpha, s.beta, s.learning_rate): [scores[key(s, fold)] for fold in range(plan.folds)] for s in found}
+            searches[i, symbol].tell(told)
+    choices = [{} if plan.folds else None for plan in plans]
+    for (i, symbol), search in searches.items():
+        choices[i] |= _choice(plans[i], starts[i], symbol, search, say)
+    return choices
+
+
+def _choice(plan, start, symbol, search, say):
+    """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
+    selection = search.selection(PENALTIES[symbol], plan.recipe)
+    setting = plan.grid(symbol)[0]
+    fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
+    settings = _settings(plan, start, setting, start.target, plan.recipe, fisher)
+    if distribution.is_chief(distribution.make_strategy(plan.distribute)):
+        write_selection(plan.workdir, selection.record(records.question(settings), plan.folds))
+    if selection.best is None:
+        say(f"{plan.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")
+        return {}
+    best = Setting(symbol, selection.best.alpha, selection.best.beta, selection.best.learning_rate)
+    edge = f", at the edge of what was tried ({', '.join(selection.edges)})" if selection.edges else ""
+    say(f"{plan.target}: cross-validation chose {best.penalty}, beta {best.beta:g}, rate {best.learning_rate:g}{edge}")
+    return {symbol: best}
 
 
 def _say_plan(plans, starts, trials, count, say):
@@ -250,33 +256,21 @@ def _seconds_per_step(plan, start):
     return statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
 
 
-def _settings(plan, start, setting, recipe, fisher):
+def _settings(plan, start, setting, task, recipe, fisher):
     """What a run's result depends on; the key of the run is made of it."""
+    source = start.source
     settings = {
-        "source": short_name(start.source.name if start.source is not None else plan.weights),
+        "source": short_name(source.name if source is not None else plan.weights),
         "target": short_name(start.target.name),
-        "target_digest": start.target.digest,
-        "source_digest": start.source.digest if start.source is not None else None,
+        "source_digest": source.digest if source is not None else None,
         "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
         "per_class": plan.per_class,
-        "anchors": start.anchors.digest,
+        "subset_seed": plan.subset_seed,
+        "protocol": plan.protocol,
         "weights": start.origin,
         "backbone": start.backbone,
-        "pixels": records.plain(start.target.pixels),
-        "source_mean": start.source.mean.tolist() if start.source is not None else None,
-        "penalty": setting.symbol,
-        "alpha": setting.alpha,
-        "beta": setting.beta,
-        "seed": setting.seed,
-        "frozen": setting.frozen,
-        "recipe": records.plain(recipe.record()),
+        "source_mean": source.mean.tolist() if source is not None else None,
     }
     if setting.fold is not None:
         settings["fold"] = [setting.fold, plan.folds]
-    return {**settings, "fisher": fisher.digest} if fisher is not None else settings
-
-
-def _folder(plan, setting, settings):
-    """The folder of a run, under folds/ or runs/ of the workdir."""
-    kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
-    return plan.workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(settings)}"
+    return settings_of(setting, task, recipe, start.anchors, fisher, **settings)

@@ -9,7 +9,8 @@ import numpy as np
 from l2sp_tf import report, theory
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path, write_text
-from l2sp_tf.report import LABELS, STATISTICS, chosen, summary
+from l2sp_tf.records import run_key
+from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, summary
 
 matplotlib.use("Agg")
 from matplotlib import patheffects, pyplot
@@ -38,52 +39,63 @@ def save(drawing, folder, name):
 
 
 def overview(records):
-    """One panel for the target and one for the source task: points are runs, bars are means."""
-    rows = summary(records)
-    names = [f"{LABELS[row['penalty']]}\n$\\alpha$={row['alpha']:g}" for row in rows]
-    has_source = any("before" in row for row in rows)
-    drawing, axes = _panels(1, 1 + has_source, width=1.5 + max(3.0, 1.2 * len(rows)))
-    target, *source = axes[0]
-    for position, row in enumerate(rows):
-        target.plot([position] * row["runs"], row["accuracies"], "o", color="tab:blue", alpha=0.6)
-        target.plot([position - 0.25, position + 0.25], [row["target_accuracy"][0]] * 2, color="black")
-        if source and "before" in row:
-            _source_points(source[0], position, row)
-    target.set_title(f"target task: {rows[0]['title']}")
-    if source:
-        source[0].set_title(f"source task: {rows[0]['source']}")
-        source[0].legend(fontsize="small")
-    for panel in axes[0]:
-        panel.set_xticks(range(len(rows)), names, fontsize="small")
-        panel.set_xlim(-0.6, len(rows) - 0.4)
-        panel.set_ylabel("test accuracy, %")
+    """For each pair of tasks one panel for the target and one for the source: points are runs, bars are means."""
+    places = by_place(labelled(summary(records)))
+    has_source = any("before" in row for rows in places.values() for row in rows)
+    widest = max(map(len, places.values()))
+    drawing, axes = _panels(len(places), 1 + has_source, width=1.5 + max(3.0, 1.2 * widest))
+    for (target, *source), (where, rows) in zip(axes, places.items(), strict=True):
+        for position, row in enumerate(rows):
+            target.plot([position] * row["runs"], row["accuracies"], "o", color="tab:blue", alpha=0.6)
+            if row["target_accuracy"]:
+                target.plot([position - 0.25, position + 0.25], [row["target_accuracy"][0]] * 2, color="black")
+            if source and "before" in row:
+                _source_points(source[0], position, row, is_first=not source[0].lines)
+        target.set_title(f"target task: {where[0]}")
+        if source:
+            source[0].set_title(f"source task: {where[1]}")
+            if any("before" in row for row in rows):
+                source[0].legend(fontsize="small")
+        for panel in (target, *source):
+            panel.set_xticks(range(len(rows)), [_stacked(row) for row in rows], fontsize="small")
+            panel.set_xlim(-0.6, len(rows) - 0.4)
+            panel.set_ylabel("test accuracy, %")
     return drawing
 
 
+def _stacked(row):
+    """A label over several lines, with the strength and what diverged."""
+    words = row["label"].split(", ")
+    if not any(word.startswith("alpha ") for word in words):
+        words.insert(1, f"alpha {row['alpha']:g}")
+    return "\n".join(words + ([f"{row['diverged']} diverged"] if row["diverged"] else []))
+
+
 def figure_1(records):
-    """Fig. 1: target accuracy of L2-SP over alpha and beta, a panel for each target.
+    """Fig. 1: target accuracy of L2-SP over alpha and beta, a panel for each target and each setting of the rest.
 
     Raises:
         InputError: L2-SP was not run with two values of alpha or beta.
     """
-    places = _by_place([row for row in summary(records) if row["penalty"] == "l2_sp" and not row["frozen"]])
-    grids = {place: rows for place, rows in places.items() if len({(row["alpha"], row["beta"]) for row in rows}) > 1}
+    rows = [row for row in summary(records) if row["penalty"] == "l2_sp" and not row["frozen"]]
+    grids = collections.defaultdict(list)
+    for row in labelled(rows, shown=STRENGTHS[:2]):
+        grids[_name((row["title"], row["origin"])) + row["label"].removeprefix(LABELS["l2_sp"])].append(row)
+    grids = {name: rows for name, rows in grids.items() if len(rows) > 1}
     _check(grids, "Fig. 1", "L2-SP with several --alpha and --beta")
     drawing, axes = _panels(1, len(grids), width=5)
-    for panel, (place, rows) in zip(axes[0], grids.items(), strict=True):
-        alphas, betas = (sorted({row[name] for row in rows}) for name in ("alpha", "beta"))
-        cells = collections.defaultdict(list)
-        for row in rows:
-            cells[betas.index(row["beta"]), alphas.index(row["alpha"])] += row["accuracies"]
-        means = {cell: sum(values) / len(values) for cell, values in cells.items()}
-        grid = [[means.get((b, a), float("nan")) for a in range(len(alphas))] for b in range(len(betas))]
+    for panel, (name, rows) in zip(axes[0], grids.items(), strict=True):
+        alphas, betas = (sorted({row[key] for row in rows}) for key in ("alpha", "beta"))
+        means = {(betas.index(r["beta"]), alphas.index(r["alpha"])): (r["target_accuracy"] or (np.nan,))[0] for r in rows}
+        grid = [[means.get((b, a), np.nan) for a in range(len(alphas))] for b in range(len(betas))]
         image = panel.imshow(grid, origin="lower", cmap="viridis", aspect="auto")
-        middle = (min(means.values()) + max(means.values())) / 2
+        middle = (np.nanmin(grid) + np.nanmax(grid)) / 2 if not np.isnan(grid).all() else 0
         for (b, a), mean in means.items():
-            panel.text(a, b, f"{mean:.1f}", ha="center", va="center", color="black" if mean > middle else "white")
+            text = "diverged" if np.isnan(mean) else f"{mean:.1f}"
+            panel.text(a, b, text, ha="center", va="center", color="white" if mean <= middle else "black")
         panel.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
         panel.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
-        panel.set(xlabel=r"$\alpha$", ylabel=r"$\beta$", title=_name(place))
+        panel.set(xlabel=r"$\alpha$", ylabel=r"$\beta$", title=name)
         panel.grid(visible=False)
         drawing.colorbar(image, ax=panel, label="test accuracy of L2-SP, %")
     return drawing
@@ -95,21 +107,21 @@ def figure_2(records):
     Raises:
         InputError: there is no run without frozen layers.
     """
-    rows = chosen(summary(records))
+    rows = labelled(chosen(summary(records)))
     _check(rows, "Fig. 2", "some penalties with --frozen=0")
-    titles, sources = (sorted({row[name] for row in rows}) for name in ("title", "source"))
-    symbols = [symbol for symbol in LABELS if any(row["penalty"] == symbol for row in rows)]
-    drawing, axes = _panels(1, len(titles), width=1.5 + 0.8 * len(symbols))
+    titles, sources = (sorted({row[name] for row in rows}) for name in ("title", "origin"))
+    labels = list(dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: list(LABELS).index(row["penalty"]))))
+    drawing, axes = _panels(1, len(titles), width=1.5 + 0.8 * len(labels))
     for panel, name in zip(axes[0], titles, strict=True):
         for number, source in enumerate(sources):
-            here = [row for row in rows if row["title"] == name and row["source"] == source]
-            points = [(symbols.index(row["penalty"]), accuracy) for row in here for accuracy in row["accuracies"]]
+            here = [row for row in rows if row["title"] == name and row["origin"] == source]
+            points = [(labels.index(row["label"]), accuracy) for row in here for accuracy in row["accuracies"]]
             shift = 0.2 * (number - (len(sources) - 1) / 2)
             color = ("navy", "lightcoral", "tab:green", "tab:orange")[number % 4]
             x, y = [x + shift for x, _ in points], [y for _, y in points]
             panel.plot(x, y, "o", color=color, alpha=0.7, label=f"from {source}")
-        panel.set_xticks(range(len(symbols)), [LABELS[symbol] for symbol in symbols], rotation=30, ha="right")
-        panel.set(ylabel="test accuracy, %", title=name, xlim=(-0.6, len(symbols) - 0.4))
+        panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+        panel.set(ylabel="test accuracy, %", title=name, xlim=(-0.6, len(labels) - 0.4))
         panel.legend(fontsize="small")
     return drawing
 
@@ -120,25 +132,34 @@ def figure_3(records):
     Raises:
         InputError: no run has frozen layers.
     """
-    rows = summary(records)
-    frozen = _by_place([row for row in rows if row["frozen"]])
-    _check(frozen, "Fig. 3", "L2 and L2-SP with several --frozen")
-    drawing, axes = _panels(len(frozen), 1, width=7)
-    for (panel,), (place, here) in zip(axes, frozen.items(), strict=True):
-        for symbol in dict.fromkeys(row["penalty"] for row in here):
-            line = sorted((row["frozen"], *row["target_accuracy"]) for row in here if row["penalty"] == symbol)
-            color, spread = COLORS[symbol], [sd or 0 for _, _, sd in line]
-            panel.errorbar([n for n, _, _ in line], [m for _, m, _ in line], spread, fmt="o-", color=color, label=LABELS[symbol])
-            settings = {(row["alpha"], row["beta"]) for row in here if row["penalty"] == symbol}
-            for row in rows:
-                same = (row["title"], row["source"], row["penalty"], row["frozen"]) == (*place, symbol, 0)
-                if same and (row["alpha"], row["beta"]) in settings:
-                    label = f"{LABELS[symbol]}, nothing frozen"
-                    panel.axhline(row["target_accuracy"][0], ls="--", color=color, label=label)
+    rows = [row for row in summary(records) if row["target_accuracy"]]
+    lines = collections.defaultdict(list)
+    for row in rows:
+        lines[_unfrozen(row)].append(row)
+    frozen = [row for line in lines.values() for row in line if any(each["frozen"] for each in line)]
+    places = by_place(labelled(frozen, shown=("frozen",)))
+    _check(places, "Fig. 3", "L2 and L2-SP with several --frozen")
+    drawing, axes = _panels(len(places), 1, width=7)
+    for (panel,), (place, here) in zip(axes, places.items(), strict=True):
+        for number, line in enumerate(dict.fromkeys(map(_unfrozen, here))):
+            points = sorted((row for row in here if _unfrozen(row) == line), key=lambda row: row["frozen"])
+            label = points[-1]["label"].replace(f", {points[-1]['frozen']} units frozen", "")
+            color, marker, dashes = COLORS[points[0]["penalty"]], "osD^v"[number % 5], ("--", ":", "-.")[number % 3]
+            whole = None if points[0]["frozen"] else points.pop(0)
+            x, y = [row["frozen"] for row in points], [row["target_accuracy"][0] for row in points]
+            spread = [row["target_accuracy"][1] or 0 for row in points]
+            panel.errorbar(x, y, spread, fmt=f"{marker}-", color=color, label=label)
+            if whole is not None:
+                panel.axhline(whole["target_accuracy"][0], ls=dashes, color=color, label=f"{label}, nothing frozen")
         panel.set(xlabel="number of frozen units n", ylabel="test accuracy, %", title=_name(place))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
     return drawing
+
+
+def _unfrozen(row):
+    """What the runs of one line share: their identity but the number of frozen units."""
+    return run_key({name: value for name, value in row["identity"].items() if name != "frozen"})
 
 
 def figure_4(records):
@@ -147,26 +168,28 @@ def figure_4(records):
     Raises:
         InputError: no record holds R².
     """
-    rows = [row for row in chosen(summary(records)) if any("r2" in record["results"] for record in row["records"])]
-    places = _by_place(rows)
+    rows = [row for row in labelled(chosen(summary(records))) if any("r2" in each["results"] for each in row["records"])]
+    places = by_place(rows)
     _check(places, "Fig. 4", "a backbone whose units can be told")
     drawing, axes = _panels(len(places), 1, width=9)
     for (panel,), (place, here) in zip(axes, places.items(), strict=True):
         for number, row in enumerate(here):
-            boxes = _boxes(min(row["records"], key=lambda record: record["settings"]["seed"])["results"]["r2"])
+            measured = [record for record in row["records"] if "r2" in record["results"]]
+            boxes = _boxes(min(measured, key=lambda record: record["settings"]["seed"])["results"]["r2"])
             positions = [layer + 0.8 * (number + 0.5) / len(here) - 0.4 for layer in range(len(boxes))]
             drawn = [(box, position) for (_, box), position in zip(boxes, positions, strict=True) if box["med"] is not None]
-            color = COLORS[row["penalty"]]
+            color, same = COLORS[row["penalty"]], [r["penalty"] for r in here[:number]].count(row["penalty"])
+            look = {"facecolor": color, "alpha": 0.6, "hatch": ("", "///", "...", "xxx")[same % 4]}
             panel.bxp(
                 [{**{name: box[name] for name in BOX}, "fliers": []} for box, _ in drawn],
                 positions=[position for _, position in drawn],
                 widths=0.7 / len(here),
                 showfliers=False,
                 patch_artist=True,
-                boxprops={"facecolor": color, "alpha": 0.6},
+                boxprops=look,
                 medianprops={"color": "black"},
             )
-            panel.plot([], [], "s", color=color, alpha=0.6, label=LABELS[row["penalty"]])
+            panel.fill_between([], [], **look, label=row["label"])
         panel.set_xticks(range(len(boxes)), [name.removesuffix("_out").removesuffix("_relu") for name, _ in boxes], rotation=30)
         panel.set(ylabel="$R^2$ with the pre-trained activations", title=_name(place), ylim=(-0.02, 1.02))
         panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -292,12 +315,12 @@ def _boxes(r2):
     return [boxes[round(i * (len(boxes) - 1) / (MOST_BOXES - 1))] for i in range(MOST_BOXES)]
 
 
-def _source_points(panel, position, row):
+def _source_points(panel, position, row, is_first):
     for name, color, shift in zip(STATISTICS, ("tab:red", "tab:green"), (-0.1, 0.1), strict=True):
         mean, sd = row[name]
-        label = f"after, {STATISTICS[name]}" if position == 0 else None
+        label = f"after, {STATISTICS[name]}" if is_first else None
         panel.errorbar(position + shift, mean, yerr=sd, fmt="o", color=color, capsize=4, label=label)
-    panel.plot([position - 0.3, position + 0.3], [row["before"]] * 2, "k--", label="before" if position == 0 else None)
+    panel.plot([position - 0.3, position + 0.3], [row["before"]] * 2, "k--", label="before" if is_first else None)
 
 
 def _panels(rows, columns, width, height=4):
@@ -305,13 +328,6 @@ def _panels(rows, columns, width, height=4):
     for panel in axes.flat:
         panel.grid(axis="y", alpha=0.3)
     return drawing, axes
-
-
-def _by_place(rows):
-    places = collections.defaultdict(list)
-    for row in rows:
-        places[row["title"], row["source"]].append(row)
-    return dict(sorted(places.items()))
 
 
 def _name(place):

@@ -31,13 +31,15 @@ class Monitor(keras.callbacks.Callback):
         anchors: the pre-trained weights, or None for a training from scratch.
         log_every: steps between two rows.
         iterations: the last step, which is always logged.
+        may_stop: whether other callbacks may stop the training at any step, which is then logged; it costs some
+            milliseconds a step to know each one's learning rate.
     """
 
-    def __init__(self, folder, anchors, *, log_every, iterations):
+    def __init__(self, folder, anchors, *, log_every, iterations, may_stop=True):
         super().__init__()
         self.folder = None if folder is None else pathlib.Path(folder)
-        self.anchors, self.log_every, self.iterations = anchors, log_every, iterations
-        self._logged, self._step = [], 0
+        self.anchors, self.log_every, self.iterations, self.may_stop = anchors, log_every, iterations, may_stop
+        self._logged, self._step, self._learning_rate = [], 0, None
         self._writer = None
 
     @property
@@ -67,19 +69,23 @@ class Monitor(keras.callbacks.Callback):
         return step % self.log_every == 0 or step == self.iterations
 
     def on_train_batch_begin(self, batch, logs=None):
-        if self._is_logged(self._step + 1):
+        if self.may_stop or self._is_logged(self._step + 1):
             self._learning_rate = float(self.model.optimizer.learning_rate)  # after the step a schedule gives the next one's
 
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
-        if not self._is_logged(self._step):
-            return
+        if self._is_logged(self._step):
+            self._log(logs)
+            if self._step != self.iterations:  # Keras shows the metrics once more at the end
+                self.model.reset_metrics()
+
+    def _log(self, logs):
         layers = {"distance_by_layer": self._distances()}
         if isinstance(unscaled(self.model.optimizer), Proximal):
             layers["frozen_by_layer"] = frozen_share(self.model)
         row = {
             "step": self._step,
-            **{name: float(value) for name, value in (logs or {}).items() if name != "loss"},
+            **{name: float(value) for name, value in (logs or {}).items() if name != "loss" and not name.startswith("val_")},
             "penalty": float(sum(v.regularizer(v) for v in self.model.trainable_variables if v.regularizer is not None)),
             "learning_rate": self._learning_rate,
             "distance": math.sqrt(sum(d * d for d in layers["distance_by_layer"].values())),
@@ -90,10 +96,11 @@ class Monitor(keras.callbacks.Callback):
         if self._writer is not None:
             with self._warned():
                 self._write(row, layers)
-        if self._step != self.iterations:  # Keras shows the metrics once more at the end
-            self.model.reset_metrics()
 
     def on_train_end(self, logs=None):
+        is_logged = self._logged and self._logged[-1][0]["step"] == self._step
+        if self._learning_rate is not None and not is_logged:  # a callback has stopped the training
+            self._log(logs)
         if self._writer is not None:
             self._file.close()
             self._writer.close()

@@ -155,12 +155,16 @@ class Plan:
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in RUN_FIELDS}
         return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
 
+    def axes(self, symbol):
+        """The alphas, betas and learning rates of a penalty, by name, each once."""
+        alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
+        rates = self.learning_rates or (self.recipe.learning_rate,)
+        axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta_for(symbol),), "learning_rate": rates}
+        return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
+
     def grid(self, symbol):
         """The settings of a penalty: the product of alphas, betas and learning rates, in that order."""
-        alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
-        betas, rates = self.betas or (self.recipe.beta_for(symbol),), self.learning_rates or (self.recipe.learning_rate,)
-        combinations = itertools.product(*(dict.fromkeys(values) for values in (alphas, betas, rates)))
-        return [Setting(symbol, *combination) for combination in combinations]
+        return [Setting(symbol, *combination) for combination in itertools.product(*self.axes(symbol).values())]
 
     def trials(self):
         """What cross-validation runs: every setting of every penalty on every fold."""
@@ -172,11 +176,11 @@ class Plan:
 
         Args:
             units: how many units the backbone has; needed where `frozen` is None.
-            chosen: the setting of each penalty that cross-validation chose, by symbol.
+            chosen: the setting of each penalty that cross-validation chose, by symbol; of penalties without one nothing is run.
         """
         frozen = self.frozen if self.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
         for symbol in dict.fromkeys(self.penalties):
-            for setting in [chosen[symbol]] if chosen else self.grid(symbol):
+            for setting in self.grid(symbol) if chosen is None else filter(None, [chosen.get(symbol)]):
                 for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(self.seeds)):
                     yield dataclasses.replace(setting, frozen=n, seed=seed)
 

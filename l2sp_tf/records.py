@@ -1,29 +1,26 @@
-"""run.json: one record for each finished run, the only thing that tables and figures read."""
+"""run.json and selection.json: what was run and what was chosen, the only things that tables and figures read."""
 
 import dataclasses
 import hashlib
 import json
 import math
 import pathlib
-import platform
 import re
 import warnings
-from importlib import metadata
 
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import write_text
 from l2sp_tf.reading import read_json
 
-FORMAT = "l2sp_tf.run.v1"
-REQUIRED = {
-    "settings": {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int},
-    "coverage": {"digest": str},
-    "anchors": {"digest": str},
-    "results": {"accuracy": float, "correct": int, "total": int},
-    "versions": {},
-}
+FORMAT = "l2sp_tf.run.v2"
+FIRST_FORMAT = "l2sp_tf.run.v1"  # does not say by which code it was made
+SELECTION = "l2sp_tf.selection.v1"
+SETTINGS = {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int}
+REQUIRED = {"settings": SETTINGS, "coverage": {"digest": str}, "anchors": {"digest": str}, "versions": {}}
 ACCURACY = {"accuracy": float, "correct": int, "total": int}
 BOX = ("whislo", "q1", "med", "q3", "whishi")  # of R², None where no feature varies
+CHOICE = {"alpha": "alpha", "beta": "beta", "recipe.beta": "beta", "recipe.learning_rate": "learning_rate"}
+WITHOUT_EFFECT = ("recipe.alpha", "recipe.log_every")  # strengths that other penalties would have had, and how often is logged
 
 
 def run_key(settings):
@@ -36,10 +33,33 @@ def plain(value):
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
 
 
-def versions():
-    """The versions that a result depends on."""
-    found = {name: metadata.version(name) for name in ("keras", "numpy", "tensorflow")}
-    return {**found, "python": platform.python_version()}
+def identity(settings):
+    """What tells a row from others: all that its runs' results depend on but the seed, as a flat dict.
+
+    Settings within the recipe and other dicts are called by both names, as in "recipe.iterations".
+    """
+    return {name: value for name, value in _flat(settings) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
+
+
+def _flat(settings, prefix=""):
+    for name, value in settings.items():
+        if isinstance(value, dict) and prefix + name not in WITHOUT_EFFECT:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def question(settings):
+    """What a selection decides for a run of these settings: its identity without strengths, rate and frozen units."""
+    return {name: value for name, value in identity(settings).items() if name not in (*CHOICE, "frozen")}
+
+
+def is_chosen(selection, settings):
+    """Whether a selection is about runs of these settings (True where it chose them, False where others), None if it is not."""
+    if selection["question"] != question(settings):
+        return None
+    own, chosen = identity(settings), selection["chosen"]
+    return chosen is not None and all(own[name] == chosen[value] for name, value in CHOICE.items() if name in own)
 
 
 def write_record(path, record):
@@ -65,24 +85,41 @@ def read_record(path):
     return record
 
 
-def read_records(workdir):
-    """Reads every `runs/*/run.json` under a folder; damaged ones are left out with a warning.
+def read_records(*workdirs):
+    """Reads every run and every selection under some folders; damaged records are left out with a warning.
 
     Raises:
-        InputError: the folder is missing, or holds no record.
+        InputError: a folder is missing, or holds no run.
     """
-    workdir = pathlib.Path(workdir)
-    if not workdir.is_dir():
-        raise InputError(f"There is no folder {workdir}: give the --workdir of a finished train.py.")
     records = []
-    for path in sorted(workdir.glob("runs/*/run.json")):
-        try:
-            records.append(read_record(path))
-        except InputError as error:
-            warnings.warn(str(error), stacklevel=2)
-    if not records:
-        raise InputError(f"There is no finished run under {workdir}: run train.py --workdir={workdir} first.")
+    for workdir in map(pathlib.Path, workdirs):
+        if not workdir.is_dir():
+            raise InputError(f"There is no folder {workdir}: give the --workdir of a finished train.py.")
+        runs = _readable(workdir.glob("runs/*/run.json"))
+        if not runs:
+            raise InputError(f"There is no finished run under {workdir}: run train.py --workdir={workdir} first.")
+        records += runs + _readable(workdir.glob("selections/*/selection.json"))
     return records
+
+
+def _readable(paths):
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(read_record(path))
+        except InputError as error:
+            warnings.warn(str(error), stacklevel=3)
+    return found
+
+
+def runs_of(records):
+    """Of records those of runs."""
+    return [record for record in records if record.get("format") != SELECTION]
+
+
+def selections_of(records):
+    """Of records those of selections."""
+    return [record for record in records if record.get("format") == SELECTION]
 
 
 def check_record(record, path):
@@ -91,12 +128,20 @@ def check_record(record, path):
     Raises:
         InputError: names the first field that is wrong.
     """
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, FIRST_FORMAT, SELECTION):
         raise InputError(f"{path} is no record of the format {FORMAT}: remove it and run its run again.")
+    if record["format"] == SELECTION:
+        _check_selection(record, path)
+        return
     for section, fields in REQUIRED.items():
         _check_fields(record, section, fields, path)
-    settings, results = record["settings"], record["results"]
+    if record["format"] == FORMAT:
+        _check_fields(record, "code", {"version": str, "results": int, "digest": str}, path)
+    settings, results = record["settings"], record.get("results")
     _check_fields(record, "settings", {"frozen": int} if "frozen" in settings else {}, path)
+    if "recipe" in settings:
+        _check_fields(settings, "recipe", {name: float for name in ("learning_rate", "beta") if name in settings["recipe"]}, path)
+    _check_fields(record, "results", {"diverged": str} if diverged(record) else ACCURACY, path)
     if "source" in results:
         for measured in ("before", "target_statistics", "source_statistics"):
             _check_fields(results["source"], measured, ACCURACY, path)
@@ -106,6 +151,27 @@ def check_record(record, path):
         raise InputError(f"{path} has results.r2 that are no boxes: remove it and run its run again.")
     if not isinstance(right, str) or not re.fullmatch(r"([0-9a-f]{2})*", right):
         raise InputError(f"{path} has results.right that are no bytes: remove it and run its run again.")
+
+
+def diverged(record):
+    """Whether a run diverged, so that it has no accuracy."""
+    return isinstance(record.get("results"), dict) and "diverged" in record["results"]
+
+
+def _check_selection(record, path):
+    """Raises InputError unless a selection has its question, its candidates and its choice."""
+    candidate = {"alpha": float, "beta": float, "learning_rate": float}
+    _check_fields(record, "question", {"source": str, "target": str, "penalty": str}, path)
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise InputError(f"{path} has no candidates: remove it and run the cross-validation again.")
+    for number, found in enumerate(candidates):
+        _check_fields({f"candidates[{number}]": found}, f"candidates[{number}]", candidate, path)
+        scores = found.get("accuracies")
+        if not isinstance(scores, list) or not all(score is None or _is(score, float) for score in scores):
+            raise InputError(f"{path} has candidates[{number}].accuracies that are no numbers: remove it and run it again.")
+    if record.get("chosen") is not None:
+        _check_fields(record, "chosen", candidate, path)
 
 
 def _check_fields(parent, section, fields, path):

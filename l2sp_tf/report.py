@@ -1,28 +1,19 @@
-"""Tables 1 to 3 and the summary of any runs: the first from counts of images, the others from records alone."""
+"""Tables 1 to 3 and the overview of any runs: the first from counts of images, the others from records alone."""
 
-import collections
 import csv
 import io
 import itertools
 import pathlib
-import statistics
 import typing
 
 import numpy as np
 
-from l2sp_tf.comparison import permutation_test, worst_beats_best
+from l2sp_tf.comparison import holm, permutation_test, worst_beats_best
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import write_text
+from l2sp_tf.records import diverged, run_key
+from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, place, summary
 
-LABELS = {
-    "l2": "L2",
-    "l2_sp": "L2-SP",
-    "l2_sp_fisher": "L2-SP-Fisher",
-    "l1_sp": "L1-SP",
-    "gl_sp": "GL-SP",
-    "gl_sp_fisher": "GL-SP-Fisher",
-}
-STATISTICS = {"target_statistics": "fine-tuned statistics", "source_statistics": "source statistics"}
 # The paper's numbers for its data sets: Table 2 (mean, standard deviation of 5 runs) and Table 3 (accuracy lost).
 PAPER_TABLE_2 = {
     "MIT Indoors 67": {"l2": (79.6, 0.5), "l2_sp": (84.2, 0.3), "l2_sp_fisher": (84.0, 0.4)},
@@ -43,7 +34,6 @@ PAPER_TABLE_1 = {
     "stanford_dogs": ("Stanford Dogs 120", "specific object recog.", "100", "~ 72", 120),
     "mit_indoors67": ("MIT Indoors 67", "scene classification", "80", "20", 67),
 }
-PAPER_NAMES = {"mit_indoors67": "MIT Indoors 67", "stanford_dogs": "Stanford Dogs 120", "caltech256": "Caltech 256"}
 
 
 class Table(typing.NamedTuple):
@@ -79,106 +69,39 @@ class Table(typing.NamedTuple):
         return paths
 
 
-def summary(records):
-    """One row for each source, target, penalty and setting, with mean and standard deviation over seeds.
-
-    Args:
-        records: a list of records.
-
-    Returns:
-        A list of dicts. Accuracies are in percent: under "target_accuracy" and, where the source task
-        was measured, "target_statistics" and "source_statistics" (see
-        `evaluation.retention`), pairs of mean and sample standard deviation (None for a
-        single run); "before" is the pre-trained model's accuracy. "title" names the target as the paper
-        does, "frozen" counts frozen units, "selected" tells whether cross-validation chose the
-        setting, and "records" are the row's own.
-
-    Raises:
-        InputError: a record has an unknown penalty.
-    """
-    groups = collections.defaultdict(list)
-    for record in records:
-        s = record["settings"]
-        if s["penalty"] not in LABELS:
-            raise InputError(f"A record has the penalty {s['penalty'][:100]!r}: remove it, or give one of {', '.join(LABELS)}.")
-        rest = tuple(repr(s.get(name)) for name in ("anchors", "target_digest", "recipe", "fisher", "frozen"))
-        groups[(s["source"], s["target"], s["penalty"], s["alpha"], s["beta"], rest)].append(record)
-    rows = []
-    for (source, target, penalty, alpha, beta, _), found in groups.items():
-        results, settings = [record["results"] for record in found], found[0]["settings"]
-        row = {"source": source, "target": target, "penalty": penalty, "alpha": alpha, "beta": beta, "runs": len(results)}
-        row |= {"title": title(settings), "frozen": settings.get("frozen", 0), "records": found}
-        row["label"] = LABELS[penalty] + variant(settings)
-        row["selected"] = all("selection" in record for record in found)
-        row["target_accuracy"] = _mean_sd([r["accuracy"] for r in results])
-        row["accuracies"] = [100 * r["accuracy"] for r in results]
-        if all("source" in r for r in results):
-            row["before"] = 100 * results[0]["source"]["before"]["accuracy"]
-            for name in STATISTICS:
-                row[name] = _mean_sd([r["source"][name]["accuracy"] for r in results])
-        rows.append(row)
-    order = list(LABELS)
-    return sorted(
-        rows,
-        key=lambda r: (r["source"], r["title"], order.index(r["penalty"]), r["label"], r["frozen"], r["alpha"], r["beta"]),
-    )
-
-
-def variant(settings):
-    """How the steps of a run differ from the paper's: ", Adam", ", proximal", ", Adam, decoupled" or nothing."""
-    recipe = settings.get("recipe") or {}
-    solver, step = recipe.get("solver"), recipe.get("penalty_step")
-    return "".join([", Adam" if solver == "adam" else "", f", {step}" if step else ""])
-
-
-def title(settings):
-    """What to call a target: the paper's name of its data set, with the training images a class where they were limited."""
-    name, per_class = PAPER_NAMES.get(settings["target"], settings["target"]), settings.get("per_class")
-    return f"{name} - {per_class}" if per_class is not None else name
-
-
-def chosen(rows):
-    """Of the summary's rows without frozen layers, those that the paper's tables are about.
-
-    Where cross-validation chose a setting of a penalty, that one; otherwise all, so that no
-    setting is chosen by its test accuracy.
-    """
-    rows = [row for row in rows if not row["frozen"]]
-    selected = {(row["source"], row["title"], row["label"]) for row in rows if row["selected"]}
-    return [row for row in rows if row["selected"] or (row["source"], row["title"], row["label"]) not in selected]
-
-
 def overview(records):
     """What was gained on the target task and lost on the source task, for every setting that was run."""
-    columns = ("source", "target", "penalty", "alpha", "beta", "runs", "target accuracy", "source before", "source after", "drop")
-    rows = []
-    for row in summary(records):
-        frozen = f", {row['frozen']} units frozen" if row["frozen"] else ""
-        setting = (row["source"], row["title"], row["label"] + frozen, f"{row['alpha']:g}", f"{row['beta']:g}")
+    columns = ("source", "target", "penalty", "alpha", "beta", "rate", "runs")
+    columns += ("target accuracy", "source before", "source after", "drop")
+    rows, lines = labelled(summary(records), shown=STRENGTHS), []
+    for row in rows:
         source = ("-", "-", "-")
         if "before" in row:
             after = row["target_statistics"]
-            source = (f"{row['before']:.1f}", _show(after), f"{after[0] - row['before']:+.1f}")
-        rows.append((*setting, str(row["runs"]), _show(row["target_accuracy"]), *source))
-    return Table(
-        columns,
-        rows,
+            source = (f"{row['before']:.1f}", _show(after), f"{row['before'] - after[0]:.1f}")
+        strengths = ["-" if row["identity"].get(name) is None else f"{row['identity'][name]:g}" for name in STRENGTHS]
+        setting = (row["origin"], row["title"], row["label"], *strengths)
+        lines.append((*setting, _count(row), _show(row["target_accuracy"]), *source))
+    text = (
         "Accuracies in percent, mean ± standard deviation over runs. Source after: the fine-tuned backbone under the original "
-        "head, with its own batch-norm statistics; eval.py writes those with the source's statistics to summary.csv.",
+        "head, with its own batch-norm statistics; eval.py writes those with the source's statistics to summary.csv. Drop: "
+        "percentage points lost."
     )
+    return Table(columns, lines, "\n\n".join([text, *notes(rows, records)]))
 
 
 def table_csv(records):
-    """The summary as CSV, with both batch-norm readings of the source accuracy."""
-    names = ["source", "title", "penalty", "frozen", "alpha", "beta", "runs"]
-    columns = (*names, "target_mean", "target_sd", "source_before")
+    """The summary as CSV, with both batch-norm readings of the source accuracy; "row" tells rows of other settings apart."""
+    columns = ("source", "target", "penalty", "setting", "frozen", "alpha", "beta", "rate", "runs", "diverged")
+    columns += ("target_mean", "target_sd", "source_before")
     columns += tuple(f"source_{name}_{kind}" for name in STATISTICS for kind in ("mean", "sd"))
     rows = []
-    for row in summary(records):
-        both = [value for name in STATISTICS for value in row.get(name, (None, None))]
-        row["penalty"] += variant(row["records"][0]["settings"])
-        rows.append([row[name] for name in names] + [*row["target_accuracy"], row.get("before"), *both])
-    return Table(columns, rows).csv()
+    for row in labelled(summary(records), shown=STRENGTHS):
+        measured = [value for name in STATISTICS for value in row.get(name, (None, None))]
+        own = [row[name] for name in ("origin", "title", "penalty", "label", "frozen", "alpha", "beta")]
+        own += [row["identity"].get("recipe.learning_rate"), row["runs"], row["diverged"]]
+        rows.append([*own, *(row["target_accuracy"] or (None, None)), row.get("before"), *measured, run_key(row["identity"])])
+    return Table((*columns, "row"), rows).csv()
 
 
 def table_1(rows):
@@ -205,108 +128,134 @@ def table_2(records):
     """Table 2: target accuracies by penalty and data set, with the paper's numbers where the data set is the paper's.
 
     Raises:
-        InputError: no record is without frozen layers.
+        InputError: no record is without frozen layers, or two rows would look alike.
     """
     rows = sorted(_rows_of_a_table(records), key=lambda row: list(LABELS).index(row["penalty"]))
-    names = sorted({(row["title"], row["source"]) for row in rows})
-    cells = collections.defaultdict(dict)
+    places = list(by_place(rows))
+    cells = {label: {} for label in dict.fromkeys(row["label"] for row in rows)}
     for row in rows:
-        several = sum(r["label"] == row["label"] and _place(r) == _place(row) for r in rows) > 1
-        label = row["label"] + (f", alpha {row['alpha']:g}, beta {row['beta']:g}" if several else "")
-        cells[label][_place(row)] = _show(row["target_accuracy"], row["runs"])
-    columns = ["penalty"] + [f"{target} (from {source})" for target, source in names]
-    lines = [(label, *(line.get(name, "-") for name in names)) for label, line in cells.items()]
-    if any(name in PAPER_TABLE_2 for name, _ in names):
+        cells[row["label"]][place(row)] = _show(row["target_accuracy"], _count(row))
+    columns = ["penalty"] + [f"{target} (from {source})" for target, source in places]
+    lines = [(label, *(line.get(name, "-") for name in places)) for label, line in cells.items()]
+    if any(name in PAPER_TABLE_2 for name, _ in places):
         for symbol in ("l2", "l2_sp", "l2_sp_fisher"):
-            found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in names)
+            found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in places)
             lines.append((f"{LABELS[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
-    return Table(tuple(columns), lines, "Test accuracy in percent, mean ± standard deviation (number of runs).")
+    text = "Test accuracy in percent, mean ± standard deviation (number of runs)."
+    return Table(tuple(columns), lines, "\n\n".join([text, *notes(rows, records)]))
 
 
 def table_2_tests(records):
     """Whether the differences of Table 2 are more than chance, for each pair of penalties on each data set.
 
-    The exact permutation test compares the two methods over their runs, and McNemar's test the worst
-    run of the better one with the best run of the other, as section 4.3.1 does.
+    The permutation test compares the two methods over their runs, and McNemar's test the worst
+    run of the better one with the best run of the other, as section 4.3.1 does. Both are corrected by Holm's method for
+    the number of comparisons in the table.
+
+    Raises:
+        InputError: as `table_2`.
     """
+    pairs = [pair for rows in by_place(_rows_of_a_table(records)).values() for pair in itertools.combinations(rows, 2)]
+    pairs = [sorted(pair, key=lambda row: row["target_accuracy"] or (-1,), reverse=True) for pair in pairs]
+    means = [_test_of_means(*pair) for pair in pairs]
+    worst = [_worst_against_best(*pair) for pair in pairs]
+    corrected = _corrected(means), _corrected([p for _, p in worst])
     lines = []
-    for a, b in itertools.combinations(_rows_of_a_table(records), 2):
-        if _place(a) != _place(b):
-            continue
-        better, worse = (a, b) if a["target_accuracy"][0] >= b["target_accuracy"][0] else (b, a)
-        difference = better["target_accuracy"][0] - worse["target_accuracy"][0]
-        p = permutation_test(better["accuracies"], worse["accuracies"]) if min(a["runs"], b["runs"]) > 1 else None
-        answers = [[right(record) for record in row["records"]] for row in (better, worse)]
-        criterion = "-"
-        if all(answer is not None for row in answers for answer in row):
-            higher, chance = worst_beats_best(*answers)
-            criterion = f"{'yes' if higher and chance < 0.05 else 'no'} (p = {chance:.2g})"
-        names = (row["label"] + f", alpha {row['alpha']:g}" for row in (better, worse))
-        lines.append((a["title"], a["source"], *names, f"{difference:.1f}", "-" if p is None else f"{p:.2g}", criterion))
+    for i, (better, worse) in enumerate(pairs):
+        difference = "-"
+        if better["target_accuracy"] and worse["target_accuracy"]:
+            difference = f"{better['target_accuracy'][0] - worse['target_accuracy'][0]:.1f}"
+        text, p = worst[i]
+        criterion = text if p is None else f"{text if corrected[1][i] < 0.05 else 'no'} (p = {p:.2g}, {corrected[1][i]:.2g})"
+        mean = means[i] if isinstance(means[i], str) else f"{means[i]:.2g}, {corrected[0][i]:.2g}"
+        lines.append((*place(better), better["label"], worse["label"], difference, mean, criterion))
     return Table(
         ("target", "source", "better", "worse", "difference", "p of the means", "worst run beats best at 5%"),
         lines,
-        "Differences in percentage points. p of the means: exact two-sided permutation test over runs. Worst run beats best: the "
-        "better method's worst run against the other's best, McNemar's exact test on the test images.",
+        "Differences in percentage points. Of two p the second is corrected for the number of comparisons in the table (Holm), "
+        "and decides. p of the means: two-sided permutation test over runs, exact up to ten a side, sampled beyond. Worst run "
+        "beats best: the better method's worst run against the other's best, McNemar's exact test on the test images.",
     )
+
+
+def _test_of_means(a, b):
+    """The p-value of the difference of two rows, or why there is none."""
+    if a["diverged"] or b["diverged"]:
+        return "runs diverged"
+    return permutation_test(a["accuracies"], b["accuracies"]) if min(a["runs"], b["runs"]) > 1 else "-"
+
+
+def _worst_against_best(better, worse):
+    """Whether the worst run of one row is above the best of another, and McNemar's p, or None and why there is none."""
+    records = better["records"] + worse["records"]
+    if better["diverged"] or worse["diverged"]:
+        return "runs diverged", None
+    if any(right(record) is None for record in records):
+        return "-", None
+    if len({record["results"].get("test_digest") for record in records}) > 1:
+        return "other test images", None
+    higher, p = worst_beats_best(*([right(record) for record in row["records"]] for row in (better, worse)))
+    return "yes" if higher else "no", p
+
+
+def _corrected(values):
+    """Holm's correction of those values that are p-values, at their places."""
+    places = [i for i, value in enumerate(values) if isinstance(value, float)]
+    return dict(zip(places, holm([values[i] for i in places]), strict=True))
 
 
 def table_3(records):
     """Table 3: accuracy lost on the source task, with both readings of the batch-norm statistics.
 
     Raises:
-        InputError: no record has measured the source task.
+        InputError: no record has measured the source task, or two rows would look alike.
     """
     rows = [row for row in _rows_of_a_table(records) if "before" in row]
     if not rows:
         raise InputError("No run has measured its source task: run train.py with --source.")
-    symbols = [symbol for symbol in LABELS if any(row["penalty"] == symbol for row in rows)]
+    rows.sort(key=lambda row: list(LABELS).index(row["penalty"]))
+    labels = {row["label"]: row["penalty"] for row in rows}
     lines = []
-    for place in sorted({_place(row) for row in rows}):
+    for (target, source), here in by_place(rows).items():
+        befores = sorted({f"{row['before']:.1f}" for row in here})
         for name, reading in STATISTICS.items():
-            cells = []
-            for symbol in symbols:
-                drops = [(r["before"] - r[name][0], r[name][1]) for r in rows if _place(r) == place and r["penalty"] == symbol]
-                cells.append(", ".join(_show(drop) for drop in drops) or "-")
-            before = next(row["before"] for row in rows if _place(row) == place)
-            lines.append((place[0], place[1], reading, f"{before:.1f}", *cells))
-        if place[0] in PAPER_TABLE_3:
-            lines.append((place[0], "-", "paper", "-", *(f"{PAPER_TABLE_3[place[0]].get(s, '-')}" for s in symbols)))
-    return Table(
-        ("target", "source", "batch norm", "before", *(LABELS[symbol] for symbol in symbols)),
-        lines,
+            cells = {row["label"]: _show((row["before"] - row[name][0], row[name][1])) for row in here}
+            lines.append((target, source, reading, ", ".join(befores), *(cells.get(label, "-") for label in labels)))
+        if target in PAPER_TABLE_3:
+            paper = {symbol: str(drop) for symbol, drop in PAPER_TABLE_3[target].items()}
+            lines.append((target, "-", "paper", "-", *(paper.pop(symbol, "-") for symbol in labels.values())))
+    text = (
         "Percentage points lost on the source task after fine-tuning, mean ± standard deviation over runs: the fine-tuned "
-        "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given.",
+        "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given."
     )
+    return Table(("target", "source", "batch norm", "before", *labels), lines, "\n\n".join([text, *notes(rows, records)]))
 
 
 def right(record):
     """Which test images a run got right: bool [n], or None if the record does not hold it."""
-    text, total = record["results"].get("right"), record["results"]["total"]
-    if text is None:
+    text = record["results"].get("right")
+    if diverged(record) or text is None:
         return None
     bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))
-    return bits[:total].astype(bool)
-
-
-def _place(row):
-    return row["title"], row["source"]
+    return bits[: record["results"]["total"]].astype(bool)
 
 
 def _rows_of_a_table(records):
     rows = chosen(summary(records))
     if not rows:
         raise InputError("Every run has frozen layers, and the tables are about runs without: run train.py with --frozen=0.")
-    return rows
+    return labelled(rows)
 
 
-def _mean_sd(accuracies):
-    """Mean and sample standard deviation, in percent."""
-    percent = [100 * a for a in accuracies]
-    return statistics.fmean(percent), statistics.stdev(percent) if len(percent) > 1 else None
+def _count(row):
+    """How many runs a row has, and how many of them diverged."""
+    return str(row["runs"]) if not row["diverged"] else f"{row['runs'] + row['diverged']}, {row['diverged']} diverged"
 
 
-def _show(pair, runs=None):
-    mean, sd = pair
-    text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
-    return text if runs is None else f"{text} ({runs})"
+def _show(pair, count=None):
+    if pair is None:
+        text = "diverged"
+    else:
+        mean, sd = pair
+        text = f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
+    return text if count is None else f"{text} ({count})"

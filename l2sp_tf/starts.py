@@ -21,6 +21,7 @@ from l2sp_tf.evaluation import evaluate
 from l2sp_tf.fisher import Fisher, fisher_diagonal
 from l2sp_tf.monitor import write_histograms
 from l2sp_tf.plans import Plan
+from l2sp_tf.provenance import RESULTS_VERSION, versions
 from l2sp_tf.training import preprocessing_of, train_source
 from l2sp_tf.units import units
 
@@ -124,7 +125,8 @@ def _pretrained(plan, source, say, verbose):
     keras.utils.set_random_seed(0)
     model = models.backbone(plan.backbone, classes, **shape)
     identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": records.plain(plan.source_recipe.record())}
-    key = records.run_key({**identity, "backbone": plan.backbone, **records.plain(shape), "versions": records.versions()})
+    made = {"backbone": plan.backbone, **records.plain(shape), "versions": versions(), "code": RESULTS_VERSION}
+    key = records.run_key({**identity, **made})
     folder = plan.workdir / "sources" / key
     path = folder / "weights.safetensors"
     strategy = make_strategy(plan.distribute)
@@ -199,7 +201,7 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     count = len(source.train) if f.images is None else min(f.images, len(source.train))
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    seen = {"preprocessing": records.plain(source.preprocessing), "mean": source.mean.tolist()}
+    seen = {"preprocessing": records.plain(source.preprocessing), "mean": source.mean.tolist(), "code": RESULTS_VERSION}
     key = records.run_key({**identity, **seen})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
     strategy = make_strategy(plan.distribute)

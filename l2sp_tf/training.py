@@ -19,6 +19,7 @@ from l2sp_tf.heads import with_new_head
 from l2sp_tf.models import save_model
 from l2sp_tf.monitor import FiniteLoss, Monitor
 from l2sp_tf.pixels import PIXELS, Interface, named_pixels
+from l2sp_tf.provenance import RESULTS_VERSION
 from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
@@ -39,6 +40,7 @@ class Run:
         history: the rows of the log, dicts.
         seconds: the time of training, before interruptions too.
         resumed_at: the step at which a checkpoint was taken up, 0 for none.
+        stopped_at: the step at which a callback stopped the training before its end, or None.
         interface: the `Interface` of the model: how its images are made, and which output is which class.
     """
 
@@ -48,6 +50,7 @@ class Run:
     history: list
     seconds: float
     resumed_at: int = 0
+    stopped_at: int | None = None
     interface: Interface | None = None
 
 
@@ -106,7 +109,8 @@ def finetune(
             in `pretrained`.
         run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
             None writes nothing.
-        callbacks: more Keras callbacks; what they remember is not in the checkpoints.
+        callbacks: more Keras callbacks; what they remember is not in the checkpoints. A run that one of them stops is over:
+            it has its log, its checkpoint and its model, and the same call does not go on with it.
         verbose: of Keras `fit`: 1 shows a progress bar with the time left.
         save: whether `model.keras` is written to `run_dir`.
         checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
@@ -222,16 +226,15 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
                 _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with distribution.scope(strategy):
             metrics = _compile(trained, recipe, jit_compile)
-            monitor = Monitor(
-                folder.path if writes else None, anchors, log_every=recipe.log_interval, iterations=recipe.iterations
-            )
+            options = {"log_every": recipe.log_interval, "iterations": recipe.iterations, "may_stop": bool(callbacks)}
+            monitor = Monitor(folder.path if writes else None, anchors, **options)
             keeper = Checkpointing(monitor, metrics, recipe.iterations)
             if folder is not None:
                 stops = stack.enter_context(deferred_signals()) if distribution.is_one_process(strategy) else ()
                 keeper.keep(folder.checkpoints, identity, folder.checkpoint_every, stops, writes=writes)
             start = keeper.restore(trained)
         distribution.check_same_run(strategy, start)
-        if start < recipe.iterations:
+        if start < recipe.iterations and keeper.stopped_at is None:
             callbacks = [AnchorGuard(coverage), FiniteLoss(start), monitor, keeper, *callbacks]
             options = {"seed": seed, "start": start, "iterations": recipe.iterations, "part": distribution.part_of(strategy)}
             batches = training_batches(task.train, task.preprocessing, task.mean, batch_size=recipe.batch_size, **options)
@@ -244,7 +247,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         save_model(model, folder.path / "model.keras", interface)
     if writes:
         folder.checkpoints.remove(keep=1)
-    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, interface)
+    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, keeper.stopped_at, interface)
 
 
 def _compile(model, recipe, jit_compile):
@@ -269,6 +272,7 @@ def _identity(model, coverage, task, recipe, seed):
     images = hashlib.sha256(task.train.labels.tobytes() + task.train.starts.tobytes()).hexdigest()  # which part of the data set
     return {
         "recipe": plain(recipe.record()),
+        "code": RESULTS_VERSION,
         "seed": seed,
         "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
         "coverage": coverage.digest,

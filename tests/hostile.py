@@ -29,6 +29,7 @@ from l2sp_tf.data import builders, decode, load_dataset
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher import Fisher
 from l2sp_tf.pixels import PIXELS, Interface, PixelFormat
+from l2sp_tf.provenance import provenance
 from l2sp_tf.torch_files import read_state_dict
 
 MOST_SECONDS = 10  # of processor time for one file
@@ -182,7 +183,8 @@ def make_record(folder):
     results = {"accuracy": 0.5, "correct": 4, "total": 8, "right": "0f", "r2": {"conv1": dict.fromkeys(records.BOX, 0.5)}}
     results["source"] = {"before": after, "target_statistics": after, "source_statistics": after}
     settings = {"source": "s", "target": "t", "penalty": "l2", "alpha": 0.1, "beta": 0.01, "seed": 0, "frozen": 0, "per_class": 3}
-    rest = {"coverage": {"digest": "c"}, "anchors": {"digest": "a"}, "versions": records.versions()}
+    settings |= {"code": 2, "recipe": {"learning_rate": 0.01, "solver": "sgd"}}
+    rest = {"coverage": {"digest": "c"}, "anchors": {"digest": "a"}, **provenance()}
     records.write_record(folder / "run.json", {"settings": settings, "results": results, **rest})
     return folder / "run.json"
 

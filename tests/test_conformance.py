@@ -18,18 +18,20 @@ from l2sp_tf.regularizers import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
-    {"effect", "errors", "files", "likeness", "memory", "variables"},
+    {"effect", "errors", "files", "likeness", "memory", "provenance", "variables"},
     {"matching", "reading"},
     {"batches", "batch_norm", "likelihoods", "pixels", "units"},
     {"answers", "regularizers", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"copies"},
     {"anchors", "heads"},
-    {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "report", "retention_page"}
-    | {"stepping", "distribution"},
-    {"activations", "evaluation", "interfaces", "proximal", "decoupled"},
+    {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "retention_page"}
+    | {"stepping", "distribution", "summary"},
+    {"report", "activations", "evaluation", "interfaces", "proximal", "decoupled"},
     {"monitor", "predictions"},
     {"training"},
-    {"engines", "plans", "retention_report", "selection"},
+    {"engines", "plans", "retention_report"},
+    {"runs"},
+    {"selection"},
     {"starts"},
     {"experiments", "figures", "cli"},
 ]

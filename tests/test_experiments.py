@@ -14,9 +14,10 @@ from test_engines import ray  # noqa: F401
 from test_plans import plan
 
 import l2sp_tf as l2sp
-from l2sp_tf import experiments, records, report
+from l2sp_tf import experiments, records, report, selection
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.recipe import Recipe
+from l2sp_tf.summary import summary
 
 RECIPE = Recipe.digits().replace(iterations=6, batch_size=16)
 SOURCE_RECIPE = Recipe.source(RECIPE).replace(iterations=20)
@@ -32,6 +33,13 @@ def run(plans, **options):
     return experiments.run_plans(plans, say=said.append, **options), said
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_more_values_than_given():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selection, "MOST_EXTENSIONS", 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A workdir in which cross-validation has chosen between two strengths, what was run, and what was said."""
@@ -44,7 +52,7 @@ def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
     made, found, said = finished
     assert any("plan: 4 runs on folds, then 2 runs; 6 are left, about 0:00:" in line for line in said)
     assert sum("[" in line and "accuracy" in line for line in said) == 6
-    assert [record["settings"]["frozen"] for record in found] == [0, 1]
+    assert [record["settings"]["frozen"] for record in records.runs_of(found)] == [0, 1]
 
 
 def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(finished):
@@ -53,10 +61,12 @@ def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(fin
     scores = {
         alpha: np.mean([r["results"]["accuracy"] for r in folds if r["settings"]["alpha"] == alpha]) for alpha in made.alphas
     }
-    assert {r["settings"]["alpha"] for r in found} == {max(scores, key=scores.get)}
-    candidates = found[0]["selection"]["candidates"]
-    assert [c[0] for c in candidates] == list(made.alphas)
-    assert [c[3] for c in candidates] == pytest.approx([scores[alpha] for alpha in made.alphas])
+    assert {r["settings"]["alpha"] for r in records.runs_of(found)} == {max(scores, key=scores.get)}
+    (made,) = records.selections_of(found)
+    candidates = {c["alpha"]: np.mean(c["accuracies"]) for c in made["candidates"]}
+    assert candidates == pytest.approx(scores) and list(candidates) == [1000, 0.1]
+    assert [row["selected"] for row in summary(found)] == [True, True]
+    assert records.read_records(finished[0].workdir)[-1] == made
     assert all(r["results"]["total"] == 10 and r["settings"]["fold"][1] == 2 for r in folds)  # of 20 training images
 
 
@@ -97,17 +107,28 @@ def test_an_interrupted_experiment_goes_on(finished):
         next(made.workdir.glob(pattern)).unlink()
     again, said = run([made])
     assert sum("already finished" in line for line in said) == 4
-    assert [r["settings"] for r in again] == [r["settings"] for r in found]
+    assert [r["settings"] for r in records.runs_of(again)] == [r["settings"] for r in records.runs_of(found)]
 
 
-def test_a_run_that_was_a_grid_point_becomes_the_chosen_one(finished, tmp_path):
+def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
     made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
-    grid = dataclasses.replace(made, folds=0)
+    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    grid = dataclasses.replace(made, folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
     first, _ = run([grid])
-    assert not any("selection" in record for record in first)
-    (chosen,), said = run([made])
-    assert chosen["selection"] and sum("already finished" in line for line in said) == 1
-    assert chosen["settings"] in [record["settings"] for record in first]
+    assert not records.selections_of(first) and len(report.table_2(first).rows) == 2
+    found, said = run([made])
+    assert sum("already finished" in line for line in said) == 1  # the chosen one, as it was a point of the grid
+    chosen = records.selections_of(found)[0]["chosen"]["alpha"]
+    (line,) = report.table_2(records.read_records(tmp_path)).rows
+    assert line[1].endswith("(2)")
+    other = next(alpha for alpha in made.alphas if alpha != chosen)
+    found, _ = run([dataclasses.replace(made, alphas=(other,))])
+    (made_last,) = records.selections_of(records.read_records(tmp_path))
+    assert made_last["chosen"]["alpha"] == other and len(made_last["candidates"]) == 1
+    (line,) = report.table_2(records.read_records(tmp_path)).rows
+    assert line[1].endswith("(2)")
+    expected = [100 * r["results"]["accuracy"] for r in first if r["settings"]["alpha"] == other]
+    assert line[1].startswith(f"{np.mean(expected):.1f}")
 
 
 def test_plans_that_share_runs_run_them_once(tmp_path):
@@ -118,9 +139,36 @@ def test_plans_that_share_runs_run_them_once(tmp_path):
 
 
 def test_a_setting_that_diverges_is_recorded_so_and_not_chosen(tmp_path):
-    (record,), said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
-    assert record["settings"]["alpha"] == 0.1 and record["selection"]["candidates"][0][3] == 0
-    assert sum("The loss is" in line for line in said) == 2
+    found, said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
+    (record,), (made,) = records.runs_of(found), records.selections_of(found)
+    assert record["settings"]["alpha"] == 0.1 and made["candidates"][0]["accuracies"] == [None, None]
+    assert sum("diverged: The loss is" in line for line in said) == 2
+
+
+def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and_when_it_is_given_again(tmp_path):
+    diverging = tiny(tmp_path, folds=2, alphas=(1e12, 1e13))
+    plain = tiny(tmp_path, penalties=("l2", "l2_sp"), alphas=(1e12, 0.1), seeds=(0, 1))
+    for again in (False, True):
+        found, said = run([diverging, plain])
+        assert sum("every setting of l2_sp diverged" in line for line in said) == 1
+        assert sum("already finished" in line for line in said) == (12 if again else 0)
+        assert [records.diverged(record) for record in records.runs_of(found)] == [True, True, False, False] * 2
+        assert [record["chosen"] for record in records.selections_of(found)] == [None]
+    table = report.table_2(records.read_records(tmp_path))
+    assert [row[:1] + (row[1][-19:],) for row in table.rows if "diverged" in row[1]] == [
+        (f"{name}, alpha 1e+12", "diverged (2, 2 diverged)"[-19:]) for name in ("L2", "L2-SP")
+    ]
+    assert "Every setting of L2-SP on digits/target - 10 diverged" in table.notes
+
+
+def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
+    monkeypatch.setattr(experiments, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
+    found, said = run([tiny(tmp_path, folds=2, alphas=(0.1, 1.0))])
+    (made,) = records.selections_of(found)
+    assert [c["alpha"] for c in made["candidates"]] == [0.1, 1.0, 10.0] and made["edges"] == ["alpha 10"]
+    assert any("at the edge of what was tried (alpha 10)" in line for line in said)
+    assert "lies at the edge" in report.table_2(found).notes
 
 
 def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path):
@@ -158,7 +206,7 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
     keys = ("alpha", "beta", "frozen", "seed", "fold", "target_digest", "penalty")
     where = lambda record: [record["settings"].get(key) for key in keys]  # noqa: E731
     assert sorted(map(where, remote)) == sorted(map(where, local))
-    assert len(found) == 2 and all(set(r) == set(finished[1][0]) for r in found)
+    assert len(found) == 3 and all(set(r) == set(finished[1][0]) for r in records.runs_of(found))
 
 
 def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
@@ -180,5 +228,5 @@ def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(
             run([cut])
     (found,), said = run([cut])
     assert any("6 iterations, from step 2 on" in line for line in said)
-    assert {**found, "seconds": 0} == {**expected, "seconds": 0}
+    assert {**found, "seconds": 0, "time": 0} == {**expected, "seconds": 0, "time": 0}
     assert not list(tmp_path.glob("*/runs/*/checkpoints"))

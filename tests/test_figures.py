@@ -8,7 +8,7 @@ from test_report import RECORDS, runs
 
 import l2sp_tf as l2sp
 from l2sp_tf import figures, theory
-from l2sp_tf.report import LABELS
+from l2sp_tf.summary import LABELS
 
 
 @pytest.fixture(autouse=True)

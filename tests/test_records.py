@@ -6,6 +6,7 @@ import pytest
 
 import l2sp_tf as l2sp
 from l2sp_tf import records
+from l2sp_tf.provenance import RESULTS_VERSION, provenance
 
 
 def record(penalty="l2", seed=0, accuracy=0.5, alpha=0.1, source=None, **settings):
@@ -14,17 +15,28 @@ def record(penalty="l2", seed=0, accuracy=0.5, alpha=0.1, source=None, **setting
         before, after = ({"accuracy": a, "correct": round(100 * a), "total": 100} for a in source)
         results["source"] = {"before": before, "target_statistics": after, "source_statistics": after}
     return {
-        "settings": {"source": "s", "target": "t", "penalty": penalty, "alpha": alpha, "beta": 0.01, "seed": seed, **settings},
+        "format": records.FORMAT,
+        "settings": {
+            "source": "s",
+            "target": "t",
+            "penalty": penalty,
+            "alpha": alpha,
+            "beta": 0.01,
+            "seed": seed,
+            "code": RESULTS_VERSION,
+        }
+        | settings,
         "coverage": {"digest": "c"},
         "anchors": {"digest": "a"},
         "results": results,
-        "versions": records.versions(),
+        **provenance(),
     }
 
 
 def test_write_and_read(tmp_path):
-    records.write_record(tmp_path / "runs/x/run.json", record())
-    assert records.read_records(tmp_path) == [{"format": records.FORMAT, **record()}]
+    made = record()
+    records.write_record(tmp_path / "runs/x/run.json", made)
+    assert records.read_records(tmp_path) == [made]
 
 
 def test_records_are_found_in_order_and_damaged_ones_left_out(tmp_path):

@@ -340,3 +340,32 @@ def test_the_step_of_a_run_is_traced_once_and_fused(pretrained, monkeypatch):
     l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, verbose=0)
     (graph,) = graphs
     assert "FusedBatchNormGradV3" in {operation.type for operation in graph.get_operations()}
+
+
+class StopAt(keras.callbacks.Callback):
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training |= batch + 1 == self.step
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_a_run_that_a_callback_stops_has_its_log_its_checkpoint_and_its_model(step, pretrained, tmp_path):
+    options = {"run_dir": tmp_path, "verbose": 0}
+    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[StopAt(step)], **options)
+    assert [row["step"] for row in run.history] == [s for s in (5, 10) if s < step] + [step]
+    assert run.stopped_at == step
+    recipe = RECIPE.replace(log_every=1, iterations=step, decay_at=8)
+    whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), recipe, verbose=0)
+    assert run.history[-1]["distance"] == pytest.approx(whole.history[step - 1]["distance"], rel=1e-4)
+    assert run.history[-1]["learning_rate"] == whole.history[step - 1]["learning_rate"]  # of the step itself: at 9 it is lower
+    rows = list(csv.DictReader((tmp_path / "log.csv").open()))
+    assert int(rows[-1]["step"]) == step
+    again = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)  # it is over, with or without the callback
+    assert again.history == run.history and again.stopped_at == run.stopped_at
+    for one, two in zip(again.model.get_weights(), run.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    saved = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(saved.get_weights()[0], run.model.get_weights()[0])

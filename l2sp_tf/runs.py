@@ -1,0 +1,76 @@
+"""One run and its record: what its result depends on, and what came of it, a divergence too."""
+
+import hashlib
+
+from l2sp_tf import records
+from l2sp_tf.evaluation import evaluate
+from l2sp_tf.provenance import RESULTS_VERSION, provenance
+from l2sp_tf.proximal import frozen_share
+from l2sp_tf.training import finetune
+
+
+def settings_of(setting, task, recipe, anchors, fisher=None, **more):
+    """What the result of a run depends on; `records.run_key` of it names the run.
+
+    Args:
+        setting: a `plans.Setting`.
+        task: the target `Task`, of a fold too.
+        recipe: with the setting's beta and learning rate.
+        anchors: an `Anchors`.
+        fisher: a `Fisher` or a mapping, for the Fisher penalties.
+        more: settings of the plan, such as "source", "weights" and "backbone".
+    """
+    settings = {
+        **more,
+        "target_digest": task.digest,
+        "anchors": anchors.digest,
+        "pixels": records.plain(task.pixels),
+        "penalty": setting.symbol,
+        "alpha": setting.alpha,
+        "beta": setting.beta,
+        "seed": setting.seed,
+        "frozen": setting.frozen,
+        "recipe": records.plain(recipe.record()),
+        "code": RESULTS_VERSION,
+    }
+    return settings if fisher is None else {**settings, "fisher": fisher.digest}
+
+
+def folder_of(workdir, setting, settings):
+    """The folder of a run, under folds/ or runs/ of a workdir."""
+    kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
+    return workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(settings)}"
+
+
+def run_record(pretrained, task, setting, recipe, settings, measure=None, **options):
+    """Fine-tunes, measures, and returns the record. A run that diverges has "results" that say so and nothing else.
+
+    Args:
+        pretrained, task, recipe: as in `finetune`.
+        setting: a `plans.Setting`.
+        settings: of `settings_of`.
+        measure: called with the `Run`; returns its results. By default the accuracy on the test images of the task.
+        options: more of `finetune`'s; anchors among them.
+    """
+    record = {"settings": settings, **provenance(), "anchors": {"digest": options["anchors"].digest}}
+    try:
+        run = finetune(pretrained, task, setting.penalty, recipe, **options)
+    except FloatingPointError as error:
+        return {**record, "coverage": {"digest": ""}, "results": {"diverged": str(error)}, "seconds": 0.0}
+    results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
+    last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
+    if "frozen" in run.history[-1]:
+        last["frozen"] = frozen_share(run.model)
+    if run.stopped_at is not None:
+        last["stopped_at"] = run.stopped_at
+    counts = {name: list(counts) for name, counts in run.coverage.counts.items()}
+    record["coverage"] = {"digest": run.coverage.digest, "counts": counts}
+    record["anchors"]["file"] = "anchors.safetensors"
+    results = {**results, **last, "test_digest": test_digest(task)}
+    return {**record, "results": results, "seconds": run.seconds, "classes": list(run.interface.classes)}
+
+
+def test_digest(task):
+    """Sixteen hexadecimal digits: equal for the same test images in the same order."""
+    sha = hashlib.sha256(repr((task.digest, task.test.skipped, len(task.test))).encode() + task.test.labels.tobytes())
+    return sha.hexdigest()[:16]
