@@ -1,4 +1,7 @@
-"""Draws the tables and figures of finished runs again from their records alone: on the screen, as Markdown, CSV, PNG and SVG."""
+"""Draws the tables and figures of finished runs again from their records alone: on the screen, as Markdown, CSV, PNG and SVG.
+
+With --report it measures what one model kept of its pre-training, with --predict it names the classes of new images.
+"""
 
 import os
 import pathlib
@@ -19,20 +22,43 @@ flags.DEFINE_enum("protocol", "paper", ["paper", "authors"], "For --table=1: who
 flags.DEFINE_string(
     "report", None, "Write what one model kept of its pre-training to this HTML file; --workdir is then one run's folder."
 )
-flags.DEFINE_string("model", None, "For --report instead of a run: the .keras file of a fine-tuned model.")
-flags.DEFINE_string("anchors", None, "For --model: the anchors that it started from.")
-flags.DEFINE_string("source", None, "For --model: the source task, given as to train.py; without it accuracies are left out.")
-flags.DEFINE_string("pretrained", None, "For --model: the .keras file it started from, where the anchors do not tell.")
+flags.DEFINE_multi_string(
+    "predict",
+    [],
+    "Name the class of each image in a folder, or of files with commas between, by --model or the run in --workdir.",
+)
+flags.DEFINE_string("model", None, "For --report and --predict instead of a run: the .keras file of a fine-tuned model.")
+flags.DEFINE_string("anchors", None, "For --report of a --model: the anchors that it started from.")
+flags.DEFINE_string(
+    "source", None, "For --report of a --model: the source task, given as to train.py; without it accuracies are left out."
+)
+flags.DEFINE_string("pretrained", None, "For --report of a --model: the .keras file it started from, if the anchors do not tell.")
 flags.DEFINE_enum("pixels", None, ["rgb", "bgr", "torch"], "For --model: how it sees pixels, where its file does not say.")
-flags.DEFINE_integer("resize", None, "For --model: side of the source images before the crop; by default 256 / 224 of it.")
-flags.DEFINE_string("output", "", "Folder for the files; by default the first workdir.")
+flags.DEFINE_list("mean", None, "For --model: R,G,B, subtracted from its images, where its file does not say.")
+flags.DEFINE_integer(
+    "resize", None, "For --model: side of images before the crop, where its file does not say; by default 256 / 224 of the crop."
+)
+flags.DEFINE_enum(
+    "resize_mode", None, ["squash", "shorter_side"], "For --model: how images are resized, where its file does not say."
+)
+flags.DEFINE_enum("resize_filter", None, ["area", "bilinear"], "For --model: by what filter, where its file does not say.")
+flags.DEFINE_bool("skip_bad_images", False, "For --predict: leave out images that cannot be decoded, and say so.")
+flags.DEFINE_string("output", "", "Folder for the files; by default the first workdir, or that of --model.")
+
+IMAGES = ("pixels", "mean", "resize", "resize_mode", "resize_filter")
+MOST_ROWS = 20
 
 
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
+    if FLAGS.model is not None and not FLAGS.predict and not FLAGS.report:
+        raise app.UsageError("--model is for --predict or --report: give one of them")
+    if FLAGS.predict:
+        write_predictions()
     if FLAGS.report:
         write_report(pathlib.Path(FLAGS.report))
+    if FLAGS.predict or FLAGS.report:
         return
     from l2sp_tf import figures, records
 
@@ -62,7 +88,7 @@ def write_report(path):
     if (FLAGS.model is None) != (FLAGS.anchors is None):
         raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
     if FLAGS.model is not None:
-        names = ("source", "pretrained", "pixels", "resize", "data_dir")
+        names = ("source", "pretrained", "data_dir", *IMAGES)
         report = report_of_files(FLAGS.model, FLAGS.anchors, **{name: FLAGS[name].value for name in names})
     else:
         report = report_of_run(FLAGS.workdir[0])
@@ -70,6 +96,21 @@ def write_report(path):
     report.save(path)
     report.log(folder)
     print(f"{report}\nwrote {path}\nwrote {folder}")
+
+
+def write_predictions():
+    """Prints the classes of the first images that --predict names, and writes those of all to predictions.csv."""
+    from l2sp_tf.files import write_text
+    from l2sp_tf.predictions import predict_images
+
+    model = pathlib.Path(FLAGS.model or FLAGS.workdir[0])
+    images = [path for text in FLAGS.predict for path in ([text] if pathlib.Path(text).exists() else text.split(","))]
+    given = {name: FLAGS[name].value for name in IMAGES}
+    predictions = predict_images(model, images, skip_bad_images=FLAGS.skip_bad_images, **given)
+    output = pathlib.Path(FLAGS.output or (model.parent if model.is_file() else model))
+    path = output if output.suffix == ".csv" else output / "predictions.csv"
+    write_text(path, predictions.table().csv())
+    print(f"{predictions.table(MOST_ROWS).markdown()}\n\nwrote {path}")
 
 
 def write_table_1(folder):

@@ -194,7 +194,9 @@ def recipes_from_flags(is_digits):
     """The recipes of fine-tuning and of training a source model."""
     from l2sp_tf.recipe import Recipe
 
-    recipe = Recipe.digits() if is_digits else Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
+    recipe = Recipe.paper() if FLAGS.protocol == "paper" else Recipe.authors()
+    if is_digits:
+        recipe = Recipe.digits(recipe)
     names = ("params", "iterations", "batch_size", "resize", "resize_mode", "resize_filter", "crop", "crops", "blur", "mirror")
     names += ("solver", "penalty_step")
     given = {name: FLAGS[name].value for name in names if FLAGS[name].value is not None}

@@ -1,6 +1,7 @@
 """The starting point w0: a snapshot of a model's weights by value, saved and verified."""
 
 import collections.abc
+import copy
 import hashlib
 import json
 import pathlib
@@ -74,6 +75,12 @@ class Anchors(Arrays):
     def of(cls, model, pixels=None):
         """Copies the weights of a built model by value; later training does not change them."""
         return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}, pixels)
+
+    def with_pixels(self, pixels):
+        """These anchors, their arrays shared, with a `PixelFormat` where they had none."""
+        other = copy.copy(self)
+        other.pixels = self.pixels or pixels
+        return other
 
     def __repr__(self):
         return f"Anchors({len(self)} arrays, {sum(a.size for a in self.values()):,} numbers, digest {self.digest[:12]})"

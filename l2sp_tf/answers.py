@@ -15,16 +15,17 @@ class Judge:
         model: the model to be judged.
         compiled: a model whose loss tells what the outputs mean: the same, or the one that it is a copy of.
         crops, from_logits: as in `evaluate`.
+        probabilities: whether `probable` is to be asked, for which it must be known what any output means.
 
     Attributes:
         names: of the outputs, once a batch was judged; [None] for one output.
     """
 
-    def __init__(self, model, compiled, crops, from_logits):
+    def __init__(self, model, compiled, crops, from_logits, probabilities=False):
         if crops not in (1, 10):
             raise InputError(f"crops is {crops!r}: it must be 1 or 10.")
         self.model, self.compiled, self.crops, self.from_logits = model, compiled, crops, from_logits
-        self.names = None
+        self.probabilities, self.names = probabilities, None
         self._traced = {}
 
     def __call__(self, x, labels, weights):
@@ -40,6 +41,22 @@ class Judge:
             right.append(right_answers(scores, y, threshold=threshold, what=what))
             found.append(np.ones(n) if w is None else weights_of(w, n, what))
         return np.stack(right, axis=1), np.stack(found, axis=1)
+
+    def probable(self, x):
+        """(int64 [n], float64 [n]): the class that a model of one output answers each image of a batch with, and its probability.
+
+        Raises:
+            InputError: a score is NaN.
+        """
+        (output,), (meaning,) = self._outputs(x)
+        scores, threshold = self._scores(output, meaning, _count(x))
+        if np.isnan(scores).any():
+            raise InputError(f"The model {self.model.name!r} gives NaN: use another copy of it, or train it again.")
+        chosen = answers_of(scores, threshold)
+        are_p = meaning.is_probability or self.crops > 1
+        p = scores if are_p else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()
+        p = np.concatenate([1 - p, p], axis=1) if p.shape[1] == 1 else p
+        return chosen, p[np.arange(len(p)), chosen]
 
     def _outputs(self, x):
         """The model's outputs on a batch, in a flat list, and the `Likelihood` of each, or None where it does not matter."""
@@ -64,7 +81,7 @@ class Judge:
         meanings = []
         for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
             what = f"the output {'' if name is None else repr(name) + ' '}of the model {self.model.name!r}"
-            matters = count_classes(part, what) == 1 or self.crops > 1
+            matters = self.probabilities or count_classes(part, what) == 1 or self.crops > 1
             place = (index, len(parts))
             meanings.append(likelihood_of(part, self.compiled, self.from_logits, place=place, name=name) if matters else None)
         return meanings
@@ -160,9 +177,14 @@ def right_answers(scores, labels, *, threshold=None, what="the output"):
         InputError: the labels do not fit the scores.
     """
     n, classes = scores.shape
-    answers = scores[:, 0] > threshold if classes == 1 else np.argmax(scores, axis=1)
+    answers = answers_of(scores, threshold)
     expected = classes_of(labels, n, max(classes, 2), what, one_hot=classes > 1)
     return (answers == expected) & ~np.isnan(scores).any(axis=1)
+
+
+def answers_of(scores, threshold=None):
+    """The classes [n] that scores [n, K] answer with: the first of the highest; of one score 1 above the threshold, else 0."""
+    return (scores[:, 0] > threshold).astype(np.int64) if scores.shape[1] == 1 else np.argmax(scores, axis=1)
 
 
 def classes_of(labels, n, classes, what, *, one_hot=True):

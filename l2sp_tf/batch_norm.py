@@ -1,4 +1,4 @@
-"""Batch norm by one operation of TensorFlow, where Keras 3 composes it of ten."""
+"""Batch norm: its moving statistics, and its training by one operation of TensorFlow, where Keras 3 composes it of ten."""
 
 import types
 
@@ -39,6 +39,26 @@ def fuse_batch_norm(model):
     if known:
         forget_traced_steps(model)
     return len(known)
+
+
+def set_moving_statistics(model, *, fresh=False, decay=None):
+    """Sets what batch norm knows of its inputs beside the batch, in place, as a recipe asks for it.
+
+        moving = decay moving + (1 - decay) statistics of the batch
+
+    Args:
+        model: a Keras model.
+        fresh: whether the moving means become 0 and the moving variances 1, as in a new layer.
+        decay: of the moving statistics; None for each layer's own momentum.
+    """
+    for layer in model._flatten_layers():
+        if not isinstance(layer, BatchNormalization):
+            continue
+        if fresh:
+            layer.moving_mean.assign(keras.ops.zeros_like(layer.moving_mean))
+            layer.moving_variance.assign(keras.ops.ones_like(layer.moving_variance))
+        if decay is not None:
+            layer.momentum = float(decay)
 
 
 def _call(self, inputs, training=None, mask=None):

@@ -268,7 +268,7 @@ def _settings(plan, start, setting, task, recipe, fisher):
         "subset_seed": plan.subset_seed,
         "protocol": plan.protocol,
         "weights": start.origin,
-        "backbone": plan.backbone,
+        "backbone": start.backbone,
         "source_mean": source.mean.tolist() if source is not None else None,
     }
     if setting.fold is not None:

@@ -95,7 +95,7 @@ def head_of(model):
     return Head(tuple(layers), tuple(keys))
 
 
-def with_new_head(pretrained, num_classes, *, seed=None, say=print):
+def with_new_head(pretrained, num_classes, *, seed=None, bias=0.0, say=print):
     """A copy of a pre-trained classifier with a new, random last layer of logits; one line says what it stands on.
 
     The graph is followed back from the output, into nested models, to the last layer with weights. If it is a Dense layer
@@ -108,6 +108,7 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
         pretrained: a built functional or Sequential model with one output.
         num_classes: number of classes of the target task.
         seed: of the head's Glorot uniform initial weights.
+        bias: what its biases begin with.
         say: called with the line that tells what was cut off.
 
     Returns:
@@ -127,9 +128,10 @@ def with_new_head(pretrained, num_classes, *, seed=None, say=print):
     features = _features(copy, found)
     names = {layer.name for layer in copy.layers}
     x = _flat(features, names, found.kind == "head" and len(copy.outputs[0].shape) == 2)
-    layer = keras.layers.Dense(
-        num_classes, name=_unused("new_head", names), kernel_initializer=keras.initializers.GlorotUniform(seed=seed)
-    )
+    initial = {"kernel_initializer": keras.initializers.GlorotUniform(seed=seed)}
+    if bias:
+        initial["bias_initializer"] = keras.initializers.Constant(bias)
+    layer = keras.layers.Dense(num_classes, name=_unused("new_head", names), **initial)
     inputs = inputs_of(copy)
     model = keras.Model(inputs, layer(x), name=pretrained.name)
     model._trainable = copy._trainable

@@ -13,14 +13,16 @@ from l2sp_tf.anchors import Anchors, read_header
 from l2sp_tf.copies import assign, carry_tables, detached_copy
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path
-from l2sp_tf.pixels import PIXELS, PixelFormat, named_pixels
+from l2sp_tf.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
 from l2sp_tf.variables import keyed_weights
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
-PIXELS_MEMBER = "l2sp_tf/pixels.json"  # of the zip that a .keras file is
+# of the zip that a .keras file is; earlier files have the first alone
+PIXELS_MEMBER, INTERFACE_MEMBER = "l2sp_tf/pixels.json", "l2sp_tf/interface.json"
+MAX_MEMBER_BYTES = 10_000_000
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
@@ -154,19 +156,28 @@ def _most_bytes(path):
     return 4 * path.stat().st_size + SPARE_BYTES
 
 
-def save_model(model, path, pixels):
-    """Writes a copy of a functional or Sequential model without penalties to a `.keras` file, with its pixel format.
+def save_model(model, path, interface):
+    """Writes a copy of a functional or Sequential model without penalties to a `.keras` file, with its interface.
+
+    Args:
+        model: the model.
+        path: the file.
+        interface: an `Interface`, or where no more is known a `PixelFormat`.
 
     Raises:
         OSError: the file cannot be written.
     """
+    members = {PIXELS_MEMBER: interface}
+    if isinstance(interface, Interface):
+        members = {PIXELS_MEMBER: interface.pixels, INTERFACE_MEMBER: interface}
     with atomic_path(path) as temporary:
         copy = detached_copy(model)
         if model.compiled:
             copy.compile_from_config(model.get_compile_config())
         copy.save(temporary)
         with zipfile.ZipFile(temporary, "a") as archive:  # Keras passes over members that it does not know
-            archive.writestr(PIXELS_MEMBER, pixels.to_json())
+            for name, member in members.items():
+                archive.writestr(name, member.to_json())
 
 
 def stored_pixels(path):
@@ -180,10 +191,27 @@ def stored_pixels(path):
     if path.suffix == ".safetensors":
         text = read_header(path)[0].get("pixels")
     elif path.suffix == ".keras":
-        with open_zip(path) as archive, refusing(f"The model file {path} is damaged"):
-            if PIXELS_MEMBER in archive.namelist():
-                text = archive.open(PIXELS_MEMBER).read(10_000)
+        text = _member(path, PIXELS_MEMBER)
     return None if text is None else PixelFormat.from_json(text, path)
+
+
+def stored_interface(path):
+    """The `Interface` in a `.keras` file, or None where the file carries none, or its pixel format alone.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path, text = _existing(path), None
+    pixels = stored_pixels(path)
+    if pixels is not None and path.suffix == ".keras":
+        text = _member(path, INTERFACE_MEMBER)
+    return None if text is None else Interface.from_json(text, pixels, path)
+
+
+def _member(path, name):
+    """The content of one member of a `.keras` file, or None where it has no such member."""
+    with open_zip(path) as archive, refusing(f"The model file {path} is damaged"):
+        return archive.open(name).read(MAX_MEMBER_BYTES) if name in archive.namelist() else None
 
 
 def pixels_of(weights, given=None):

@@ -1,11 +1,11 @@
-"""How a network sees pixels: the order of its channels, their scale and mean, a property of its weights."""
+"""What goes into a network and what comes out: how it sees pixels, how its images are made, which output is which class."""
 
 import dataclasses
 import json
 import math
 
 from l2sp_tf.errors import InputError
-from l2sp_tf.reading import parse_json
+from l2sp_tf.reading import MAX_PIXELS, parse_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,63 @@ class PixelFormat:
         Raises:
             InputError: it is something else.
         """
-        what = f"The pixel format in {where} is damaged"
-        values = parse_json(text, what)
-        try:
-            return cls(**values)
-        except (TypeError, ValueError) as error:  # InputError is a ValueError
-            raise InputError(f"{what} ({str(error)[:300]}): use another copy.") from error
+        return _read(lambda values: cls(**values), text, f"The pixel format in {where} is damaged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """How the images of a network are made, and which output is which class: what its answers depend on beside its weights.
+
+    Attributes:
+        pixels: a `PixelFormat`, with the mean that is subtracted.
+        resize, resize_mode, resize_filter, crop: as in `l2sp_tf.data.Preprocessing`.
+        crops: 1 (central) or 10 of each image, whose probabilities are averaged.
+        mean: where the mean comes from, as in a `Recipe`: how images of another task get theirs.
+        classes: the names of the classes in the order of the outputs, or None where they are not known.
+
+    Raises:
+        InputError: an attribute is out of its range.
+    """
+
+    pixels: PixelFormat
+    resize: int
+    resize_mode: str
+    resize_filter: str
+    crop: int
+    crops: int = 1
+    mean: str | tuple = "training"
+    classes: tuple | None = None
+
+    def __post_init__(self):
+        for name in ("resize", "crop", "crops"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value**2 <= MAX_PIXELS:
+                raise InputError(f"{name} is {str(value)[:30]}: give a whole number from 1 to {math.isqrt(MAX_PIXELS)}")
+        for name in ("resize_mode", "resize_filter"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is {str(getattr(self, name))[:30]}: give a name")
+        if not isinstance(self.mean, str):
+            object.__setattr__(self, "mean", three_numbers("mean", self.mean))
+        if self.classes is not None:
+            classes = tuple(self.classes) if isinstance(self.classes, (list, tuple)) else ()
+            if not classes or not all(isinstance(name, str) for name in classes):
+                raise InputError(f"classes is {str(self.classes)[:30]}: give a list of names")
+            object.__setattr__(self, "classes", classes)
+
+    def to_json(self):
+        """The text that `from_json` reads; the pixel format is apart from it."""
+        values = dataclasses.asdict(self)
+        del values["pixels"]
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text, pixels, where):
+        """Reads what `to_json` wrote; `where` is the file it was found in, for the message.
+
+        Raises:
+            InputError: it is something else.
+        """
+        return _read(lambda values: cls(pixels, **values), text, f"What {where} says of its images and classes is damaged")
 
 
 def named_pixels(name):
@@ -95,6 +146,15 @@ def three_numbers(name, values):
     if isinstance(values, str) or len(numbers) != 3 or not all(map(math.isfinite, numbers)):
         raise InputError(f"{name} is {values!r}: give three finite numbers, for red, green and blue")
     return numbers
+
+
+def _read(make, text, what):
+    """What `make` makes of the values in a JSON text; `what` begins the sentence of an error."""
+    values = parse_json(text, what)
+    try:
+        return make(values)
+    except (TypeError, ValueError) as error:  # InputError is a ValueError
+        raise InputError(f"{what} ({str(error)[:300]}): use another copy.") from error
 
 
 def _listed(numbers):

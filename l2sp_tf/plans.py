@@ -159,7 +159,7 @@ class Plan:
         """The alphas, betas and learning rates of a penalty, by name, each once."""
         alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
         rates = self.learning_rates or (self.recipe.learning_rate,)
-        axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta,), "learning_rate": rates}
+        axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta_for(symbol),), "learning_rate": rates}
         return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
 
     def grid(self, symbol):

@@ -1,6 +1,7 @@
 """Section 4.2's numbers: one frozen dataclass, the schedule, and the two protocols."""
 
 import dataclasses
+import math
 
 import keras
 
@@ -11,6 +12,7 @@ from l2sp_tf.pixels import three_numbers
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
 SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
+MOVING_STATISTICS = ("source", "fresh")
 # What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
 ALPHA_GRIDS = {
     "l2": (1e-5, 1e-4, 1e-3, 1e-2),
@@ -41,7 +43,7 @@ class Recipe:
         learning_rate: the initial rate; the paper has 0.005, 0.01 or 0.02 by task.
         momentum, batch_size: of SGD.
         alpha: strengths by the penalty's symbol, for those that a run does not name itself.
-        beta: strength of L2 on the new layers.
+        beta: strength of L2 on the new layers: a number, or a dict of numbers by the penalty's symbol, 0.01 for others.
         params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
         resize, crop: pixels on a side.
         resize_mode: "squash" (both sides become `resize`) or "shorter_side" (the aspect is kept).
@@ -57,6 +59,11 @@ class Recipe:
         solver: "sgd" (the paper) or "adam" (with Keras' defaults; momentum is not its).
         penalty_step: "gradient" (the paper: the penalty is in the loss), "proximal" (`l2sp_tf.Proximal`) or
             "decoupled" (`l2sp_tf.Decoupled`).
+        head_bias: what the biases of the new head begin with.
+        smoothing: what is added inside the roots of Eqs. (5)-(7), as the penalties' own epsilon; proximal steps have none.
+        moving_statistics: "source" for those of batch norm in the pre-trained model, or "fresh": means of 0 and variances
+            of 1, unless units are frozen.
+        batch_norm_decay: of these statistics while training; None for each layer's own momentum.
 
     Raises:
         InputError: a number is out of its range.
@@ -68,7 +75,7 @@ class Recipe:
     momentum: float = 0.9
     batch_size: int = 64
     alpha: dict = dataclasses.field(default_factory=lambda: dict(PUBLISHED_ALPHA))
-    beta: float = 0.01
+    beta: float | dict = 0.01
     params: str = "all"
     resize: int = 256
     crop: int = 224
@@ -83,6 +90,10 @@ class Recipe:
     log_every: int | None = None
     solver: str = "sgd"
     penalty_step: str = "gradient"
+    head_bias: float = 0.0
+    smoothing: float = 0.0
+    moving_statistics: str = "source"
+    batch_norm_decay: float | None = None
 
     def __post_init__(self):
         for name in ("iterations", "batch_size"):
@@ -102,11 +113,25 @@ class Recipe:
             raise InputError(f"decay_at is {self.decay_at}: give a step of at least 1.")
         if self.crops not in (1, 10):
             raise InputError(f"crops is {self.crops}: give 1 or 10.")
-        for name, choices in (("solver", SOLVERS), ("penalty_step", PENALTY_STEPS)):
+        for name, choices in (("solver", SOLVERS), ("penalty_step", PENALTY_STEPS), ("moving_statistics", MOVING_STATISTICS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(choices)}.")
         if self.log_every is not None and self.log_every < 1:
             raise InputError(f"log_every is {self.log_every}: give at least 1.")
+        self._check_protocol()
+
+    def _check_protocol(self):
+        """Checks what the authors' code does otherwise."""
+        if isinstance(self.beta, dict) and not set(self.beta) <= set(ALPHA_GRIDS):
+            raise InputError(f"beta is {self.beta}: give a number, or numbers by the names {', '.join(ALPHA_GRIDS)}.")
+        strengths = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
+        for name, value in [*(("beta", beta) for beta in strengths), ("smoothing", self.smoothing)]:
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}: give a finite number that is at least 0.")
+        if not math.isfinite(self.head_bias):
+            raise InputError(f"head_bias is {self.head_bias}: give a finite number.")
+        if self.batch_norm_decay is not None and not 0 <= self.batch_norm_decay < 1:
+            raise InputError(f"batch_norm_decay is {self.batch_norm_decay}: give a number from 0 to below 1.")
 
     @property
     def decay_step(self):
@@ -131,9 +156,10 @@ class Recipe:
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
 
     def record(self):
-        """The numbers as a record keeps them: the paper's kind of steps goes unsaid, as before there were others."""
+        """The numbers as a record keeps them: the paper's way goes unsaid where once there was no other."""
         values = dataclasses.asdict(self)
         unsaid = {"solver": "sgd", "penalty_step": "gradient"}
+        unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
         return {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
 
     def alpha_for(self, symbol):
@@ -145,6 +171,10 @@ class Recipe:
         if symbol not in self.alpha:
             raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
         return self.alpha[symbol]
+
+    def beta_for(self, symbol):
+        """The strength of L2 on the new layers under a penalty."""
+        return self.beta.get(symbol, Recipe.beta) if isinstance(self.beta, dict) else self.beta
 
     def grid_for(self, symbol):
         """The strengths that cross-validation tries of a penalty that was given none.
@@ -187,19 +217,26 @@ class Recipe:
 
     @classmethod
     def authors(cls):
-        """Where the authors' code differs: 9001 steps, decay after 5000, kernels only, images and means as they make them."""
+        """Where the authors' code differs, as the table in BUILD_NOTES.md lists it."""
         images = {"resize_filter": "bilinear", "blur": "authors", "mean": "authors"}
-        return cls(iterations=9001, decay_at=5000, params="kernels", **images)
+        network = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
+        return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
 
     @classmethod
-    def digits(cls):
-        """For the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur."""
+    def digits(cls, like=None):
+        """For the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
+
+        Args:
+            like: the recipe of a protocol, for all else; the paper's by default.
+        """
         alpha = {**PUBLISHED_ALPHA, "l2_sp": 1.0}
-        return cls(iterations=200, learning_rate=0.01, alpha=alpha, resize=10, crop=8, blur="none", mirror=False)
+        numbers = {"iterations": 200, "decay_at": None, "learning_rate": 0.01, "alpha": alpha}
+        return (like or cls()).replace(**numbers, resize=10, crop=8, blur="none", mirror=False)
 
     @classmethod
     def source(cls, like):
         """For training a source model from scratch on images prepared as in the recipe `like`."""
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
-        changes |= {"solver": "sgd", "penalty_step": "gradient"}
-        return like.replace(**changes, crops=1, log_every=None)  # crops: how it is tested must not ask for another training
+        # what is of fine-tuning alone must not ask for another training, nor how it is tested
+        own = ("beta", "solver", "penalty_step", "head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "log_every")
+        return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -4,6 +4,7 @@ Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the st
 `fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size.
 """
 
+import copy
 import math
 import numbers
 
@@ -295,6 +296,20 @@ class GroupLassoSPFisher(_Grouped, FisherPenalty):
 
     def _value(self, w):
         return self._group_norms(self._weighted_difference(w))
+
+
+def smoothed(penalty, epsilon):
+    """A penalty with epsilon inside its roots, Eqs. (5)-(7); as it is where it has none, or an epsilon of its own.
+
+    Raises:
+        InputError: epsilon is not a finite number that is at least 0.
+    """
+    epsilon = check_strength(epsilon, "epsilon")
+    if not epsilon or getattr(penalty, "epsilon", None) != 0:
+        return penalty
+    penalty = copy.copy(penalty)
+    penalty.epsilon = epsilon
+    return penalty
 
 
 PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}

@@ -18,9 +18,9 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import STATISTICS, retention
 from l2sp_tf.files import write_text
 from l2sp_tf.heads import head_of, inputs_of
+from l2sp_tf.interfaces import interface_at, preprocessing_for
 from l2sp_tf.matching import match
 from l2sp_tf.recipe import Recipe
-from l2sp_tf.training import preprocessing_of
 from l2sp_tf.units import units
 from l2sp_tf.variables import keyed_weights
 
@@ -131,7 +131,7 @@ class RetentionReport:
         writer.close()
 
 
-def retention_report(model, anchors, *, source=None, pretrained=None, title=None):
+def retention_report(model, anchors, *, source=None, pretrained=None, title=None, crops=1):
     """Measures what a fine-tuned model kept of its pre-training.
 
     Args:
@@ -141,6 +141,7 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
             None leaves accuracies and R² out.
         pretrained: the model that it started from; by default `pretrained_of(model, anchors)`.
         title: of the report; by default the model's name.
+        crops: 1 or 10 of each source image, as in `evaluate`.
 
     Returns:
         A `RetentionReport`.
@@ -153,8 +154,8 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
     accuracies, r2 = None, {}
     if source is not None:
         pretrained = pretrained_of(model, anchors) if pretrained is None else pretrained
-        accuracies = retention(model, pretrained, source)
-        values = activation_r2(model, pretrained, _some_images(source, pretrained), layers=_compared(model, pretrained))
+        accuracies = retention(model, pretrained, source, crops=crops)
+        values = activation_r2(model, pretrained, _some_images(source, pretrained, crops), layers=_compared(model, pretrained))
         r2 = {name: box(layer) for name, layer in values.items()}
     name = source.name if isinstance(source, Task) else ""
     return RetentionReport(title or model.name, {}, layers, new, accuracies, name, r2)
@@ -258,31 +259,29 @@ def report_of_run(folder):
     return RetentionReport(title, facts, layers, new, results.get("source"), settings["source"], results.get("r2", {}))
 
 
-def report_of_files(model, anchors, *, source=None, pretrained=None, pixels=None, resize=None, data_dir=None):
-    """The report of a `.keras` file and its anchors.
+def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=None, **given):
+    """The report of a `.keras` file and its anchors; source images are made as the file says.
 
     Args:
         model, anchors: the paths.
         source: the source task as `data.load_dataset` takes it, or None.
         pretrained: the path of the `.keras` file that it started from, where it cannot be had from the anchors.
-        pixels: "rgb", "bgr" or "torch", where the file does not say how it sees pixels.
-        resize: side of the images before the central crop to the model's input; by default 256 / 224 of that.
         data_dir: where TensorFlow Datasets keeps its sets.
+        given: where the file does not say it, how images are made, as `interfaces.interface_at` takes it.
 
     Raises:
         InputError: a file is missing or damaged, or they do not fit.
     """
     tuned, w0 = models.load_model(model), Anchors.load(anchors)
-    task = None
+    task, crops = None, 1
     if source is not None:
-        crop = tuned.input_shape[1]
-        recipe = Recipe(crop=crop, resize=resize or round(crop * 256 / 224))
-        if source.startswith("digits/") and resize is None:
-            recipe = Recipe.digits()
-        preprocessing = preprocessing_of(recipe, models.pixels_of(model, pixels))
-        task = prepare(load_dataset(source, data_dir=data_dir), preprocessing)
+        interface = interface_at(model, tuned, **given)
+        dataset, crops = load_dataset(source, data_dir=data_dir), interface.crops
+        # not the mean in the file, which may be that of the target's images, but one that is chosen as that was
+        mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
+        task = prepare(dataset, preprocessing_for(interface), mean=mean)
     start = None if pretrained is None else models.load_model(pretrained)
-    return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name)
+    return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)
 
 
 def _compared(model, pretrained):
@@ -295,16 +294,16 @@ def _compared(model, pretrained):
         return [name for name in names if model.get_layer(name).output.shape == pretrained.get_layer(name).output.shape]
 
 
-def _some_images(source, pretrained):
-    """Batches of at most `R2_IMAGES` source images."""
+def _some_images(source, pretrained, crops):
+    """Batches of at most `R2_IMAGES` source images; of ten crops the central one."""
     if isinstance(source, Task):
         order = np.random.default_rng(0).permutation(len(source.test))[:R2_IMAGES]
         batches = test_batches(source.test, source.preprocessing, source.mean, batch_size=R2_BATCH, order=order)
     else:
-        batches = labelled_batches(source, pretrained, size=R2_BATCH)
+        batches = labelled_batches(source, pretrained, size=R2_BATCH, crops=crops)
     count = 0
     for batch in batches:
-        x = batch[0]
+        x = batch[0] if crops == 1 or isinstance(source, Task) else batch[0][:, 4]
         for start in range(0, len(x), R2_BATCH):
             if count < R2_IMAGES:
                 part = x[start : start + R2_BATCH]

@@ -67,7 +67,7 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
     record["coverage"] = {"digest": run.coverage.digest, "counts": counts}
     record["anchors"]["file"] = "anchors.safetensors"
     results = {**results, **last, "test_digest": test_digest(task)}
-    return {**record, "results": results, "seconds": run.seconds}
+    return {**record, "results": results, "seconds": run.seconds, "classes": list(run.interface.classes)}
 
 
 def test_digest(task):

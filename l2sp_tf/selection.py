@@ -214,7 +214,11 @@ def cross_validate(
     task = as_task(data, recipe, pixels)
     parts = fold_tasks(task, folds, seed)
     search = Search(
-        {"alpha": alphas or recipe.grid_for(penalty.symbol), "beta": betas or (recipe.beta,), AXES[2]: learning_rates}
+        {
+            "alpha": alphas or recipe.grid_for(penalty.symbol),
+            "beta": betas or (recipe.beta_for(penalty.symbol),),
+            AXES[2]: learning_rates,
+        }
     )
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}

@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
+from scipy.stats import binomtest
 
 from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
@@ -54,6 +56,11 @@ class Start:
         """The Fisher diagonal of the pre-trained model on the source's training images, transformed as the plan says."""
         return _fisher(self.plan, self.pretrained, self.source, self.anchors, self.say, self.verbose)
 
+    @property
+    def backbone(self):
+        """The name of the network: that of a `.keras` file is the file's own, whatever the plan says."""
+        return self.pretrained.name if str(self.plan.weights).endswith(".keras") else self.plan.backbone
+
     @functools.cached_property
     def units(self):
         """How many units can be frozen: 0 if the backbone's units cannot be told."""
@@ -86,10 +93,11 @@ def prepare_start(plan, *, say=print, verbose=0):
     if plan.source is not None:
         source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, pixels, say)
     pretrained, origin = _pretrained(plan, source, say, verbose)
-    anchors, anchors_path = _stored_anchors(plan, pretrained)
+    anchors, anchors_path = _stored_anchors(plan, pretrained, source.pixels if origin == "scratch" else pixels)
     if source is not None:
         before = _source_accuracy(pretrained, source, plan.recipe.crops)
         say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
+        _doubt(before, source, origin)
     return Start(plan, target, source, pretrained, origin, anchors, anchors_path, before, say, verbose)
 
 
@@ -139,10 +147,14 @@ def _pretrained(plan, source, say, verbose):
     return detached_copy(model), "scratch"
 
 
-def _stored_anchors(plan, pretrained):
-    """The anchors of the pre-trained model, and the file under the workdir that all runs share."""
-    anchors = Anchors.of(pretrained)
-    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}.safetensors"
+def _stored_anchors(plan, pretrained, pixels):
+    """The anchors of the pre-trained model, and the file under the workdir that all runs share.
+
+    The file also says how the model sees pixels, so that it can be the weights of another fine-tuning.
+    """
+    anchors = Anchors.of(pretrained, pixels)
+    seen = records.run_key(records.plain(pixels))
+    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}-{seen}.safetensors"
     if path.exists():
         return Anchors.load(path), path
     if is_chief(make_strategy(plan.distribute)):
@@ -158,6 +170,29 @@ def _source_accuracy(pretrained, source, crops):
             "give the source data it was trained on, or no --source."
         )
     return evaluate(pretrained, source, crops=crops)
+
+
+def _doubt(before, source, origin):
+    """Warns of a source accuracy that is not clearly above chance: the table of what was kept would mean nothing.
+
+    Clearly is at 1e-3, by the exact binomial test; above chance is above twice 1/K, or for few classes above the tenth part of
+    the way from 1/K to 1. An order of classes by name where another was meant leaves the first two of K in their places.
+    """
+    chance = 1 / len(source.classes)
+    bound = chance + min(chance, (1 - chance) / 10)
+    if bound >= 1 or binomtest(before["correct"], before["total"], bound, "greater").pvalue <= 1e-3:
+        return
+    causes = (
+        "the classes may be in another order than the model's outputs, or the images may not be preprocessed as it was "
+        "trained (--pixels, --mean, --resize)"
+    )
+    if origin == "scratch":
+        causes = "it may be trained too little (--source_iterations); the order of its classes and its preprocessing are its own"
+    warnings.warn(
+        f"The source accuracy on {source.name} is {before['accuracy']:.1%} of {before['total']} images, and chance is "
+        f"{chance:.1%}: {causes}.",
+        stacklevel=2,
+    )
 
 
 def _fisher(plan, pretrained, source, anchors, say, verbose):

@@ -10,7 +10,7 @@ import keras
 from l2sp_tf import distribution
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.attach import AnchorGuard, Coverage, attach
-from l2sp_tf.batch_norm import fuse_batch_norm
+from l2sp_tf.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
 from l2sp_tf.data import Dataset, Preprocessing, Task, prepare, training_batches
 from l2sp_tf.decoupled import Decoupled
@@ -18,12 +18,12 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.heads import with_new_head
 from l2sp_tf.models import save_model
 from l2sp_tf.monitor import FiniteLoss, Monitor
-from l2sp_tf.pixels import PIXELS, named_pixels
+from l2sp_tf.pixels import PIXELS, Interface, named_pixels
 from l2sp_tf.provenance import RESULTS_VERSION
 from l2sp_tf.proximal import Proximal
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
-from l2sp_tf.regularizers import L2
+from l2sp_tf.regularizers import L2, smoothed
 from l2sp_tf.units import freeze_first, unfreeze
 
 CHECKPOINT_EVERY = 500  # steps
@@ -41,6 +41,7 @@ class Run:
         seconds: the time of training, before interruptions too.
         resumed_at: the step at which a checkpoint was taken up, 0 for none.
         stopped_at: the step at which a callback stopped the training before its end, or None.
+        interface: the `Interface` of the model: how its images are made, and which output is which class.
     """
 
     model: keras.Model
@@ -50,12 +51,20 @@ class Run:
     seconds: float
     resumed_at: int = 0
     stopped_at: int | None = None
+    interface: Interface | None = None
 
 
 def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
     """The `Preprocessing` that a recipe asks for, for a network that sees pixels in this format."""
     names = ("resize", "resize_mode", "resize_filter", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
     return Preprocessing(**{name: getattr(recipe, name) for name in names}, pixels=pixels)
+
+
+def interface_of(task, recipe):
+    """The `Interface` of a network that is trained on a task by a recipe."""
+    p = task.preprocessing
+    images = (task.pixels, p.resize, p.resize_mode, p.resize_filter, p.crop)
+    return Interface(*images, crops=recipe.crops, mean=recipe.mean, classes=task.classes)
 
 
 def finetune(
@@ -80,7 +89,7 @@ def finetune(
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
     The copy gets a new head; weights shared with `pretrained` are penalised with `penalty`,
-    the head with L2 of strength `recipe.beta`. `pretrained` itself is not changed. Python's,
+    the head with L2 of the recipe's beta. `pretrained` itself is not changed. Python's,
     NumPy's and TensorFlow's random seeds are set to `seed`.
 
     With a `run_dir` the run is saved there from time to time. If it is cut off, by Ctrl-C, SIGTERM or a
@@ -124,11 +133,15 @@ def finetune(
     task = as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
-    model = with_new_head(pretrained, len(task.classes), seed=seed, say=print if verbose else _say_nothing)
+    say = print if verbose else _say_nothing
+    model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=say)
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
-    coverage = attach(model, penalty, anchors, recipe.beta, params=recipe.params, fisher=fisher)
+    set_moving_statistics(model, fresh=recipe.moving_statistics == "fresh" and not frozen, decay=recipe.batch_norm_decay)
+    penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
+    beta = recipe.beta_for(getattr(penalty, "symbol", ""))
+    coverage = attach(model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
     folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
     return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
 
@@ -209,7 +222,8 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         if writes:
             stack.enter_context(locked(folder.path))
             if anchors is not None:
-                _keep_anchors(anchors, folder.path / "anchors.safetensors", folder.checkpoints.newest)
+                kept = anchors.with_pixels(task.preprocessing.pixels)
+                _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with distribution.scope(strategy):
             metrics = _compile(trained, recipe, jit_compile)
             options = {"log_every": recipe.log_interval, "iterations": recipe.iterations, "may_stop": bool(callbacks)}
@@ -228,11 +242,12 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         else:
             monitor.rewrite(trained)
     distribution.copy_weights(trained, model)
+    interface = interface_of(task, recipe)
     if writes and folder.save:
-        save_model(model, folder.path / "model.keras", task.pixels)
+        save_model(model, folder.path / "model.keras", interface)
     if writes:
         folder.checkpoints.remove(keep=1)
-    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, keeper.stopped_at)
+    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, keeper.stopped_at, interface)
 
 
 def _compile(model, recipe, jit_compile):

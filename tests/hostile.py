@@ -28,7 +28,7 @@ from l2sp_tf import convert, models, records, report
 from l2sp_tf.data import builders, decode, load_dataset
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher import Fisher
-from l2sp_tf.pixels import PIXELS, PixelFormat
+from l2sp_tf.pixels import PIXELS, Interface, PixelFormat
 from l2sp_tf.provenance import provenance
 from l2sp_tf.torch_files import read_state_dict
 
@@ -206,12 +206,12 @@ def read_pixels(path):
 
 
 def make_keras(folder):
-    models.save_model(model(), folder / "m.keras", PIXELS["rgb"])
+    models.save_model(model(), folder / "m.keras", Interface(PIXELS["rgb"], 10, "squash", "area", 8, classes=("a", "b")))
     return folder / "m.keras"
 
 
 def read_keras(path):
-    models.stored_pixels(path)
+    str(models.stored_interface(path))
     found = models.load_model(path)
     keras.utils.clear_session(free_memory=False)
     return [value.tobytes() for value in found.get_weights()]

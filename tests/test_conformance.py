@@ -26,8 +26,8 @@ FLOORS = [
     {"anchors", "heads"},
     {"convert", "delta", "models", "attach", "fisher", "fisher_rules", "checkpoints", "retention_page"}
     | {"stepping", "distribution", "summary"},
-    {"report", "activations", "evaluation", "proximal", "decoupled"},
-    {"monitor"},
+    {"report", "activations", "evaluation", "interfaces", "proximal", "decoupled"},
+    {"monitor", "predictions"},
     {"training"},
     {"engines", "plans", "retention_report"},
     {"runs"},
