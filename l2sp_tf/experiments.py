@@ -1,10 +1,8 @@
 """From plans to records: every setting is run once, and each run leaves a run.json."""
 
+import collections
 import dataclasses
-import datetime
 import functools
-import statistics
-import time
 
 import keras
 import numpy as np
@@ -17,14 +15,12 @@ from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
+from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work
 from l2sp_tf.proximal import frozen_share
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.selection import Candidate, Selection, fold_tasks
-from l2sp_tf.starts import prepare_start, short_name
+from l2sp_tf.starts import outline, prepare_start, short_name
 from l2sp_tf.training import finetune
-
-TIMED_STEPS = 12
-MOST_STARTS = 4  # kept in memory at once
 
 
 def run_plan(plan, **options):
@@ -41,7 +37,8 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     Args:
         plans: a list of `Plan`.
         engine, cpus, gpus: where the runs are computed, as in `engines.run_jobs`.
-        estimate: whether the time of what is to be run is measured and said beforehand.
+        estimate: whether the time is measured on made-up images before anything else; otherwise it is told by the first
+            steps of the first training.
         dry_run: whether to stop after that.
         say: called with a line of text for each step of the work.
         verbose: of Keras `fit`.
@@ -56,32 +53,63 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     for plan in plans:
         list(plan.runs())  # a bad strength is told before any work is done
         say, verbose = _share(plan, engine, say, verbose)
-    options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
-    starts = [_start_of(plan, say, verbose) for plan in plans]
-    for plan, start in zip(plans, starts, strict=True):
-        if max(plan.frozen or (0,)) > max(start.units - 1, 0):
-            most = max(start.units - 1, 0)
-            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
-    trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
-    # the number of runs does not depend on what will be chosen
-    guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]
-    count = sum(len(list(plan.runs(start.units, guess))) for plan, start, guess in zip(plans, starts, guesses, strict=True))
-    if estimate or dry_run:
-        _say_plan(plans, starts, trials, count, say)
+    made = _outlines(plans, say)
+    forecast = _say_plan(plans, made, say)
+    if dry_run or estimate or engine != "local":
+        say(forecast.measured_time())
     if dry_run:
         return []
-    _prepare_fisher(plans, starts)
+    tell = lambda seconds: say(forecast.time([seconds] * len(forecast.works)))  # noqa: E731
+    clock = () if estimate or engine != "local" else (FirstSteps(tell),)
+    try:
+        return _run_all(plans, made, clock, verbose, {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say})
+    finally:
+        _NEEDED.clear()
+        _STARTS.clear()
+
+
+def _outlines(plans, say):
+    """The `Outline` of each start, by its key."""
+    made = {}
+    for plan in plans:
+        key = plan.start_key()
+        if key not in made:
+            made[key] = outline(plan, say=say)
+        most = max(made[key].units - 1, 0)
+        if max(plan.frozen or (0,)) > most:
+            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
+    return made
+
+
+def _run_all(plans, made, clock, verbose, options):
+    """Decodes, trains what the plans start from, and runs what has no record."""
+    say, units = options["say"], {key: start.units for key, start in made.items()}
+    for start in made.values():
+        start.tasks  # noqa: B018  a bad image is told before anything is trained
+    trials = _jobs((plan, setting, None) for plan in plans for setting in plan.trials())
+    if options["engine"] == "local":
+        _NEEDED.update(plan.start_key() for plan in (*plans, *(job[0] for job in trials)))
+    for plan in plans:
+        start = _start_of(plan, say, verbose, made=made.pop(plan.start_key(), None), callbacks=clock)
+        if any(issubclass(PENALTIES[symbol], FisherPenalty) for symbol in plan.penalties):
+            start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
+    if options["engine"] != "local":
+        _STARTS.clear()  # each worker prepares its own
     work = functools.partial(_run_job, say, verbose)
     scored = run_jobs(work, trials, **options)
     jobs = []
-    for plan, start in zip(plans, starts, strict=True):
+    for plan in plans:
         selections = _select(plan, trials, scored)
         chosen = {symbol: setting for symbol, (setting, _) in selections.items()}
         notes = {symbol: note for symbol, (_, note) in selections.items()}
-        jobs += [(plan, setting, notes.get(setting.symbol)) for setting in plan.runs(start.units, chosen)]
+        jobs += [(plan, setting, notes.get(setting.symbol)) for setting in plan.runs(units[plan.start_key()], chosen)]
         for setting in chosen.values():
             say(f"{plan.target}: cross-validation chose {setting.penalty}, beta {setting.beta:g}, rate {setting.learning_rate:g}")
-    return run_jobs(work, _jobs(jobs), **options)
+    jobs = _jobs(jobs)
+    if options["engine"] == "local":
+        _NEEDED.clear()
+        _NEEDED.update(job[0].start_key() for job in jobs)
+    return run_jobs(work, jobs, **options)
 
 
 def _share(plan, engine, say, verbose):
@@ -104,27 +132,25 @@ def _jobs(triples):
 
 def _run_job(say, verbose, job):
     plan, setting, selection, title = job
-    return _run(_start_of(plan, say, verbose), plan, setting, selection, lambda text: say(f"{title}: {text}"), verbose)
+    record = _run(_start_of(plan, say, verbose), plan, setting, selection, lambda text: say(f"{title}: {text}"), verbose)
+    _NEEDED.subtract([plan.start_key()])
+    if _NEEDED[plan.start_key()] == 0:
+        _STARTS.pop(plan.start_key(), None)
+    return record
 
 
 _STARTS = {}
+_NEEDED = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
 
 
-def _start_of(plan, say, verbose):
-    """What a plan starts from; the last few are kept."""
+def _start_of(plan, say, verbose, **options):
+    """What a plan starts from, held until the last job that needs it; where none is known to come, until another is asked for."""
     key = plan.start_key()
     if key not in _STARTS:
-        while len(_STARTS) >= MOST_STARTS:
-            _STARTS.pop(next(iter(_STARTS)))
-        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose)
+        for other in [other for other in _STARTS if _NEEDED[other] <= 0]:
+            del _STARTS[other]
+        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose, **options)
     return _STARTS[key]
-
-
-def _prepare_fisher(plans, starts):
-    """Estimates each Fisher diagonal that is needed here and now, so that no two runs do it at once."""
-    for plan, start in zip(plans, starts, strict=True):
-        if any(isinstance(plan.grid(symbol)[0].penalty, FisherPenalty) for symbol in plan.penalties):
-            start.fisher  # noqa: B018
 
 
 def _run(start, plan, setting, selection, say, verbose):
@@ -144,7 +170,7 @@ def _run(start, plan, setting, selection, say, verbose):
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
     options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every}
-    options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
+    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": start.callbacks}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
     if setting.fold is not None:
@@ -229,24 +255,28 @@ def _select(plan, trials, scored):
     return chosen
 
 
-def _say_plan(plans, starts, trials, count, say):
-    """Says how many runs there are, and about how long the training of those without a record will take here."""
-    finished = [len(list(path.glob("*/run.json"))) for name in ("folds", "runs") for path in {p.workdir / name for p in plans}]
-    left = max(0, len(trials) + count - sum(finished))
-    seconds = left * plans[0].recipe.iterations * _seconds_per_step(plans[0], starts[0]) if left else 0
-    length = datetime.timedelta(seconds=round(seconds))
-    say(f"plan: {len(trials)} runs on folds, then {count} runs; {left} are left, about {length} of training on this machine")
+def _say_plan(plans, made, say):
+    """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
+    counted, left = set(), {key: [] for key in made}
+    for plan in plans:
+        key = plan.start_key()
+        recorded = Recorded(plan, made[key], _settings)
+        for setting in (*plan.trials(), *plan.runs(made[key].units, _guess(plan))):
+            if (key, setting) not in counted and not recorded.has(setting):
+                left[key].append(setting)
+            counted.add((key, setting))
+    trials = sum(setting.fold is not None for _, setting in counted)
+    count = sum(map(len, left.values()))
+    say(f"plan: {trials} runs on folds, then {len(counted) - trials} runs; {count} are left")
+    first = {start.trained_path: key for key, start in reversed(made.items()) if start.trains_source}
+    forecast = Forecast([Work(start, tuple(left[key]), key in first.values()) for key, start in made.items()])
+    say(forecast.disk())
+    return forecast
 
 
-def _seconds_per_step(plan, start):
-    """The median time of a training step here, after the first ones."""
-    times = []
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
-    recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None)
-    setting = next(iter(plan.grid(plan.penalties[0])))
-    penalty = PENALTIES["l2_sp"](1.0) if isinstance(setting.penalty, FisherPenalty) else setting.penalty
-    finetune(start.pretrained, start.target, penalty, recipe, anchors=start.anchors, callbacks=[clock], verbose=0)
-    return statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+def _guess(plan):
+    """Any setting of each penalty in place of what cross-validation will choose: the number of runs is the same."""
+    return {symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None
 
 
 def _settings(plan, start, setting, recipe, fisher):
@@ -270,6 +300,8 @@ def _settings(plan, start, setting, recipe, fisher):
         "frozen": setting.frozen,
         "recipe": records.plain(recipe.record()),
     }
+    if start.mean_of is not None:
+        settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:
         settings["fold"] = [setting.fold, plan.folds]
     return {**settings, "fisher": fisher.digest} if fisher is not None else settings

@@ -251,7 +251,7 @@ def _identity(model, coverage, task, recipe, seed):
     penalties = {}
     for weight in coverage.weights:
         penalties.setdefault(weight.group, []).append(str(weight))
-    images = hashlib.sha256(task.train.labels.tobytes() + task.train.starts.tobytes()).hexdigest()  # which part of the data set
+    images = hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()  # which part of the data set
     return {
         "recipe": plain(recipe.record()),
         "seed": seed,
