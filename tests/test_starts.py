@@ -158,8 +158,9 @@ def test_the_source_accuracy_is_measured_once(folder, tmp_path, monkeypatch):
     assert json.loads(path.read_text()) == record["results"]["source"]["before"]
 
 
-def test_only_this_plans_records_count(folder, tmp_path):
-    asked = made(folder, tmp_path, penalties=("l2_sp", "l2_sp_fisher"))
+def test_only_this_plans_records_count(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Forecast, "measured_time", lambda self: "")
+    asked = made(folder, tmp_path, penalties=("l2_sp", "l2_sp_fisher"), recipe=RECIPE.replace(iterations=1))
     run(asked)
 
     def left(**changes):
@@ -170,8 +171,8 @@ def test_only_this_plans_records_count(folder, tmp_path):
     assert left(seeds=(0, 1)) == ["plan: 0 runs on folds, then 4 runs; 2 are left"]
     for changes in (
         {"alphas": (0.2,)},
-        {"recipe": RECIPE.replace(blur="authors")},
-        {"recipe": RECIPE.replace(mean=MEAN)},
+        {"recipe": asked.recipe.replace(blur="authors")},
+        {"recipe": asked.recipe.replace(mean=MEAN)},
         {"per_class": 3},
         {"target": str(folder / "source")},
         {"weights": "none"},
