@@ -51,7 +51,7 @@ flags.DEFINE_list("mean", None, "Subtracted from images: training, authors, weig
 flags.DEFINE_enum(
     "experiment", None, list(STUDIES), "What a table or figure of the paper needs: penalties, folds, grids and frozen units."
 )
-flags.DEFINE_bool("dry_run", False, "Say the plan and about how long it takes, and stop.")
+flags.DEFINE_bool("dry_run", False, "Say the plan, what it writes and about how long it takes, and stop.")
 flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where the runs are computed: here in turn, or on a Ray cluster.")
 flags.DEFINE_enum(
     "distribute",
@@ -103,7 +103,7 @@ flags.DEFINE_integer(
 flags.DEFINE_bool("deterministic", False, "Repeat to the bit on one machine: TensorFlow's operations are made deterministic.")
 flags.DEFINE_enum("fisher_mode", "rademacher", ["rademacher", "mc", "exact"], "How F_jj is estimated on the source images.")
 flags.DEFINE_integer("fisher_samples", 1, "Draws for each image, in the modes rademacher and mc.", lower_bound=1)
-flags.DEFINE_integer("fisher_images", None, "Source images for F_jj; by default all training images.", lower_bound=1)
+flags.DEFINE_integer("fisher_images", None, "Source images for F_jj; by default all of up to 50,000, or 10,000 of more.", lower_bound=1)
 flags.DEFINE_integer("fisher_batch", 64, "Images a batch of that pass; one that does not fit is split.", lower_bound=1)
 flags.DEFINE_float("fisher_tolerance", None, "Stop that pass when the relative error of every layer is at most this.")
 flags.DEFINE_list("fisher_transforms", "", "Applied to F_jj in this order: clip=MAX, epsilon=VALUE, normalise (to mean 1).")

@@ -1,10 +1,8 @@
 """From plans to records: every setting is run once, and each run leaves a run.json."""
 
+import collections
 import dataclasses
-import datetime
 import functools
-import statistics
-import time
 
 import keras
 import numpy as np
@@ -17,15 +15,12 @@ from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy
+from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work
 from l2sp_tf.plans import Setting
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.runs import folder_of, run_record, settings_of
 from l2sp_tf.selection import Search, accuracy_of, fold_tasks, write_selection
-from l2sp_tf.starts import prepare_start, short_name
-from l2sp_tf.training import finetune
-
-TIMED_STEPS = 12
-MOST_STARTS = 4  # kept in memory at once
+from l2sp_tf.starts import outline, prepare_start, short_name
 
 
 def run_plan(plan, **options):
@@ -42,7 +37,8 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     Args:
         plans: a list of `Plan`.
         engine, cpus, gpus: where the runs are computed, as in `engines.run_jobs`.
-        estimate: whether the time of what is to be run is measured and said beforehand.
+        estimate: whether the time is measured on made-up images before anything else; otherwise it is told by the first
+            steps of the first training.
         dry_run: whether to stop after that.
         say: called with a line of text for each step of the work.
         verbose: of Keras `fit`.
@@ -57,29 +53,61 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
     for plan in plans:
         list(plan.runs())  # a bad strength is told before any work is done
         say, verbose = _share(plan, engine, say, verbose)
-    options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
-    starts = [_start_of(plan, say, verbose) for plan in plans]
-    for plan, start in zip(plans, starts, strict=True):
-        if max(plan.frozen or (0,)) > max(start.units - 1, 0):
-            most = max(start.units - 1, 0)
-            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
-    trials = _jobs((plan, setting) for plan in plans for setting in plan.trials())
-    # the number of runs does not depend on what will be chosen
-    guesses = [{symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None for plan in plans]
-    count = sum(len(list(plan.runs(start.units, guess))) for plan, start, guess in zip(plans, starts, guesses, strict=True))
-    if estimate or dry_run:
-        _say_plan(plans, starts, trials, count, say)
+    made = _outlines(plans, say)
+    forecast = _say_plan(plans, made, say)
+    if dry_run or estimate or engine != "local":
+        say(forecast.measured_time())
     if dry_run:
         return []
-    _prepare_fisher(plans, starts)
+    tell = lambda seconds: say(forecast.time([seconds] * len(forecast.works)))  # noqa: E731
+    clock = () if estimate or engine != "local" else (FirstSteps(tell),)
+    try:
+        return _run_all(plans, made, clock, verbose, {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say})
+    finally:
+        _NEEDED.clear()
+        _STARTS.clear()
+        _folds.cache_clear()
+
+
+def _outlines(plans, say):
+    """The `Outline` of each start, by its key."""
+    made = {}
+    for plan in plans:
+        key = plan.start_key()
+        if key not in made:
+            made[key] = outline(plan, say=say)
+        most = max(made[key].units - 1, 0)
+        if max(plan.frozen or (0,)) > most:
+            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
+    return made
+
+
+def _run_all(plans, made, clock, verbose, options):
+    """Decodes, trains what the plans start from, and runs what has no record."""
+    say, units = options["say"], {key: start.units for key, start in made.items()}
+    for start in made.values():
+        start.tasks  # noqa: B018  a bad image is told before anything is trained
+    _NEEDED.update(plan.start_key() for plan in plans)  # until all runs are known
+    questions = {}
+    for i, plan in enumerate(plans):
+        start = _start_of(plan, say, verbose, made=made.pop(plan.start_key(), None), callbacks=clock)
+        if any(issubclass(PENALTIES[symbol], FisherPenalty) for symbol in plan.penalties):
+            start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
+        questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.penalties if plan.folds}
+    if options["engine"] != "local":
+        _STARTS.clear()  # each worker prepares its own
     work = functools.partial(_run_job, say, verbose)
-    choices = _cross_validate(plans, starts, lambda jobs: run_jobs(work, jobs, **options), say)
-    jobs = [
-        (plan, setting)
-        for plan, start, chosen in zip(plans, starts, choices, strict=True)
-        for setting in plan.runs(start.units, chosen)
-    ]
-    found = run_jobs(work, _jobs(jobs), **options)
+
+    def run(jobs):
+        if options["engine"] == "local":
+            _NEEDED.update(job[0].start_key() for job in jobs)
+        return run_jobs(work, jobs, **options)
+
+    choices = _cross_validate(plans, questions, run, say)
+    pairs = zip(plans, choices, strict=True)
+    jobs = _jobs((plan, setting) for plan, chosen in pairs for setting in plan.runs(units[plan.start_key()], chosen))
+    _NEEDED.subtract(plan.start_key() for plan in plans)
+    found = run(jobs)
     selected = {path: None for plan in plans for path in sorted(plan.workdir.glob("selections/*/selection.json"))}
     return found + [records.read_record(path) for path in selected]
 
@@ -104,27 +132,25 @@ def _jobs(pairs):
 
 def _run_job(say, verbose, job):
     plan, setting, title = job
-    return _run(_start_of(plan, say, verbose), plan, setting, lambda text: say(f"{title}: {text}"), verbose)
+    record = _run(_start_of(plan, say, verbose), plan, setting, lambda text: say(f"{title}: {text}"), verbose)
+    _NEEDED.subtract([plan.start_key()])
+    if _NEEDED[plan.start_key()] == 0:
+        _STARTS.pop(plan.start_key(), None)
+    return record
 
 
 _STARTS = {}
+_NEEDED = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
 
 
-def _start_of(plan, say, verbose):
-    """What a plan starts from; the last few are kept."""
+def _start_of(plan, say, verbose, **options):
+    """What a plan starts from, held until the last job that needs it; where none is known to come, until another is asked for."""
     key = plan.start_key()
     if key not in _STARTS:
-        while len(_STARTS) >= MOST_STARTS:
-            _STARTS.pop(next(iter(_STARTS)))
-        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose)
+        for other in [other for other in _STARTS if _NEEDED[other] <= 0]:
+            del _STARTS[other]
+        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose, **options)
     return _STARTS[key]
-
-
-def _prepare_fisher(plans, starts):
-    """Estimates each Fisher diagonal that is needed here and now, so that no two runs do it at once."""
-    for plan, start in zip(plans, starts, strict=True):
-        if any(isinstance(plan.grid(symbol)[0].penalty, FisherPenalty) for symbol in plan.penalties):
-            start.fisher  # noqa: B018
 
 
 def _run(start, plan, setting, say, verbose):
@@ -144,7 +170,7 @@ def _run(start, plan, setting, say, verbose):
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
     options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "save": plan.save_models and not is_fold}
-    options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
+    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": start.callbacks}
     options |= {} if is_fold else {"measure": lambda run: _measure(run, start, recipe)}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
@@ -193,7 +219,7 @@ def _measure(run, start, recipe):
     return results
 
 
-def _cross_validate(plans, starts, run, say):
+def _cross_validate(plans, questions, run, say):
     """For each plan with folds the chosen setting of each penalty, by symbol, and a record of each selection; else None.
 
     The penalties whose every setting diverged are left out. All searches go on side by side, so that `run` gets many jobs.
@@ -215,18 +241,22 @@ def _cross_validate(plans, starts, run, say):
             searches[i, symbol].tell(told)
     choices = [{} if plan.folds else None for plan in plans]
     for (i, symbol), search in searches.items():
-        choices[i] |= _choice(plans[i], starts[i], symbol, search, say)
+        choices[i] |= _choice(plans[i], questions[i, symbol], symbol, search, say)
     return choices
 
 
-def _choice(plan, start, symbol, search, say):
-    """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
-    selection = search.selection(PENALTIES[symbol], plan.recipe)
+def _question(plan, start, symbol):
+    """What a selection of a penalty's setting answers."""
     setting = plan.grid(symbol)[0]
     fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
-    settings = _settings(plan, start, setting, start.target, plan.recipe, fisher)
+    return records.question(_settings(plan, start, setting, start.target, plan.recipe, fisher))
+
+
+def _choice(plan, question, symbol, search, say):
+    """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
+    selection = search.selection(PENALTIES[symbol], plan.recipe)
     if distribution.is_chief(distribution.make_strategy(plan.distribute)):
-        write_selection(plan.workdir, selection.record(records.question(settings), plan.folds))
+        write_selection(plan.workdir, selection.record(question, plan.folds))
     if selection.best is None:
         say(f"{plan.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")
         return {}
@@ -236,24 +266,28 @@ def _choice(plan, start, symbol, search, say):
     return {symbol: best}
 
 
-def _say_plan(plans, starts, trials, count, say):
-    """Says how many runs there are, and about how long the training of those without a record will take here."""
-    finished = [len(list(path.glob("*/run.json"))) for name in ("folds", "runs") for path in {p.workdir / name for p in plans}]
-    left = max(0, len(trials) + count - sum(finished))
-    seconds = left * plans[0].recipe.iterations * _seconds_per_step(plans[0], starts[0]) if left else 0
-    length = datetime.timedelta(seconds=round(seconds))
-    say(f"plan: {len(trials)} runs on folds, then {count} runs; {left} are left, about {length} of training on this machine")
+def _say_plan(plans, made, say):
+    """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
+    counted, left = set(), {key: [] for key in made}
+    for plan in plans:
+        key = plan.start_key()
+        recorded = Recorded(plan, made[key], _settings)
+        for setting in (*plan.trials(), *plan.runs(made[key].units, _guess(plan))):
+            if (key, setting) not in counted and not recorded.has(setting):
+                left[key].append(setting)
+            counted.add((key, setting))
+    trials = sum(setting.fold is not None for _, setting in counted)
+    count = sum(map(len, left.values()))
+    say(f"plan: {trials} runs on folds, then {len(counted) - trials} runs; {count} are left")
+    first = {start.trained_path: key for key, start in reversed(made.items()) if start.trains_source}
+    forecast = Forecast([Work(start, tuple(left[key]), key in first.values()) for key, start in made.items()])
+    say(forecast.disk())
+    return forecast
 
 
-def _seconds_per_step(plan, start):
-    """The median time of a training step here, after the first ones."""
-    times = []
-    clock = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: times.append(time.perf_counter()))
-    recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None)
-    setting = next(iter(plan.grid(plan.penalties[0])))
-    penalty = PENALTIES["l2_sp"](1.0) if isinstance(setting.penalty, FisherPenalty) else setting.penalty
-    finetune(start.pretrained, start.target, penalty, recipe, anchors=start.anchors, callbacks=[clock], verbose=0)
-    return statistics.median(b - a for a, b in zip(times[2:], times[3:], strict=False))
+def _guess(plan):
+    """Any setting of each penalty in place of what cross-validation will choose: the number of runs is the same."""
+    return {symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None
 
 
 def _settings(plan, start, setting, task, recipe, fisher):
@@ -271,6 +305,8 @@ def _settings(plan, start, setting, task, recipe, fisher):
         "backbone": start.backbone,
         "source_mean": source.mean.tolist() if source is not None else None,
     }
+    if start.mean_of is not None:
+        settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:
         settings["fold"] = [setting.fold, plan.folds]
     return settings_of(setting, task, recipe, start.anchors, fisher, **settings)

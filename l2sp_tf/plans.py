@@ -14,8 +14,14 @@ from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
+LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
 RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
 RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile")
+
+
+def sample_size(available):
+    """How many of so many training images of a source are looked at where all of them need not be."""
+    return available if available <= LARGE else LARGE_SAMPLE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +30,7 @@ class FisherPlan:
 
     Attributes:
         mode, samples, tolerance: as `fisher_diagonal` takes them.
-        images: how many images; None for all.
+        images: how many images; None for all, and for LARGE_SAMPLE of a source with more than LARGE.
         batch: images a batch.
         transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None.
     """
@@ -40,6 +46,10 @@ class FisherPlan:
         for name, value in self.transforms:
             if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
                 raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+
+    def count(self, available):
+        """How many of so many training images are taken."""
+        return min(sample_size(available) if self.images is None else self.images, available)
 
 
 @dataclasses.dataclass(frozen=True)

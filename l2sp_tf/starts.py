@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import warnings
 
@@ -14,16 +15,147 @@ from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.copies import detached_copy
-from l2sp_tf.data import Task, load_dataset, prepare, test_batches
+from l2sp_tf.data import Dataset, Task, load_dataset, prepare, test_batches, undecoded
 from l2sp_tf.distribution import chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate
+from l2sp_tf.files import write_text
 from l2sp_tf.fisher import Fisher, fisher_diagonal
 from l2sp_tf.monitor import write_histograms
-from l2sp_tf.plans import Plan
+from l2sp_tf.pixels import PixelFormat
+from l2sp_tf.plans import Plan, sample_size
 from l2sp_tf.provenance import RESULTS_VERSION, versions
+from l2sp_tf.reading import read_json
 from l2sp_tf.training import preprocessing_of, train_source
 from l2sp_tf.units import units
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Outline:
+    """What is known of a start before an image is decoded or a model trained.
+
+    Attributes:
+        plan: the `Plan`.
+        target, source: a `Dataset` each; source may be None.
+        pixels: how the network sees pixels, with the mean that given weights carry.
+        network: the pre-trained model; with weights "none" that model with random weights.
+        say: as in `prepare_start`.
+    """
+
+    plan: Plan
+    target: Dataset
+    source: Dataset | None
+    pixels: PixelFormat
+    network: keras.Model
+    say: object
+
+    @functools.cached_property
+    def units(self):
+        """How many units can be frozen: 0 if the backbone's units cannot be told."""
+        try:
+            return len(units(self.network))
+        except InputError:
+            return 0
+
+    @property
+    def backbone(self):
+        """The name of the network: that of a `.keras` file is the file's own, whatever the plan says."""
+        return _backbone_name(self.plan, self.network)
+
+    @property
+    def origin(self):
+        """Where the weights come from: "scratch", "imagenet" or "file"."""
+        return {"none": "scratch", "imagenet": "imagenet"}.get(self.plan.weights, "file")
+
+    @functools.cached_property
+    def anchors_digest(self):
+        """The digest of the anchors; None where the source model is trained first."""
+        if self.plan.weights == "none":
+            return Anchors.load(self.trained_path).digest if self.is_trained else None
+        return Anchors.of(self.network).digest
+
+    @property
+    def trains_source(self):
+        """Whether the source model is trained first, on all training images of the source."""
+        return self.plan.weights == "none" and not self.is_trained
+
+    @functools.cached_property
+    def is_trained(self):
+        """Whether the source model of weights "none" was trained before."""
+        return chief_says(make_strategy(self.plan.distribute), self.trained_path.exists)
+
+    @functools.cached_property
+    def trained_path(self):
+        """Where the weights of the source model of weights "none" lie, or will lie."""
+        plan = self.plan
+        skipped = len(self.source_images.skipped)
+        identity = {"data": self.source.digest, "skipped": skipped, "recipe": records.plain(plan.source_recipe.record())}
+        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION}
+        key = records.run_key({**identity, **records.plain(_shape(plan)), **made_by})
+        return plan.workdir / "sources" / key / "weights.safetensors"
+
+    @functools.cached_property
+    def source_mean(self):
+        """The mean to subtract from source images: three numbers, or None where images tell it, and in words whose it is."""
+        plan = self.plan
+        mean = plan.source_recipe.mean_for(self.source.name, self.pixels)
+        if mean is not None:
+            return mean, _origin_of_mean(plan.source_recipe.mean, mean)
+        known = models.stored_pixels(self.trained_path) if plan.weights == "none" and self.is_trained else self.pixels
+        if not self.trains_source and known.mean is not None:  # the network was trained on images without it
+            return known.mean, "that of the weights"
+        if self.mean_of is not None:
+            return None, f"that of {len(self.mean_of)} of its {len(self.source.train)} training images, drawn at random"
+        return None, _origin_of_mean(plan.source_recipe.mean, None)
+
+    @functools.cached_property
+    def mean_of(self):
+        """The positions of the source's training images whose mean is taken where nothing else tells it; None for all."""
+        count = sample_size(len(self.source.train))
+        return None if self.trains_source or count == len(self.source.train) else sample_order(self.source.train)[:count]
+
+    def uses(self, with_fisher):
+        """What runs look at, with F_jj or without: a list of pairs of a `Split` and the recipe by which it is decoded."""
+        plan = self.plan
+        uses = [(self.target.train, plan.recipe), (self.target.test, plan.recipe)]
+        if self.source is None:
+            return uses
+        train, needed = self.source.train, 0
+        if with_fisher:
+            needed = plan.fisher.count(len(train))
+        if self.trains_source or self.source_mean[0] is None:
+            needed = max(needed, len(train) if self.mean_of is None else len(self.mean_of))
+        some = [(train.take(sample_order(train)[:needed]) if needed < len(train) else train, plan.source_recipe)]
+        return uses + [(self.source.test, plan.source_recipe)] + some * (needed > 0)
+
+    @functools.cached_property
+    def source_images(self):
+        """The training images of the source, decoded as far as they are asked for."""
+        preprocessing, options = _preparation(self.plan, self.plan.source_recipe, self.pixels)
+        return undecoded(self.source.train, preprocessing, **options)
+
+    @functools.cached_property
+    def tasks(self):
+        """The target and the source, or None, as a `Task` each; what the runs train and test on is decoded.
+
+        A bad image among them is thereby told before anything is trained.
+        """
+        plan = self.plan
+        mean = plan.recipe.mean_for(self.target.name, self.pixels)
+        target = self._task(self.target, plan.recipe, mean, _origin_of_mean(plan.recipe.mean, mean))
+        _decode([target.train, target.test], target.name, self.say)
+        if self.source is None:
+            return target, None
+        options = {"train": self.source_images, "mean_of": self.mean_of}
+        source = self._task(self.source, plan.source_recipe, *self.source_mean, **options)
+        _decode([source.test] + [source.train] * self.trains_source, source.name, self.say)
+        return target, source
+
+    def _task(self, dataset, recipe, mean, origin, **options):
+        preprocessing, strictness = _preparation(self.plan, recipe, self.pixels)
+        task = prepare(dataset, preprocessing, mean=mean, **strictness, **options)
+        self.say(f"{dataset.name}: pixels {task.pixels}, {origin}")
+        return task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +169,9 @@ class Start:
         origin: "scratch", "imagenet" or "file".
         anchors, anchors_path: of the pre-trained model, and their file.
         before: the source accuracy of the pre-trained model, as `evaluate` returns it, or None.
-        say, verbose: as in `prepare_start`.
+        mean_of: of how many training images the source's mean is, where it is not of all and nothing else told it; or None.
+        units: how many units can be frozen: 0 if the backbone's units cannot be told.
+        say, verbose, callbacks: as in `prepare_start`.
     """
 
     plan: Plan
@@ -48,8 +182,11 @@ class Start:
     anchors: Anchors
     anchors_path: pathlib.Path
     before: dict | None
+    mean_of: int | None
+    units: int
     say: object
     verbose: int
+    callbacks: tuple
 
     @functools.cached_property
     def fisher(self):
@@ -58,25 +195,12 @@ class Start:
 
     @property
     def backbone(self):
-        """The name of the network: that of a `.keras` file is the file's own, whatever the plan says."""
-        return self.pretrained.name if str(self.plan.weights).endswith(".keras") else self.plan.backbone
-
-    @functools.cached_property
-    def units(self):
-        """How many units can be frozen: 0 if the backbone's units cannot be told."""
-        try:
-            return len(units(self.pretrained))
-        except InputError:
-            return 0
+        """The name of the network, as in `Outline`."""
+        return _backbone_name(self.plan, self.pretrained)
 
 
-def prepare_start(plan, *, say=print, verbose=0):
-    """Loads the data of a plan, and trains or loads its pre-trained model; what was made before is read.
-
-    Args:
-        plan: a `Plan`.
-        say: called with a line of text for each step.
-        verbose: of Keras `fit`.
+def outline(plan, *, say=print):
+    """Finds the data and the network of a plan, and checks that they fit; nothing is decoded or trained.
 
     Raises:
         InputError: bad data or weights.
@@ -87,64 +211,104 @@ def prepare_start(plan, *, say=print, verbose=0):
     plan.workdir.mkdir(parents=True, exist_ok=True)
     pixels = models.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
     places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
-    dataset = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
-    target = _task(plan, dataset, plan.recipe, pixels, say)
-    source = before = None
-    if plan.source is not None:
-        source = _task(plan, load_dataset(plan.source, **places), plan.source_recipe, pixels, say)
-    pretrained, origin = _pretrained(plan, source, say, verbose)
-    anchors, anchors_path = _stored_anchors(plan, pretrained, source.pixels if origin == "scratch" else pixels)
+    target = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
+    source = None if plan.source is None else load_dataset(plan.source, **places)
+    for dataset, recipe in ((target, plan.recipe), (source, plan.source_recipe)):
+        if dataset is not None:
+            recipe.mean_for(dataset.name, pixels)  # raises where nobody tells it
+            counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
+            say(f"{dataset.name}: {counts}")
+    network = _network(plan, source)
     if source is not None:
-        before = _source_accuracy(pretrained, source, plan.recipe.crops)
+        _check_classes(network, source)
+    return Outline(plan, target, source, pixels, network, say)
+
+
+def prepare_start(plan, *, say=print, verbose=0, made=None, callbacks=()):
+    """Decodes the data of a plan, and trains or loads its pre-trained model; what was made before is read.
+
+    Args:
+        plan: a `Plan`.
+        say: called with a line of text for each step.
+        verbose: of Keras `fit`.
+        made: the plan's `Outline`, if there is one.
+        callbacks: Keras callbacks for each training.
+
+    Raises:
+        InputError: bad data or weights.
+        OSError: the workdir cannot be written.
+    """
+    made = made or outline(plan, say=say)
+    target, source = made.tasks
+    pretrained = _pretrained(made, source, say, verbose, callbacks)
+    anchors, anchors_path = _stored_anchors(plan, pretrained, source.pixels if made.origin == "scratch" else made.pixels)
+    before = mean_of = None
+    if source is not None:
+        before = _source_accuracy(plan, pretrained, source, anchors)
         say(f"source model on {source.name}: accuracy {before['accuracy']:.1%} on {before['total']} test images")
-        _doubt(before, source, origin)
-    return Start(plan, target, source, pretrained, origin, anchors, anchors_path, before, say, verbose)
+        _doubt(before, source, made.origin)
+        mean_of = len(made.mean_of) if made.source_mean[0] is None and made.mean_of is not None else None
+    found = (pretrained, made.origin, anchors, anchors_path, before, mean_of, made.units)
+    return Start(plan, target, source, *found, say, verbose, tuple(callbacks))
 
 
-def _task(plan, dataset, recipe, pixels, say):
-    say(f"{dataset.name}: {len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes")
-    mean = recipe.mean_for(dataset.name, pixels)
-    options = {"mean": mean, "skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
-    task = prepare(dataset, preprocessing_of(recipe, pixels), **options)
-    say(f"{dataset.name}: pixels {task.pixels}, {_origin_of_mean(recipe.mean, mean)}")
-    skipped = task.train.skipped + task.test.skipped
+def _backbone_name(plan, network):
+    return network.name if str(plan.weights).endswith(".keras") else plan.backbone
+
+
+def sample_order(split):
+    """A random order of a split's images, so that any first part of it is a fair sample: int64 [n]."""
+    return np.random.default_rng(0).permutation(len(split))
+
+
+def _preparation(plan, recipe, pixels):
+    """How a plan's images are prepared: a `Preprocessing`, and where and how strictly they are decoded."""
+    return preprocessing_of(recipe, pixels), {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+
+
+def _decode(splits, name, say):
+    """Decodes all images of some splits, and says how many were left out."""
+    skipped = [image for split in splits for image in split.images.skipped]
     if skipped:
-        say(f"{dataset.name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
-    return task
+        say(f"{name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
 
 
-def _pretrained(plan, source, say, verbose):
-    """The pre-trained model, and what tells it from others: trained from scratch, downloaded or read."""
+def _shape(plan):
+    return {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+
+
+def _network(plan, source):
+    """The pre-trained model, downloaded or read; with weights "none" that model with random weights."""
     if plan.weights.endswith(".keras"):
-        return models.load_model(plan.weights), "file"
+        return models.load_model(plan.weights)
     classes = len(source.classes) if source is not None else models.head_classes(plan.weights) or 1000
-    shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+    if plan.weights == "none":
+        keras.utils.set_random_seed(0)
+    return models.backbone(plan.backbone, classes, weights=None if plan.weights == "none" else plan.weights, **_shape(plan))
+
+
+def _pretrained(made, source, say, verbose, callbacks):
+    """The pre-trained model: trained from scratch, downloaded or read."""
+    plan, model = made.plan, made.network
     if plan.weights != "none":
-        model = models.backbone(plan.backbone, classes, weights=plan.weights, **shape)
-        return model, "imagenet" if plan.weights == "imagenet" else "file"
-    keras.utils.set_random_seed(0)
-    model = models.backbone(plan.backbone, classes, **shape)
-    identity = {"data": source.digest, "skipped": len(source.train.skipped), "recipe": records.plain(plan.source_recipe.record())}
-    made = {"backbone": plan.backbone, **records.plain(shape), "versions": versions(), "code": RESULTS_VERSION}
-    key = records.run_key({**identity, **made})
-    folder = plan.workdir / "sources" / key
-    path = folder / "weights.safetensors"
-    strategy = make_strategy(plan.distribute)
-    if chief_says(strategy, path.exists):
+        return model
+    path, strategy = made.trained_path, make_strategy(plan.distribute)
+    if chief_says(strategy, path.exists):  # perhaps since a moment ago, for another plan
         models.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
-    else:
-        say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
-        options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
-        options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
-        run = train_source(model, source, plan.source_recipe, **options)
-        if is_chief(strategy):
-            Anchors.of(model, source.pixels).save(path)
-            Checkpoints(folder / "checkpoints").remove()
-        wait_for_chief(strategy)
-        models.load_weights(model, path)  # the same in every worker, to the bit
-        say(f"source model: trained in {run.seconds:.1f} s")
-    return detached_copy(model), "scratch"
+        return detached_copy(model)
+    say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
+    folder = path.parent
+    options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
+    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": callbacks}
+    run = train_source(model, source, plan.source_recipe, **options)
+    if is_chief(strategy):
+        Anchors.of(model, source.pixels).save(path)
+        Checkpoints(folder / "checkpoints").remove()
+    wait_for_chief(strategy)
+    models.load_weights(model, path)  # the same in every worker, to the bit
+    say(f"source model: trained in {run.seconds:.1f} s")
+    return detached_copy(model)
 
 
 def _stored_anchors(plan, pretrained, pixels):
@@ -162,14 +326,38 @@ def _stored_anchors(plan, pretrained, pixels):
     return anchors, path
 
 
-def _source_accuracy(pretrained, source, crops):
-    classes = pretrained.output_shape[-1]
+def _check_classes(network, source):
+    classes = network.output_shape[-1]
     if classes != len(source.classes):
         raise InputError(
             f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
             "give the source data it was trained on, or no --source."
         )
-    return evaluate(pretrained, source, crops=crops)
+
+
+def _source_accuracy(plan, pretrained, source, anchors):
+    """The accuracy of the pre-trained model on the source's test images: measured once, then read."""
+    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.test.skipped), **_seen(source)}
+    key = records.run_key({**identity, "crops": plan.recipe.crops, "versions": versions(), "code": RESULTS_VERSION})
+    path = plan.workdir / "before" / f"{key}.json"
+    if chief_says(make_strategy(plan.distribute), lambda: _is_measured(path)):
+        return read_json(path, f"{path} is damaged")
+    before = evaluate(pretrained, source, crops=plan.recipe.crops)
+    if is_chief(make_strategy(plan.distribute)):
+        write_text(path, json.dumps(before) + "\n")
+    return before
+
+
+def _is_measured(path):
+    try:
+        return path.exists() and {"accuracy", "correct", "total"} <= set(read_json(path, f"{path} is damaged"))
+    except (InputError, TypeError):
+        return False
+
+
+def _seen(task):
+    """How a network sees the images of a task, as a key has it."""
+    return {"preprocessing": records.plain(task.preprocessing), "mean": task.mean.tolist()}
 
 
 def _doubt(before, source, origin):
@@ -197,22 +385,22 @@ def _doubt(before, source, origin):
 
 def _fisher(plan, pretrained, source, anchors, say, verbose):
     """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
-    f = plan.fisher
-    count = len(source.train) if f.images is None else min(f.images, len(source.train))
-    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.train.skipped), "images": count}
+    f, train = plan.fisher, source.train
+    order = sample_order(train.split)[: f.count(len(train.split))]
+    skipped = len(train.sample(order).skipped) if plan.skip_bad_images else 0
+    count = len(order) - skipped
+    identity = {"anchors": anchors.digest, "data": source.digest, "skipped": skipped, "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    seen = {"preprocessing": records.plain(source.preprocessing), "mean": source.mean.tolist(), "code": RESULTS_VERSION}
-    key = records.run_key({**identity, **seen})
+    key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
     strategy = make_strategy(plan.distribute)
     if chief_says(strategy, path.exists):
         say(f"Fisher diagonal: estimated before, read from {path}")
     else:
         say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
-        order = np.random.default_rng(0).permutation(len(source.train))[:count]  # so that any part is a fair sample
-        batches = test_batches(source.train, source.preprocessing, source.mean, batch_size=f.batch, order=order)
         options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": short_name(source.name)}
         if is_chief(strategy):
+            batches = test_batches(train.sample(order), source.preprocessing, source.mean, batch_size=f.batch)
             fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
             fisher.save(path)
             write_histograms(path.parent / "tensorboard" / key, fisher)

@@ -226,7 +226,8 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
                 _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with distribution.scope(strategy):
             metrics = _compile(trained, recipe, jit_compile)
-            options = {"log_every": recipe.log_interval, "iterations": recipe.iterations, "may_stop": bool(callbacks)}
+            options = {"log_every": recipe.log_interval, "iterations": recipe.iterations}
+            options["may_stop"] = any(getattr(callback, "may_stop", True) for callback in callbacks)
             monitor = Monitor(folder.path if writes else None, anchors, **options)
             keeper = Checkpointing(monitor, metrics, recipe.iterations)
             if folder is not None:
@@ -269,7 +270,7 @@ def _identity(model, coverage, task, recipe, seed):
     penalties = {}
     for weight in coverage.weights:
         penalties.setdefault(weight.group, []).append(str(weight))
-    images = hashlib.sha256(task.train.labels.tobytes() + task.train.starts.tobytes()).hexdigest()  # which part of the data set
+    images = hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()  # which part of the data set
     return {
         "recipe": plain(recipe.record()),
         "code": RESULTS_VERSION,

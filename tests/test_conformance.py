@@ -32,7 +32,7 @@ FLOORS = [
     {"engines", "plans", "retention_report"},
     {"runs"},
     {"selection"},
-    {"starts"},
+    {"starts", "forecast"},
     {"experiments", "figures", "cli"},
 ]
 

@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 
+from l2sp_tf.data.digests import file_digests
 from l2sp_tf.errors import InputError
 from l2sp_tf.reading import MAX_IMAGE_BYTES, open_zip, refusing
 
@@ -42,6 +43,7 @@ class Split:
         pixels: uint8 [n, h, w, c] of a set held in memory, otherwise None.
         files: the paths of a set on disk, otherwise None.
         records: the places of the images of a set of TFDS (`tfds_sets.Records`), otherwise None.
+        memory: the file that remembers the digests of `files`, as `file_digests` takes it, or None.
     """
 
     names: tuple
@@ -49,6 +51,7 @@ class Split:
     pixels: np.ndarray | None = None
     files: tuple | None = None
     records: object | None = None
+    memory: pathlib.Path | None = None
 
     def __post_init__(self):
         given = [images for images in (self.pixels, self.files, self.records) if images is not None]
@@ -69,6 +72,7 @@ class Split:
             pixels=None if self.pixels is None else self.pixels[positions],
             files=None if self.files is None else tuple(self.files[i] for i in positions),
             records=None if self.records is None else self.records.take(positions),
+            memory=self.memory,
         )
 
     def read(self, i):
@@ -77,6 +81,19 @@ class Split:
             return self.records.read(i)
         with self.files[i].open("rb") as file:
             return file.read(MAX_IMAGE_BYTES + 1)
+
+    @functools.cached_property
+    def digests(self):
+        """Of files the size and the sha256 of each one: a list of pairs. They are read when this is first asked for."""
+        return file_digests(self.files, self.memory)
+
+    @functools.cached_property
+    def keys(self):
+        """For each image 16 bytes that tell its content from that of others."""
+        if self.files is not None:
+            return [digest[:16] for _, digest in self.digests]
+        kind, images = ("array", self.pixels) if self.records is None else ("record", self.records.prints)
+        return [hashlib.sha256(repr((kind, image.shape)).encode() + image.tobytes()).digest()[:16] for image in images]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,8 +110,8 @@ class Dataset:
         """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, wherever it lies.
 
         Of images on disk their bytes and their places <class>/<file> count. They are read
-        when the digest is first asked for. Of records 64 bits of a hash of their bytes count,
-        which were taken when the set was first loaded.
+        when the digest is first asked for, unless they were read before (`digests.file_digests`).
+        Of records 64 bits of a hash of their bytes count, which were taken when the set was first loaded.
         """
         sha = hashlib.sha256(repr(self.classes).encode())
         for split in (self.train, self.test):
@@ -104,10 +121,8 @@ class Dataset:
             elif split.records is not None:
                 sha.update(split.records.prints.tobytes())
             else:
-                for path in split.files:
-                    with path.open("rb") as file:
-                        content = hashlib.file_digest(file, "sha256").hexdigest()
-                        sha.update(repr((path.parts[-2:], file.tell(), content)).encode())
+                for path, (size, content) in zip(split.files, split.digests, strict=True):
+                    sha.update(repr((path.parts[-2:], size, content.hex())).encode())
         return sha.hexdigest()
 
     def characteristics(self):
@@ -171,7 +186,8 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
         protocol: "paper" or "authors"; they differ in Caltech 256 only.
         data_dir: where TFDS keeps its sets; None for its own default.
         cache_dir: where zips are unpacked and the indices of TFDS sets are kept, once each; by
-            default a folder of the user's among the temporary files.
+            default a folder of the user's among the temporary files. If it is given, the digests of a
+            folder's files are remembered there too.
 
     Returns:
         A Dataset. Classes and files are sorted by name, the images of a set of TFDS as they lie there.
@@ -202,7 +218,8 @@ def _load_files(spec, cache_dir):
         raise InputError(f"no data set was named: give {ACCEPTED}")
     path = pathlib.Path(spec).expanduser()
     if path.is_dir():
-        return _from_files(str(spec), path, _layout(_folder_entries(path), path))
+        memory = None if cache_dir is None else pathlib.Path(cache_dir) / "digests.index"
+        return _from_files(str(spec), path, _layout(_folder_entries(path), path), memory=memory)
     archive = next((part for part in (*reversed(path.parents), path) if part.is_file()), None)
     if archive is None and TFDS_NAME.fullmatch(str(spec)):
         return None
@@ -338,7 +355,7 @@ def _some(names, limit=5):
     return (", ".join(names[:limit]) or "none") + more
 
 
-def _from_files(name, root, layout, shown=None):
+def _from_files(name, root, layout, shown=None, memory=None):
     """The data set of a checked layout whose files lie under `root`; messages say `shown` for it."""
     shown = root if shown is None else shown
     classes = tuple(sorted(layout["train"]))
@@ -349,6 +366,7 @@ def _from_files(name, root, layout, shown=None):
             names=tuple(f"{shown}/{which}/{c}/{file}" for _, c, file in places),
             labels=np.array([label for label, _, _ in places], np.int32),
             files=tuple(root / which / c / file for _, c, file in places),
+            memory=memory,
         )
 
     return Dataset(name, classes, split("train"), split("test"))
@@ -368,7 +386,7 @@ def _zip(name, archive, path, cache_dir):
         if not folder.is_dir():
             with refusing(f"{archive} is damaged", "copy it again"):
                 _extract(file, members, layout, folder)
-    return _from_files(name, folder, layout, shown=path)
+    return _from_files(name, folder, layout, shown=path, memory=cache_dir / "digests.index")
 
 
 def _with_folders(names):

@@ -1,26 +1,15 @@
-"""The tf.data pipeline: every image is decoded once, before training, and then streamed."""
+"""The tf.data pipeline: images that were decoded before are streamed, as they are or augmented."""
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import mmap
-import os
-import pathlib
 
 import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.data import images as ops
-from l2sp_tf.data.datasets import default_cache_dir
+from l2sp_tf.data.decoding import Images, Undecoded
 from l2sp_tf.errors import InputError
-from l2sp_tf.files import atomic_path
-from l2sp_tf.memory import shared_tensor
 from l2sp_tf.pixels import PixelFormat
-from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS
-
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-DECODE_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,134 +52,12 @@ class Preprocessing:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Images:
-    """Decoded images.
-
-    Attributes:
-        pixels: uint8 in RGB order, an array or a memory-mapped file: [n, size, size, 3], or, of images
-            with sides of their own, [pixels in all, 3], one image after the other.
-        labels: int32 [n].
-        skipped: the names of the images that were left out because they could not be decoded.
-        sides: int64 [n, 2], the height and width of each image; None where `pixels` tells them.
-        starts: int64 [n], where each image begins, counted in pixels; None where one follows the other.
-    """
-
-    pixels: np.ndarray
-    labels: np.ndarray
-    skipped: tuple = ()
-    sides: np.ndarray | None = None
-    starts: np.ndarray | None = None
-
-    def __post_init__(self):
-        if self.sides is None:
-            object.__setattr__(self, "sides", np.tile(np.int64(self.pixels.shape[1:3]), (len(self.pixels), 1)))
-        if self.starts is None:
-            starts = np.cumsum(self.sides.prod(axis=1)) - self.sides.prod(axis=1)
-            object.__setattr__(self, "starts", starts.astype(np.int64))
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, index):
-        """The pixels of one image: uint8 [h, w, 3]."""
-        height, width = self.sides[index]
-        first = self.starts[index]
-        return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
-
-    def take(self, positions):
-        """The images at `positions` alone, in that order; the pixels are shared."""
-        labels, sides, starts = (array[positions] for array in (self.labels, self.sides, self.starts))
-        return Images(self.pixels, labels, self.skipped, sides, starts)
-
-    @functools.cached_property
-    def reader(self):
-        """A `_Reader` of these images."""
-        return _Reader(self)
-
-
-class _Reader:
-    """Reads whole images or parts of them inside a tf.data map."""
-
-    def __init__(self, images):
-        with tf.device("CPU:0"):
-            self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
-            self._starts, self._sides = tf.constant(images.starts), tf.constant(images.sides)
-
-    def sides(self, indices):
-        """The height and width of each image: int64 [b, 2]."""
-        return tf.gather(self._sides, indices)
-
-    def window(self, indices, rows, columns):
-        """The pixels of each image [b] in its own rows [b, h] and columns [b, w]: uint8 [b, h, w, 3]."""
-        rows = tf.gather(self._starts, indices)[:, None] + rows * self.sides(indices)[:, 1:]
-        return tf.gather(self._pixels, rows[:, :, None] + columns[:, None, :])
-
-    def whole(self, index):
-        """One image: uint8 [h, w, 3]."""
-        height, width = tf.unstack(self._sides[index])
-        first = self._starts[index]
-        return tf.reshape(self._pixels[first : first + height * width], tf.stack([height, width, 3]))
-
-
-def decode(
-    split,
-    size,
-    *,
-    mode="squash",
-    filter="area",
-    skip_bad_images=False,
-    progress=None,
-    memory_limit_bytes=2**31,
-    cache_dir=None,
-):
-    """Reads and decodes every image of a split, makes it three-channel and resizes it.
-
-    Args:
-        split: a Split.
-        size: the side of the result, or its shorter side.
-        mode, filter: as `resize` takes them.
-        skip_bad_images: leave out what cannot be decoded, instead of raising.
-        progress: called with (images done, images in all) from time to time.
-        memory_limit_bytes: a larger result lies in a file, which is mapped into memory.
-        cache_dir: the folder of that file; by default that of `load_dataset`.
-
-    Returns:
-        Images, in the order of the split.
-
-    Raises:
-        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or
-            would have more than 178,956,970 pixels before or after it is resized; or a class has no image left.
-        OSError: a file cannot be read, or the cache cannot be written.
-    """
-    _check_count("size", size)
-    ops.check_resize(mode, filter)
-    how = (size, mode, filter)
-    chunks = _decoded_files(split, how) if split.pixels is None else _decoded_arrays(split, how)
-    kept, bad = [], []
-    with _store(split, how, memory_limit_bytes, cache_dir) as store:
-        for first, last, pixels, reasons in chunks:
-            bad.extend(reasons.items())
-            kept.extend(i for i in range(first, last) if i not in reasons)
-            if not bad or skip_bad_images:
-                store.append(pixels)
-            if progress is not None:
-                progress(last, len(split))
-        if bad and not skip_bad_images:
-            raise InputError(_bad_images_message(split, bad))
-        _check_every_class_is_left(split, kept)
-    pixels, sides = store.pixels(), np.array(store.sides, np.int64)
-    if mode == "squash":
-        pixels = pixels.reshape(-1, size, size, 3)
-    return Images(pixels, np.asarray(split.labels[kept], np.int32), tuple(split.names[i] for i, _ in bad), sides)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class Task:
     """A data set that is ready to train and test on.
 
     Attributes:
         name, classes, digest: of the data set.
-        train, test: Images.
+        train, test: Images, or Undecoded ones.
         mean: float32 [3] in RGB order, by default the mean of the training images, subtracted from all.
         preprocessing: a Preprocessing.
     """
@@ -198,8 +65,8 @@ class Task:
     name: str
     classes: tuple
     digest: str
-    train: Images
-    test: Images
+    train: Images | Undecoded
+    test: Images | Undecoded
     mean: np.ndarray
     preprocessing: Preprocessing
 
@@ -209,14 +76,19 @@ class Task:
         return self.preprocessing.pixels.with_mean([float(str(value)) for value in self.mean])  # 0.1, not 0.10000000149
 
 
-def prepare(dataset, preprocessing, *, mean=None, skip_bad_images=False, progress=None, cache_dir=None):
-    """Decodes a Dataset for a Preprocessing, and computes the mean of its training images if none is given.
+def prepare(dataset, preprocessing, *, mean=None, mean_of=None, train=None, **options):
+    """Makes a Dataset ready for a Preprocessing, and computes the mean of its training images if none is given.
+
+    A split is decoded when it is first used: training images here if their mean is wanted, the others by what trains
+    or tests on them.
 
     Args:
         dataset: a Dataset.
         preprocessing: a Preprocessing.
         mean: three numbers in RGB order, subtracted from all images; None for that of the training images.
-        skip_bad_images, progress, cache_dir: as in `decode`.
+        mean_of: int64 [k], the positions of the training images whose mean is taken; None for all.
+        train: what `undecoded` made of the training images before, if it did.
+        options: skip_bad_images, progress and cache_dir, as in `decode`.
 
     Returns:
         A Task.
@@ -224,11 +96,24 @@ def prepare(dataset, preprocessing, *, mean=None, skip_bad_images=False, progres
     Raises:
         InputError, OSError: as in `decode`.
     """
-    options = {"skip_bad_images": skip_bad_images, "progress": progress, "cache_dir": cache_dir}
-    options |= {"mode": preprocessing.resize_mode, "filter": preprocessing.resize_filter}
-    train, test = (decode(split, preprocessing.resize, **options) for split in (dataset.train, dataset.test))
-    mean = channel_mean(train) if mean is None else np.asarray(mean, np.float32)
+    train = undecoded(dataset.train, preprocessing, **options) if train is None else train
+    test = undecoded(dataset.test, preprocessing, **options)
+    if mean is None:
+        mean = channel_mean(train.images if mean_of is None else train.sample(mean_of))
+    mean = np.asarray(mean, np.float32)
     return Task(dataset.name, dataset.classes, dataset.digest, train, test, mean, preprocessing)
+
+
+def undecoded(split, preprocessing, **options):
+    """The images of a Split as a Preprocessing wants them, decoded when they are first used: `Undecoded`.
+
+    Args:
+        split: a Split.
+        preprocessing: a Preprocessing.
+        options: as in `decode`.
+    """
+    p = preprocessing
+    return Undecoded(split, p.resize, mode=p.resize_mode, filter=p.resize_filter, **options)
 
 
 def channel_mean(images):
@@ -423,151 +308,3 @@ def _ordered(x, preprocessing):
     if pixels.scale != (1.0, 1.0, 1.0):
         x = x * tf.constant(pixels.scale, tf.float32)
     return x[..., ::-1] if pixels.channel_order == "bgr" else x
-
-
-def _decoded_arrays(split, how):
-    """Yields (first, last, uint8 [last - first, h, w, 3], {}) over the images of an array."""
-    for first in range(0, len(split), DECODE_BATCH):
-        last = min(first + DECODE_BATCH, len(split))
-        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), *how).numpy(), {}
-
-
-def _decoded_files(split, how):
-    """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
-    if split.files is not None:
-        # a file too large for an image gets a name that cannot be read, and is told from others in the second try
-        source = [os.fsencode(path) if path.stat().st_size <= MAX_IMAGE_BYTES else b"" for path in split.files]
-        read = tf.io.read_file
-    else:
-        source = np.arange(len(split))
-        read = lambda i: tf.ensure_shape(tf.numpy_function(split.read, [i], tf.string, stateful=False), [])  # noqa: E731
-    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(split)), source))
-
-    @tf.autograph.experimental.do_not_convert
-    def make(i, place):
-        return i, _decode_bytes(read(place), *how)
-
-    dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-    first, decoded = 0, {}
-    for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
-        decoded[int(i)] = pixels
-        if len(decoded) == DECODE_BATCH:
-            yield first, int(i) + 1, *_with_second_try(split, how, first, int(i) + 1, decoded)
-            first, decoded = int(i) + 1, {}
-    if first < len(split):
-        yield first, len(split), *_with_second_try(split, how, first, len(split), decoded)
-
-
-def _with_second_try(split, how, first, last, decoded):
-    """Reads again the files first..last-1 that the parallel pass dropped, to learn why."""
-    reasons = {}
-    for i in range(first, last):
-        if i not in decoded:
-            content = split.read(i)  # raises OSError where the disk is at fault and not the image
-            try:
-                if len(content) <= MAX_IMAGE_BYTES:
-                    decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
-                    continue
-            except tf.errors.InvalidArgumentError:
-                pass
-            reasons[i] = _reason(content)
-    return [decoded[i] for i in range(first, last) if i in decoded], reasons
-
-
-@tf.function(autograph=False)
-def _decode_bytes(content, size, mode, filter):
-    """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
-    is_jpeg = tf.io.is_jpeg(content)
-    sides = tf.cond(is_jpeg, lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
-    long = tf.cast(sides, tf.int64)
-    count = tf.reduce_prod(long)
-    if mode == "shorter_side":  # a line of pixels would become a long band
-        count = tf.maximum(count, tf.reduce_max(long) * size // tf.reduce_min(long) * size)
-    checks = [
-        tf.debugging.assert_positive(sides),
-        tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
-    ]
-    with tf.control_dependencies(checks):  # the pixels of a huge image are never made
-        content = tf.identity(content)
-    image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
-    return ops.resize(image, size, mode, filter)
-
-
-def _png_sides(content):
-    """Height and width from the header of a PNG: int32 [2]."""
-    is_png = tf.equal(tf.strings.substr(content, 0, 8), PNG_SIGNATURE)
-    is_whole = tf.strings.length(content) >= 24  # else the error of substr below quotes the bytes, and cannot be decoded itself
-    with tf.control_dependencies([tf.debugging.Assert(is_png & is_whole, ["neither JPEG nor PNG"])]):
-        return tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.int32, little_endian=False)[::-1]
-
-
-def _reason(content):
-    if not content:
-        return "empty"
-    if not content.startswith((b"\xff\xd8\xff", PNG_SIGNATURE)):
-        return "neither a JPEG nor a PNG"
-    return "truncated, damaged or too large"
-
-
-def _bad_images_message(split, bad):
-    shown = "; ".join(f"{split.names[i]} ({reason})" for i, reason in bad[:3])
-    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-    return (
-        f"{len(bad)} of {len(split)} images cannot be decoded: {shown}{more}. "
-        "Repair or remove them, or leave them out with --skip_bad_images"
-    )
-
-
-def _check_every_class_is_left(split, kept):
-    lost = np.setdiff1d(split.labels, split.labels[kept])
-    if lost.size:
-        example = split.names[int(np.flatnonzero(split.labels == lost[0])[0])]
-        raise InputError(f"{lost.size} classes have no image that can be decoded, among them that of {example}")
-
-
-@contextlib.contextmanager
-def _store(split, how, memory_limit_bytes, cache_dir):
-    """Yields where to append the pixels of a split: memory, or a file that appears when all are written."""
-    identity = hashlib.sha256(repr((split.names, *how)).encode()).hexdigest()[:16]
-    path = pathlib.Path(default_cache_dir() if cache_dir is None else cache_dir) / f"pixels-{identity}.uint8"
-    size, mode, _ = how
-    needed = len(split) * size * size * 3
-    if mode == "shorter_side":
-        needed = max(needed, memory_limit_bytes)  # not known yet
-    with contextlib.ExitStack() as stack:
-        yield _Store(path, needed if needed <= memory_limit_bytes else 0, stack)
-
-
-class _Store:
-    """Pixels one image after the other: in memory up to its capacity, in a file as soon as it is exceeded."""
-
-    def __init__(self, path, capacity, stack):
-        self.sides, self._bytes = [], 0
-        self._path, self._stack, self._file = path, stack, None
-        # pages that are not written take no memory, and are aligned so that tensors can share them
-        self._memory = np.frombuffer(mmap.mmap(-1, max(1, capacity)), np.uint8)[:capacity]
-
-    def append(self, images):
-        for image in images:
-            end = self._bytes + image.size
-            if self._file is None and end > len(self._memory):
-                self._open_file()
-            if self._file is None:
-                self._memory[self._bytes : end] = image.reshape(-1)
-            else:
-                # written, not mapped: a full disk then raises OSError, where a mapping would kill the process
-                self._file.write(image.tobytes())
-            self.sides.append(image.shape[:2])
-            self._bytes = end
-
-    def _open_file(self):
-        self._file = self._stack.enter_context(self._stack.enter_context(atomic_path(self._path)).open("wb"))
-        self._file.write(self._memory[: self._bytes])
-        self._memory = None
-
-    def pixels(self):
-        """uint8 [pixels in all, 3], once the file has its name."""
-        if self._file is None:
-            return self._memory[: self._bytes].reshape(-1, 3)
-        # copy-on-write, as only writable memory can be shared with tensors; nobody writes to it
-        return np.memmap(self._path, np.uint8, mode="c", shape=(self._bytes // 3, 3))

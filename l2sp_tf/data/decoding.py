@@ -1,0 +1,358 @@
+"""Decoding: the images of a split as pixels of one size, as many of them as are used, each once."""
+
+import dataclasses
+import functools
+import mmap
+import os
+
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.data import images as ops
+from l2sp_tf.data.datasets import default_cache_dir
+from l2sp_tf.data.store import PixelStore
+from l2sp_tf.errors import InputError
+from l2sp_tf.memory import shared_tensor
+from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+DECODE_BATCH = 64
+MEMORY_LIMIT_BYTES = 2**26  # decoded in a second or so: not worth a file
+MEASURED_IMAGES = 100  # whose headers tell how large a split becomes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """Decoded images.
+
+    Attributes:
+        pixels: uint8 in RGB order: [n, size, size, 3], or, of images with sides of their own and of those
+            in a mapped `PixelStore`, [pixels in all, 3].
+        labels: int32 [n].
+        skipped: the names of the images that were left out because they could not be decoded.
+        sides: int64 [n, 2], the height and width of each image; None where `pixels` tells them.
+        starts: int64 [n], where each image begins, counted in pixels; None where one follows the other.
+        places: int64 [n], where each would begin if one followed the other: tells which part of a split these
+            are, wherever their pixels lie.
+    """
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    skipped: tuple = ()
+    sides: np.ndarray | None = None
+    starts: np.ndarray | None = None
+    places: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.sides is None:
+            object.__setattr__(self, "sides", np.tile(np.int64(self.pixels.shape[1:3]), (len(self.pixels), 1)))
+        if self.places is None:
+            places = np.cumsum(self.sides.prod(axis=1)) - self.sides.prod(axis=1)
+            object.__setattr__(self, "places", places.astype(np.int64))
+        if self.starts is None:
+            object.__setattr__(self, "starts", self.places)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        """The pixels of one image: uint8 [h, w, 3]."""
+        height, width = self.sides[index]
+        first = self.starts[index]
+        return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
+
+    def take(self, positions):
+        """The images at `positions` alone, in that order; the pixels are shared."""
+        labels, *rest = (array[positions] for array in (self.labels, self.sides, self.starts, self.places))
+        return Images(self.pixels, labels, self.skipped, *rest)
+
+    @functools.cached_property
+    def reader(self):
+        """A `_Reader` of these images."""
+        return _Reader(self)
+
+
+class _Reader:
+    """Reads whole images or parts of them inside a tf.data map."""
+
+    def __init__(self, images):
+        with tf.device("CPU:0"):
+            self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
+            self._starts, self._sides = tf.constant(images.starts), tf.constant(images.sides)
+
+    def sides(self, indices):
+        """The height and width of each image: int64 [b, 2]."""
+        return tf.gather(self._sides, indices)
+
+    def window(self, indices, rows, columns):
+        """The pixels of each image [b] in its own rows [b, h] and columns [b, w]: uint8 [b, h, w, 3]."""
+        rows = tf.gather(self._starts, indices)[:, None] + rows * self.sides(indices)[:, 1:]
+        return tf.gather(self._pixels, rows[:, :, None] + columns[:, None, :])
+
+    def whole(self, index):
+        """One image: uint8 [h, w, 3]."""
+        height, width = tf.unstack(self._sides[index])
+        first = self._starts[index]
+        return tf.reshape(self._pixels[first : first + height * width], tf.stack([height, width, 3]))
+
+
+class Undecoded:
+    """The images of a split, which are decoded when something of them is asked for; then it is as their `Images`.
+
+    Args:
+        split: a Split.
+        size, options: as `decode` takes them.
+    """
+
+    def __init__(self, split, size, **options):
+        self.split, self._size, self._options = split, size, options
+        self._skips = options.get("skip_bad_images", False)
+
+    @functools.cached_property
+    def images(self):
+        """All of them, decoded: `Images`."""
+        return decode(self.split, self._size, **self._options)
+
+    @property
+    def skipped(self):
+        """As in `Images`; where a bad image raises, nothing needs to be decoded to tell."""
+        return self.images.skipped if self._skips else ()
+
+    @property
+    def labels(self):
+        """As in `Images`, and as `skipped`."""
+        return self.images.labels if self._skips else np.asarray(self.split.labels, np.int32)
+
+    def sample(self, positions):
+        """The images at some positions of the split, decoded alone unless all were decoded before: `Images`."""
+        if "images" in self.__dict__ and not self.images.skipped:
+            return self.images.take(positions)
+        return decode(self.split.take(positions), self._size, **self._options, every_class=False)
+
+    def __len__(self):
+        return len(self.images if self._skips else self.split)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+    def __getattr__(self, name):
+        if name.startswith("_"):  # asked for by copying and pickling, before there is anything
+            raise AttributeError(name)
+        return getattr(self.images, name)
+
+
+def decode(
+    split,
+    size,
+    *,
+    mode="squash",
+    filter="area",
+    skip_bad_images=False,
+    progress=None,
+    memory_limit_bytes=MEMORY_LIMIT_BYTES,
+    cache_dir=None,
+    every_class=True,
+):
+    """Reads and decodes every image of a split, makes it three-channel and resizes it.
+
+    A result that is not small lies in the `PixelStore` of the cache folder, mapped into memory: an image that any process has
+    decoded there in this way is not decoded again, in whatever split it is.
+
+    Args:
+        split: a Split.
+        size: the side of the result, or its shorter side.
+        mode, filter: as `resize` takes them.
+        skip_bad_images: leave out what cannot be decoded, instead of raising.
+        progress: called with (images done, images to decode) from time to time.
+        memory_limit_bytes: the most that is decoded into memory, once for each process.
+        cache_dir: the folder of the store; by default that of `load_dataset`.
+        every_class: whether a class without an image left is refused.
+
+    Returns:
+        Images, in the order of the split.
+
+    Raises:
+        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or
+            would have more than 178,956,970 pixels before or after it is resized; or a class has no image left.
+        OSError: a file cannot be read, or the cache cannot be written.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
+        raise InputError(f"size is {size!r}: it must be a positive integer")
+    ops.check_resize(mode, filter)
+    how = (int(size), mode, filter)
+    progress = progress or (lambda done, count: None)
+    if decoded_bytes(split, size, mode) <= memory_limit_bytes:
+        pixels, starts, sides, bad = _into_memory(split, how, progress)
+    else:
+        store = PixelStore(default_cache_dir() if cache_dir is None else cache_dir, how)
+        bad = _into_store(store, split, how, progress)
+        pixels, starts, sides = store.read([key for i, key in enumerate(split.keys) if i not in bad])
+    if bad and not skip_bad_images:
+        raise InputError(_bad_images_message(split, bad))
+    kept = [i for i in range(len(split)) if i not in bad]
+    if every_class:
+        _check_every_class_is_left(split, kept)
+    if mode == "squash" and starts is None:
+        pixels = pixels.reshape(-1, size, size, 3)
+    labels = np.asarray(split.labels[kept], np.int32)
+    return Images(pixels, labels, tuple(split.names[i] for i in sorted(bad)), sides, starts)
+
+
+def decoded_bytes(split, size, mode="squash"):
+    """How many bytes the decoded images of a split take; with "shorter_side" of large splits about so many."""
+    count = len(split) * size * size * 3
+    if mode == "squash" or not len(split):
+        return count
+    places = np.unique(np.linspace(0, len(split) - 1, MEASURED_IMAGES).round().astype(int))
+    sides = [split.pixels.shape[1:3] if split.pixels is not None else _sides(split.read(i)) for i in places]
+    areas = [int(np.prod([side * size // min(pair) for side in pair])) for pair in sides if min(pair) > 0]
+    return int(np.sum(areas) * 3 * len(split) / len(places))
+
+
+def _sides(content):
+    """Height and width as the header of a JPEG or PNG has them; zeros where it has none."""
+    try:
+        return tuple(int(side) for side in _header(tf.constant(content)))
+    except tf.errors.InvalidArgumentError:
+        return 0, 0
+
+
+def _into_memory(split, how, progress):
+    """Decodes a split into memory: pixels [pixels in all, 3], None, sides [n, 2], and {index: reason} of the bad images."""
+    kept, bad = [], {}
+    for _, last, pixels, reasons in _decoded(split, how):
+        kept.extend(pixels)
+        bad |= reasons
+        progress(last, len(split))
+    size = sum(image.size for image in kept)
+    memory = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)[:size]  # aligned so that tensors can share it
+    if kept:
+        np.concatenate([image.reshape(-1) for image in kept], out=memory)
+    return memory.reshape(-1, 3), None, np.array([image.shape[:2] for image in kept], np.int64).reshape(-1, 2), bad
+
+
+def _into_store(store, split, how, progress):
+    """Decodes what of a split is not in the store yet, and returns {index: reason} of the bad images."""
+    if not store.missing(split.keys):
+        return {}
+    bad = {}
+    with store.writing():
+        missing = set(store.missing(split.keys))  # another process may have stored some while this one waited
+        first = {key: i for i, key in reversed(list(enumerate(split.keys))) if key in missing}
+        places = sorted(first.values())
+        part = split.take(places)
+        for begin, end, pixels, reasons in _decoded(part, how) if places else ():
+            keys = [split.keys[places[i]] for i in range(begin, end) if i not in reasons]
+            store.append(keys, list(pixels))
+            bad |= {split.keys[places[i]]: reason for i, reason in reasons.items()}
+            progress(end, len(part))
+    return {i: bad[key] for i, key in enumerate(split.keys) if key in bad}
+
+
+def _decoded(split, how):
+    """Yields (first, last, pixels, {index: reason}) over a split, of which nothing else is decoded."""
+    return _decoded_files(split, how) if split.pixels is None else _decoded_arrays(split, how)
+
+
+def _decoded_arrays(split, how):
+    """Yields (first, last, uint8 [last - first, h, w, 3], {}) over the images of an array."""
+    for first in range(0, len(split), DECODE_BATCH):
+        last = min(first + DECODE_BATCH, len(split))
+        yield first, last, ops.resize(ops.to_three_channels(split.pixels[first:last]), *how).numpy(), {}
+
+
+def _decoded_files(split, how):
+    """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
+    if split.files is not None:
+        # a file too large for an image gets a name that cannot be read, and is told from others in the second try
+        source = [os.fsencode(path) if path.stat().st_size <= MAX_IMAGE_BYTES else b"" for path in split.files]
+        read = tf.io.read_file
+    else:
+        source = np.arange(len(split))
+        read = lambda i: tf.ensure_shape(tf.numpy_function(split.read, [i], tf.string, stateful=False), [])  # noqa: E731
+    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(split)), source))
+
+    @tf.autograph.experimental.do_not_convert
+    def make(i, place):
+        return i, _decode_bytes(read(place), *how)
+
+    dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    first, decoded = 0, {}
+    for i, pixels in dataset.ignore_errors(log_warning=False).prefetch(DECODE_BATCH).as_numpy_iterator():
+        decoded[int(i)] = pixels
+        if len(decoded) == DECODE_BATCH:
+            yield first, int(i) + 1, *_with_second_try(split, how, first, int(i) + 1, decoded)
+            first, decoded = int(i) + 1, {}
+    if first < len(split):
+        yield first, len(split), *_with_second_try(split, how, first, len(split), decoded)
+
+
+def _with_second_try(split, how, first, last, decoded):
+    """Reads again the files first..last-1 that the parallel pass dropped, to learn why."""
+    reasons = {}
+    for i in range(first, last):
+        if i not in decoded:
+            content = split.read(i)  # raises OSError where the disk is at fault and not the image
+            try:
+                if len(content) <= MAX_IMAGE_BYTES:
+                    decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
+                    continue
+            except tf.errors.InvalidArgumentError:
+                pass
+            reasons[i] = _reason(content)
+    return [decoded[i] for i in range(first, last) if i in decoded], reasons
+
+
+@tf.function(autograph=False)
+def _decode_bytes(content, size, mode, filter):
+    """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
+    is_jpeg, sides = tf.io.is_jpeg(content), _header(content)
+    long = tf.cast(sides, tf.int64)
+    count = tf.reduce_prod(long)
+    if mode == "shorter_side":  # a line of pixels would become a long band
+        count = tf.maximum(count, tf.reduce_max(long) * size // tf.reduce_min(long) * size)
+    checks = [
+        tf.debugging.assert_positive(sides),
+        tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
+    ]
+    with tf.control_dependencies(checks):  # the pixels of a huge image are never made
+        content = tf.identity(content)
+    image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
+    return ops.resize(image, size, mode, filter)
+
+
+def _header(content):
+    """Height and width from the header of a JPEG or PNG: int32 [2]."""
+    return tf.cond(tf.io.is_jpeg(content), lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
+
+
+def _png_sides(content):
+    """Height and width from the header of a PNG: int32 [2]."""
+    is_png = tf.equal(tf.strings.substr(content, 0, 8), PNG_SIGNATURE)
+    is_whole = tf.strings.length(content) >= 24  # else the error of substr below quotes the bytes, and cannot be decoded itself
+    with tf.control_dependencies([tf.debugging.Assert(is_png & is_whole, ["neither JPEG nor PNG"])]):
+        return tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.int32, little_endian=False)[::-1]
+
+
+def _reason(content):
+    if not content:
+        return "empty"
+    if not content.startswith((b"\xff\xd8\xff", PNG_SIGNATURE)):
+        return "neither a JPEG nor a PNG"
+    return "truncated, damaged or too large"
+
+
+def _bad_images_message(split, bad):
+    shown = "; ".join(f"{split.names[i]} ({bad[i]})" for i in sorted(bad)[:3])
+    more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"{len(bad)} of {len(split)} images cannot be decoded: {shown}{more}. "
+        "Repair or remove them, or leave them out with --skip_bad_images"
+    )
+
+
+def _check_every_class_is_left(split, kept):
+    lost = np.setdiff1d(split.labels, split.labels[kept])
+    if lost.size:
+        example = split.names[int(np.flatnonzero(split.labels == lost[0])[0])]
+        raise InputError(f"{lost.size} classes have no image that can be decoded, among them that of {example}")
