@@ -9,14 +9,15 @@ import time
 import keras
 import numpy as np
 
-from l2sp_tf import distribution, records
+from l2sp_tf import configuration, distribution, records
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.checkpoints import Checkpoints
+from l2sp_tf.checks import check_plans
 from l2sp_tf.data import test_batches
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
-from l2sp_tf.files import link_or_copy
+from l2sp_tf.files import link_or_copy, write_text
 from l2sp_tf.proximal import frozen_share
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.selection import Candidate, Selection, fold_tasks
@@ -54,10 +55,12 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         OSError: a workdir cannot be written.
     """
     for plan in plans:
-        list(plan.runs())  # a bad strength is told before any work is done
         say, verbose = _share(plan, engine, say, verbose)
+    check_plans(plans)
     options = {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say}
-    starts = [_start_of(plan, say, verbose) for plan in plans]
+    # what needs no training comes first, so that its mistakes are told before a source model is trained
+    ready = {plan.start_key(): _start_of(plan, say, verbose) for plan in sorted(plans, key=lambda p: p.weights == "none")}
+    starts = [ready[plan.start_key()] for plan in plans]
     for plan, start in zip(plans, starts, strict=True):
         if max(plan.frozen or (0,)) > max(start.units - 1, 0):
             most = max(start.units - 1, 0)
@@ -147,6 +150,7 @@ def _run(start, plan, setting, selection, say, verbose):
     options |= {"strategy": strategy, "jit_compile": plan.jit_compile}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
+        write_text(path.parent / "config.toml", configuration.text_of(plan, setting))
     if setting.fold is not None:
         record = _run_fold(fold_tasks(start.target, plan.folds)[setting.fold], start, setting, recipe, options)
     else:

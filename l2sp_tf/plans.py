@@ -162,10 +162,10 @@ class Plan:
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
     def _check_values(self):
-        if self.folds == 1:
-            raise InputError("folds is 1: give at least 2, or 0 for no cross-validation.")
         for name, least in (("folds", 0), ("checkpoint_every", 0)):
             fields.whole(name, getattr(self, name), least)
+        if self.folds == 1:
+            raise InputError("folds is 1: give at least 2, or 0 for no cross-validation.")
         for name, least in (("per_class", 1), ("subset_seed", 0)):
             if getattr(self, name) is not None:
                 fields.whole(name, getattr(self, name), least)

@@ -30,7 +30,7 @@ FLOORS = [
     {"monitor"},
     {"training"},
     {"engines", "plans", "retention_report", "selection"},
-    {"starts"},
+    {"checks", "configuration", "interruption", "starts"},
     {"experiments", "figures", "cli"},
 ]
 
