@@ -60,7 +60,7 @@ def _check_weights(plan):
         raise InputError(f"{plan.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
     if any(side not in (None, crop) for side in sides):
         raise InputError(
-            f"{plan.weights} takes images of {'x'.join(map(str, sides))} pixels, but crop is {crop}: "
+            f"{plan.weights} takes images of {'x'.join(str(side or 'any') for side in sides)} pixels, but crop is {crop}: "
             "leave --crop out, or give a model of that size."
         )
 

@@ -355,8 +355,9 @@ def test_help_lists_every_flag_once_under_a_heading(monkeypatch):
     text = result.stdout
     assert result.returncode == 0
     monkeypatch.syspath_prepend(str(ROOT))
-    import train
     from test_docs import flags_of
+
+    import train
 
     named = [name for names in train.GROUPS.values() for name in names]
     assert sorted(named) == sorted(flags_of("train.py"))
