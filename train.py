@@ -186,6 +186,9 @@ def main(argv):
     plans, began = plans_from_flags(), time.time()
     for name, reason in unused(flag_values(), {name for name in flag_values() if FLAGS[name].present}, plans):
         warnings.warn(f"--{name} is ignored: {reason}", stacklevel=1)
+    if FLAGS.crop is None:
+        for weights, recipe in {plan.weights: plan.recipe for plan in plans if plan.weights.endswith(".keras")}.items():
+            print(f"{weights}: images are resized to {recipe.resize} and cropped to {recipe.crop} pixels")
     options = {"engine": FLAGS.engine, "cpus": FLAGS.run_cpus, "gpus": FLAGS.run_gpus, "dry_run": FLAGS.dry_run}
     try:
         records = run_plans(plans, **options, estimate=True, verbose=1 if sys.stdout.isatty() else 0)

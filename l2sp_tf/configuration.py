@@ -54,17 +54,22 @@ def default_workdir(targets):
     """The folder of a task that was given none: runs/ and the name of its data set."""
     names = []
     for target in targets:
-        name, _, count = target.rpartition("@")
-        path = pathlib.PurePath(name if name and count.isdigit() else target)
+        path = pathlib.PurePath(_counted(target)[0])
         name = "digits" if str(path) == DIGITS[1] else path.name.removesuffix(".zip")
         names.append(name or "task")
     return pathlib.Path("runs") / "+".join(dict.fromkeys(names))
 
 
+def _counted(target):
+    """A target's name, and the number of training images a class behind its @ or None."""
+    name, _, count = target.rpartition("@")
+    return (name, int(count)) if name and count.isascii() and count.isdigit() else (target, None)
+
+
 def _plan(values, source, weights, target, targets):
     """The plan of one pair of tasks."""
-    name, _, count = target.rpartition("@")
-    target, per_class = (name, int(count)) if name and count.isdigit() else (target, values.get("per_class"))
+    target, per_class = _counted(target)
+    per_class = values.get("per_class") if per_class is None else per_class
     is_digits = target == DIGITS[1]
     recipe, source_recipe = recipes_of(values, weights, is_digits)
     penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
@@ -194,8 +199,7 @@ def _whole_paths(name, given):
 
 def _lies_there(text):
     """Whether a text names a file, a folder or a part of a zip, with or without a number of images behind it."""
-    name, _, count = text.rpartition("@")
-    path = pathlib.Path(name if name and count.isdigit() else text)
+    path = pathlib.Path(_counted(text)[0])
     return path.exists() or any(parent.suffix.lower() == ".zip" and parent.is_file() for parent in path.parents)
 
 
@@ -225,6 +229,10 @@ def unused(values, given, plans):
         reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {plans[0].recipe.blur}")
     if plans[0].fisher.mode == "exact":
         reasons.setdefault("fisher_samples", "the mode exact draws nothing")
+    if all(plan.penalties and set(plan.penalties) <= set(plan.strengths) for plan in plans):
+        reasons["alpha"] = "every penalty has strengths of its own"
+    if all(_counted(target)[1] is not None for target in values.get("target") or []) and values.get("target"):
+        reasons["per_class"] = "every target says its number behind @"
     if all(plan.per_class is None for plan in plans):
         reasons["subset_seed"] = "all training images are taken"
     if values.get("engine") == "local":

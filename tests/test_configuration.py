@@ -143,6 +143,10 @@ def test_paths_with_commas_are_put_together_again_or_refused(tmp_path, monkeypat
         ({"momentum": 0.5}, set()),
         ({"target": ["t"], "source": ["s"], "subset_seed": 3}, {"subset_seed"}),
         ({"target": ["t@4"], "source": ["s"], "subset_seed": 3}, set()),
+        ({"target": ["t@4", "u@5"], "source": ["s"], "per_class": 3}, {"per_class"}),
+        ({"target": ["t@4", "u"], "source": ["s"], "per_class": 3}, set()),
+        ({"penalty": ["l2:1", "l2_sp:2"], "alpha": ["0.1"]}, {"alpha"}),
+        ({"penalty": ["l2:1", "l2_sp"], "alpha": ["0.1"]}, set()),
         ({"blur_kernel": 3}, {"blur_kernel"}),  # the digits have no blur
         ({"widths": ["4"], "depths": ["1"], "backbone": "resnet50"}, {"widths", "depths"}),
         ({"experiment": "figure_1", "folds": 3, "frozen": ["1"]}, {"folds", "frozen"}),
