@@ -7,7 +7,7 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags
+from absl import flags
 
 from l2sp_tf.cli import run_main
 
@@ -17,9 +17,15 @@ flags.DEFINE_string("manual_dir", None, "Where files lie that were downloaded by
 flags.DEFINE_bool("checksums", True, "Compare the checksums of Caltech 256 and MIT Indoors 67 (of others always).")
 
 
+GROUPS = {"Flags": ("data_dir", "manual_dir", "checksums")}
+
+
 def main(argv):
+    """Prepares each data set that is named."""
+    from l2sp_tf.errors import InputError
+
     if len(argv) < 2:
-        raise app.UsageError("give the names of data sets: stanford_dogs, caltech256, mit_indoors67, ...")
+        raise InputError("No data set is named: give the names of data sets: stanford_dogs, caltech256, mit_indoors67, ...")
     from l2sp_tf.data.preparation import prepare_tfds
 
     for name in argv[1:]:
@@ -27,4 +33,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, GROUPS)

@@ -91,7 +91,7 @@ class Coverage:
         return "\n".join([*lines, f"distance to the anchors when attached: {self.distance:.6g}"])
 
 
-def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=None, new=()):
+def attach(model, penalty, anchors=None, beta=0.01, *, params="all", fisher=None, new=()):
     """Eq. (3): puts `penalty` on the shared weights S and L2 of strength beta on the new ones S-bar.
 
     A trainable weight is in S if the anchors hold its starting point, and in S-bar otherwise (`l2sp_tf.matching` says
@@ -105,8 +105,8 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="kernels", fisher=
         anchors: the pre-trained weights, an `Anchors`. May be None for `L2`: then nothing is
             shared and beta is on everything.
         beta: strength of L2 on S-bar, finite and at least 0.
-        params: "kernels" penalises weight matrices and convolution kernels (what the authors
-            did); "all" also biases and the gammas and betas of normalisation.
+        params: "all" penalises every trainable weight, as the paper says; "kernels" weight matrices and convolution
+            kernels alone, as the authors' code does: biases, gammas and betas of normalisation are then free.
         fisher: for the Fisher penalties a mapping from key to F_jj (such as a `Fisher`).
         new: names of layers that are new although the anchors hold weights of their name.
 
@@ -247,7 +247,19 @@ def _by_hash(fisher, provenance, anchors, matches):
             found[key] = by_name if by_name in candidates else candidates[0]
         elif by_name is not None:
             raise _estimated_elsewhere(by_name, other)
+    layers = {_parted(key)[0]: _parted(name)[0] for key, name in found.items()}
+    for key in matches.keys() - found.keys():  # a bias of zeros is that of the layer whose kernel was found
+        layer, variable = _parted(key)
+        name = f"{layers.get(layer)}/{variable}"
+        if name in entries.get(hashes[matches[key]], []):
+            found[key] = name
     return found
+
+
+def _parted(key):
+    """A key's layer and the name of the variable in it."""
+    layer, _, variable = key.rpartition("/")
+    return layer, variable
 
 
 def _estimated_elsewhere(name, anchor):

@@ -7,14 +7,15 @@ import functools
 import keras
 import numpy as np
 
-from l2sp_tf import distribution, records
+from l2sp_tf import configuration, distribution, records
 from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.checkpoints import Checkpoints
+from l2sp_tf.checks import check_plans
 from l2sp_tf.data import test_batches
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
-from l2sp_tf.files import link_or_copy
+from l2sp_tf.files import link_or_copy, write_text
 from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work
 from l2sp_tf.plans import Setting
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
@@ -51,8 +52,8 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         OSError: a workdir cannot be written.
     """
     for plan in plans:
-        list(plan.runs())  # a bad strength is told before any work is done
         say, verbose = _share(plan, engine, say, verbose)
+    check_plans(plans)
     made = _outlines(plans, say)
     forecast = _say_plan(plans, made, say)
     if dry_run or estimate or engine != "local":
@@ -174,6 +175,7 @@ def _run(start, plan, setting, say, verbose):
     options |= {} if is_fold else {"measure": lambda run: _measure(run, start, recipe)}
     if distribution.is_chief(strategy):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
+        write_text(path.parent / "config.toml", configuration.text_of(plan, setting))
     record = run_record(start.pretrained, task, setting, recipe, settings, **options)
     extra = {
         "fisher": None if fisher is None else _without_weights(fisher.provenance),

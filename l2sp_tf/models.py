@@ -241,3 +241,34 @@ def head_classes(path):
     """The number of classes of the head in a `.safetensors` file of weights; None where there is no such head."""
     shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
     return shape[0] if shape else None
+
+
+def input_shape(path):
+    """The shape of the images that a `.keras` file takes, by its description alone.
+
+    Returns:
+        (height, width, channels), each None where any will do; None if its input is no image.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = _existing(path)
+    what = f"The model file {path} cannot be loaded"
+    with open_zip(path) as archive, refusing(what):
+        config = parse_json(archive.read("config.json"), what)
+        shape = _first_shape(config)
+    is_image = isinstance(shape, list) and len(shape) == 4 and all(n is None or isinstance(n, int) for n in shape)
+    return tuple(shape[1:]) if is_image else None
+
+
+def _first_shape(config):
+    """The batch shape of the first input in a model's description, or None."""
+    if not isinstance(config, dict):
+        return None
+    inner = config.get("config")
+    layers = inner.get("layers") if isinstance(inner, dict) else None
+    if config.get("class_name") == "InputLayer" and isinstance(inner, dict):
+        return inner.get("batch_shape")
+    found = next((shape for layer in layers if (shape := _first_shape(layer))), None) if isinstance(layers, list) else None
+    built = config.get("build_config")
+    return found or (built.get("input_shape") if isinstance(built, dict) else None)

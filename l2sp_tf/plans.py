@@ -5,18 +5,22 @@ import itertools
 import json
 import pathlib
 
+from l2sp_tf import fields
 from l2sp_tf.decoupled import Decoupled
 from l2sp_tf.errors import InputError
+from l2sp_tf.fisher import MODES
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.records import plain
 from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
+PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
 LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
+PROTOCOLS = ("paper", "authors")
 RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
-RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile")
+RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile", "strengths")
 
 
 def sample_size(available):
@@ -32,7 +36,11 @@ class FisherPlan:
         mode, samples, tolerance: as `fisher_diagonal` takes them.
         images: how many images; None for all, and for LARGE_SAMPLE of a source with more than LARGE.
         batch: images a batch.
-        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None.
+        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None; by default F_jj is
+            divided by its mean, as the grids of the Fisher penalties are for an F_jj of mean 1. Empty for the raw one.
+
+    Raises:
+        InputError: a value is of another type or out of its range.
     """
 
     mode: str = "rademacher"
@@ -40,12 +48,21 @@ class FisherPlan:
     images: int | None = None
     batch: int = 64
     tolerance: float | None = None
-    transforms: tuple = ()
+    transforms: tuple = (("normalise", None),)
 
     def __post_init__(self):
+        fields.choice("fisher_mode", self.mode, MODES)
+        fields.whole("fisher_samples", self.samples)
+        fields.whole("fisher_batch", self.batch)
+        if self.images is not None:
+            fields.whole("fisher_images", self.images)
+        if self.tolerance is not None:
+            fields.number("fisher_tolerance", self.tolerance, above=0)
         for name, value in self.transforms:
             if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
                 raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+            if value is not None:
+                fields.number(f"The Fisher transform {name}", value, above=0)
 
     def count(self, available):
         """How many of so many training images are taken."""
@@ -87,7 +104,8 @@ class Plan:
         weights: "none" to train the source model from scratch, "imagenet", or a file.
         pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
         penalties: symbols of PENALTIES.
-        alphas: strengths; empty for the recipe's own of each penalty (with folds: its grid).
+        alphas: strengths of the penalties that `strengths` does not name; empty for the recipe's own of each penalty
+            (with folds: its grid).
         seeds: one run for each.
         recipe, source_recipe: of fine-tuning and of training from scratch.
         per_class: training images a class of the target; None for all.
@@ -106,6 +124,10 @@ class Plan:
         checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
         deterministic: whether TensorFlow's operations are made to repeat to the bit.
         distribute: the devices that each training is spread over, a kind of `distribution.make_strategy`.
+        strengths: by symbol the strengths of a penalty that has its own.
+
+    Raises:
+        InputError: a value is of another type or out of its range, or two of them contradict each other.
     """
 
     workdir: pathlib.Path
@@ -137,15 +159,11 @@ class Plan:
     checkpoint_every: int = 500
     deterministic: bool = False
     distribute: str = "none"
+    strengths: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for symbol in self.penalties:
-            if symbol not in PENALTIES:
-                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.")
-            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
-                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
-            if self.recipe.penalty_step == "decoupled":
-                Decoupled.check(PENALTIES[symbol](1.0))
+        self._check_values()
+        self._check_penalties()
         if not self.penalties or not self.seeds:
             raise InputError("There is nothing to run: give at least one penalty and one seed.")
         if self.weights == "none" and self.source is None:
@@ -153,12 +171,43 @@ class Plan:
         if self.weights == "none" and self.recipe.mean == "weights":
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
-        if self.checkpoint_every < 0:
-            raise InputError(
-                f"checkpoint_every is {self.checkpoint_every}: give a number of steps, or 0 for the last step alone."
-            )
-        if self.folds < 0 or self.folds == 1:
-            raise InputError(f"folds is {self.folds}: give at least 2, or 0 for no cross-validation.")
+    def _check_values(self):
+        for name, least in (("folds", 0), ("checkpoint_every", 0)):
+            fields.whole(name, getattr(self, name), least)
+        if self.folds == 1:
+            raise InputError("folds is 1: give at least 2, or 0 for no cross-validation.")
+        for name, least in (("per_class", 1), ("subset_seed", 0)):
+            if getattr(self, name) is not None:
+                fields.whole(name, getattr(self, name), least)
+        for name, least in (("seeds", 0), ("frozen", 0), ("widths", 1), ("depths", 1)):
+            for value in getattr(self, name) or ():
+                fields.whole(name, value, least)
+        twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise InputError(f"seeds has {twice} twice, which is one run and not two: give each seed once.")
+        if self.frozen == ():
+            raise InputError("frozen is empty: give 0 for nothing frozen.")
+        if len(self.widths) != len(self.depths):
+            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage.")
+        fields.choice("protocol", self.protocol, PROTOCOLS)
+
+    def _check_penalties(self):
+        for symbol in self.penalties:
+            if symbol not in PENALTIES:
+                like = fields.nearest(symbol, PENALTIES)
+                did_you_mean = f" Did you mean {like}?" if like else ""
+                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.{did_you_mean}")
+            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
+                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
+            if self.recipe.penalty_step == "decoupled":
+                Decoupled.check(PENALTIES[symbol](1.0))
+        for symbol in self.strengths:
+            if symbol not in self.penalties:
+                raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
+        for setting in (setting for symbol in self.penalties for setting in self.grid(symbol)):
+            fields.number("alpha", setting.alpha)
+            fields.number("beta", setting.beta)
+            fields.number("learning_rate", setting.learning_rate, above=0)
 
     def start_key(self):
         """Equal for plans whose runs start from the same data and model."""
@@ -167,7 +216,8 @@ class Plan:
 
     def axes(self, symbol):
         """The alphas, betas and learning rates of a penalty, by name, each once."""
-        alphas = self.alphas or (self.recipe.grid_for(symbol) if self.folds else (self.recipe.alpha_for(symbol),))
+        published = self.recipe.grid_for if self.folds else lambda symbol: (self.recipe.alpha_for(symbol),)
+        alphas = self.strengths.get(symbol) or self.alphas or published(symbol)
         rates = self.learning_rates or (self.recipe.learning_rate,)
         axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta_for(symbol),), "learning_rate": rates}
         return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
@@ -209,7 +259,8 @@ def study(name, plan):
 
     Args:
         name: one of STUDIES.
-        plan: a `Plan`; its penalties do not count, and its alphas, betas and learning rates are searched.
+        plan: a `Plan`; its penalties do not count, and its strengths, alphas, betas and learning rates are searched.
+            Fig. 1 has one seed, the first, and one learning rate: the plan's where it has one, or the recipe's.
 
     Raises:
         InputError: the name is unknown, or the Fisher penalties lack source images.
@@ -217,11 +268,13 @@ def study(name, plan):
     if name not in STUDIES:
         raise InputError(f"The experiment {name!r} is unknown: give one of {', '.join(STUDIES)}.")
     if name == "all":
-        return [*study("figure_2", plan), *study("figure_3", plan), *study("figure_1", plan)]
+        return [part for each in ("figure_2", "figure_3", "figure_1") for part in study(each, plan)]
+    penalties = PENALTIES_OF.get(name, ("l2", "l2_sp", "l2_sp_fisher"))
+    changes = {"penalties": penalties, "strengths": {symbol: v for symbol, v in plan.strengths.items() if symbol in penalties}}
     if name == "figure_1":
-        alphas, betas = plan.alphas or plan.recipe.grid_for("l2_sp"), plan.betas or FIGURE_1_BETAS
-        changes = {"alphas": alphas, "betas": betas, "learning_rates": (), "seeds": plan.seeds[:1], "folds": 0, "frozen": (0,)}
-        return [dataclasses.replace(plan, penalties=("l2_sp",), **changes)]
-    penalties = {"figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}.get(name, ("l2", "l2_sp", "l2_sp_fisher"))
+        rates = plan.learning_rates if len(plan.learning_rates) == 1 else ()
+        alphas = plan.strengths.get("l2_sp") or plan.alphas or plan.recipe.grid_for("l2_sp")
+        changes |= {"strengths": {}, "alphas": alphas, "betas": plan.betas or FIGURE_1_BETAS, "learning_rates": rates}
+        return [dataclasses.replace(plan, **changes, seeds=plan.seeds[:1], folds=0, frozen=(0,))]
     frozen = plan.frozen if plan.frozen is None or any(plan.frozen) else None
-    return [dataclasses.replace(plan, penalties=penalties, frozen=frozen if name == "figure_3" else (0,))]
+    return [dataclasses.replace(plan, **changes, frozen=frozen if name == "figure_3" else (0,))]

@@ -5,6 +5,7 @@ import math
 
 import keras
 
+from l2sp_tf import fields
 from l2sp_tf.errors import InputError
 from l2sp_tf.pixels import three_numbers
 
@@ -12,7 +13,17 @@ from l2sp_tf.pixels import three_numbers
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
 SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
-MOVING_STATISTICS = ("source", "fresh")
+MEANS = ("training", "authors", "weights")
+CHOICES = {
+    "params": ("all", "kernels"),
+    "blur": ("gaussian", "authors", "none"),
+    "resize_mode": ("squash", "shorter_side"),
+    "resize_filter": ("area", "bilinear"),
+    "crops": (1, 10),
+    "solver": SOLVERS,
+    "penalty_step": PENALTY_STEPS,
+    "moving_statistics": ("source", "fresh"),
+}
 # What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
 ALPHA_GRIDS = {
     "l2": (1e-5, 1e-4, 1e-3, 1e-2),
@@ -66,7 +77,7 @@ class Recipe:
         batch_norm_decay: of these statistics while training; None for each layer's own momentum.
 
     Raises:
-        InputError: a number is out of its range.
+        InputError: a value is of another type, out of its range, or none of its choices.
     """
 
     iterations: int = 9000
@@ -96,42 +107,58 @@ class Recipe:
     batch_norm_decay: float | None = None
 
     def __post_init__(self):
-        for name in ("iterations", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give at least 1.")
-        if not 0 < self.learning_rate < float("inf"):
-            raise InputError(f"learning_rate is {self.learning_rate}: give a finite number above 0.")
-        if not 0 <= self.momentum < 1:
-            raise InputError(f"momentum is {self.momentum}: give a number from 0 to below 1.")
-        if self.mean not in ("training", "authors", "weights"):
-            if isinstance(self.mean, str):
-                raise InputError(
-                    f"mean is {self.mean!r}: give training, authors, weights, or three numbers for red, green, blue."
-                )
-            object.__setattr__(self, "mean", three_numbers("mean", self.mean))
-        if self.decay_at is not None and self.decay_at < 1:
-            raise InputError(f"decay_at is {self.decay_at}: give a step of at least 1.")
-        if self.crops not in (1, 10):
-            raise InputError(f"crops is {self.crops}: give 1 or 10.")
-        for name, choices in (("solver", SOLVERS), ("penalty_step", PENALTY_STEPS), ("moving_statistics", MOVING_STATISTICS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}: give one of {', '.join(choices)}.")
-        if self.log_every is not None and self.log_every < 1:
-            raise InputError(f"log_every is {self.log_every}: give at least 1.")
-        self._check_protocol()
+        for name in ("iterations", "batch_size", "resize", "crop", "blur_kernel"):
+            self._set(name, fields.whole(name, getattr(self, name)))
+        for name in ("decay_at", "log_every"):
+            if getattr(self, name) is not None:
+                self._set(name, fields.whole(name, getattr(self, name)))
+        self._set("learning_rate", fields.number("learning_rate", self.learning_rate, above=0))
+        self._set("momentum", fields.number("momentum", self.momentum, below=1))
+        self._check_beta()
+        self._set("head_bias", fields.number("head_bias", self.head_bias, least=-math.inf))
+        self._set("smoothing", fields.number("smoothing", self.smoothing))
+        if self.batch_norm_decay is not None:
+            self._set("batch_norm_decay", fields.number("batch_norm_decay", self.batch_norm_decay, below=1))
+        fields.yes_or_no("mirror", self.mirror)
+        for name, choices in CHOICES.items():
+            fields.choice(name, getattr(self, name), choices)
+        self._check_alpha()
+        self._check_images()
 
-    def _check_protocol(self):
-        """Checks what the authors' code does otherwise."""
-        if isinstance(self.beta, dict) and not set(self.beta) <= set(ALPHA_GRIDS):
-            raise InputError(f"beta is {self.beta}: give a number, or numbers by the names {', '.join(ALPHA_GRIDS)}.")
-        strengths = self.beta.values() if isinstance(self.beta, dict) else [self.beta]
-        for name, value in [*(("beta", beta) for beta in strengths), ("smoothing", self.smoothing)]:
-            if not 0 <= value < math.inf:
-                raise InputError(f"{name} is {value}: give a finite number that is at least 0.")
-        if not math.isfinite(self.head_bias):
-            raise InputError(f"head_bias is {self.head_bias}: give a finite number.")
-        if self.batch_norm_decay is not None and not 0 <= self.batch_norm_decay < 1:
-            raise InputError(f"batch_norm_decay is {self.batch_norm_decay}: give a number from 0 to below 1.")
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def _check_alpha(self):
+        if not isinstance(self.alpha, dict):
+            raise InputError(f"alpha is {self.alpha!r}: give strengths by the penalty's symbol, as in {PUBLISHED_ALPHA}.")
+        for symbol in self.alpha:
+            fields.choice("a key of alpha", symbol, tuple(ALPHA_GRIDS))
+        self._set("alpha", {symbol: fields.number(f"alpha of {symbol}", value) for symbol, value in self.alpha.items()})
+
+    def _check_beta(self):
+        if not isinstance(self.beta, dict):
+            self._set("beta", fields.number("beta", self.beta))
+            return
+        for symbol in self.beta:
+            fields.choice("a key of beta", symbol, tuple(ALPHA_GRIDS))
+        self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
+
+    def _check_images(self):
+        if self.crop > self.resize:
+            raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}: give a smaller crop or a larger resize.")
+        if self.blur_kernel % 2 == 0:
+            raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
+        if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least and the largest, in pixels.")
+        low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
+        if low > high:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least first.")
+        self._set("blur_sigma", (low, high))
+        if isinstance(self.mean, str) and self.mean in MEANS:
+            return
+        if isinstance(self.mean, str):
+            raise InputError(f"mean is {self.mean!r}: give {', '.join(MEANS)}, or three numbers for red, green, blue.")
+        self._set("mean", three_numbers("mean", self.mean))
 
     @property
     def decay_step(self):

@@ -1,5 +1,6 @@
 """Eq. (3): who is in S and in S-bar, and that no training runs un-anchored, on every kind of model."""
 
+import inspect
 import warnings
 
 import keras
@@ -139,7 +140,7 @@ def test_mirrored_training_equals_training_on_one_device(mirrored):
 def test_the_coverage_prints_every_trainable_weight_and_the_counts(small_network):
     pretrained = small_network()
     anchors = l2sp.Anchors.of(pretrained)
-    text = str(l2sp.attach(l2sp.with_new_head(pretrained, 7), l2sp.L2SP(0.1), anchors))
+    text = str(l2sp.attach(l2sp.with_new_head(pretrained, 7), l2sp.L2SP(0.1), anchors, params="kernels"))
     for word in ("conv1_conv/kernel", "3x3x3x4", "L2SP alpha=0.1", "new_head/kernel", "L2 beta=0.01", "not a kernel"):
         assert word in text
     assert "S: 2 tensors, 288 numbers, S-bar: 1 tensors, 35 numbers, left out: 5 tensors" in text
@@ -161,10 +162,18 @@ def test_an_anchor_of_another_shape_is_new_and_says_so(small_network):
     assert "(5, 3)" in row.reason
 
 
+def test_all_trainable_weights_are_penalised_unless_kernels_are_asked_for(small_network):
+    """As `Recipe()` does, and the paper: the default of a function is that of the recipe that calls it."""
+    for options, expected in (({}, 8), ({"params": "all"}, 8), ({"params": "kernels"}, 3)):
+        model = small_network()
+        assert len(l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), **options).group("S")) == expected
+    assert inspect.signature(l2sp.attach).parameters["params"].default == l2sp.Recipe().params == "all"
+
+
 def test_a_layer_named_new_is_new_though_its_shape_fits(small_network):
     model = small_network()
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["predictions"])
-    assert [w.key for w in coverage.group("S-bar")] == ["predictions/kernel"]
+    assert [w.key for w in coverage.group("S-bar")] == ["predictions/kernel", "predictions/bias"]
     with pytest.raises(l2sp.InputError, match="does not have"):
         l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["missing"])
 
@@ -173,7 +182,7 @@ def test_frozen_weights_are_left_out_and_said_to_be_frozen(small_network):
     model = small_network()
     model.get_layer("conv1_conv").trainable = False
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
-    assert [w.key for w in coverage.group("S")] == ["conv2_conv/kernel", "predictions/kernel"]
+    assert {w.key for w in coverage.group("S")} == {w.key for w in coverage.weights if not w.key.startswith("conv1_conv/")}
     frozen = [w.key for w in coverage.group("left out") if w.reason == "frozen"]
     assert frozen == ["conv1_conv/kernel", "conv1_conv/bias"]
 
@@ -187,7 +196,7 @@ def test_a_frozen_backbone_has_l2_on_its_head_and_one_call_when_it_is_unfrozen(s
     for layer in backbone:
         layer.trainable = False
     for phase in ("head", "all"):
-        coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors, beta=0.01)
+        coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors, beta=0.01, params="kernels")
         kinds = {"S": 0 if phase == "head" else 2, "S-bar": 1}
         assert {name: coverage.counts[name][0] for name in kinds} == kinds
         assert all((w.reason == "frozen") == (phase == "head") for w in coverage.weights if not w.key.startswith("new_head"))
@@ -268,13 +277,13 @@ def test_attaching_to_a_compiled_model_traces_its_step_again():
     l2sp.attach(model, l2sp.L2SP(1.0), anchors)
     penalised = model.fit(*batch(), verbose=0).history["loss"][0]
     np.testing.assert_allclose(penalised - plain, float(sum(model.losses)), rtol=1e-4)
-    assert l2sp.detach(model) == 2
+    assert l2sp.detach(model) == 4
     np.testing.assert_allclose(model.fit(*batch(), verbose=0).history["loss"][0], plain, rtol=1e-5)
 
 
 def test_other_regularizers_are_replaced_or_kept_and_reported():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, kernel_regularizer="l2", bias_regularizer="l1", name="a")])
-    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
+    coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), params="kernels")
     assert "replaces L2" in str(coverage)
     assert "keeps L1" in str(coverage)
     l2sp.detach(model)
@@ -421,7 +430,7 @@ def test_attach_takes_off_what_was_attached_before(params):
     assert set(carried) == {row.key for row in coverage.weights if row.penalty is not None}
     assert not any(key.startswith("a/") for key in carried)
     l2sp.attach(model, l2sp.L2(0.1), None, 0.2)
-    assert {type(v.regularizer) for v in model.trainable_variables} == {l2sp.L2, type(None)}
+    assert {type(v.regularizer) for v in model.trainable_variables} == {l2sp.L2}
 
 
 def test_an_attach_that_fails_changes_nothing():
@@ -524,7 +533,7 @@ def test_layers_numbered_by_keras_match_those_of_an_earlier_model():
     assert len({w.name for w in first.layers} & {w.name for w in third.layers}) == 3
     for model in (second, third):
         coverage = l2sp.attach(model, l2sp.L2SP(0.1), anchors)
-        assert coverage.counts["S"][0] == 5 and coverage.distance == 0 == float(sum(model.losses))
+        assert coverage.counts["S"][0] == 10 and coverage.distance == 0 == float(sum(model.losses))
 
 
 def test_values_under_another_layers_name_stop():

@@ -19,7 +19,7 @@ from l2sp_tf.regularizers import PENALTIES
 ROOT = pathlib.Path(__file__).parents[1]
 FLOORS = [
     {"effect", "errors", "files", "likeness", "memory", "provenance", "variables"},
-    {"matching", "reading"},
+    {"fields", "matching", "reading"},
     {"batches", "batch_norm", "likelihoods", "pixels", "units"},
     {"answers", "regularizers", "comparison", "theory", "data", "recipe", "records", "resnets", "torch_files"},
     {"copies"},
@@ -32,7 +32,7 @@ FLOORS = [
     {"engines", "plans", "retention_report"},
     {"runs"},
     {"selection"},
-    {"starts", "forecast"},
+    {"starts", "forecast", "checks", "configuration", "interruption"},
     {"experiments", "figures", "cli"},
 ]
 

@@ -3,8 +3,12 @@
 import json
 import os
 import pathlib
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import l2sp_tf as l2sp
+from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.pixels import PIXELS, PixelFormat
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -214,6 +219,14 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--frozen=9"], "frozen is 9, but of this backbone's units at most 3 can be frozen"),
         (["--learning_rate=fast"], "no list of numbers"),
         (["--source=a,b", "--weights=x,y,z"], "2 sources but 3 weights"),
+        (["--seeds=1,2,1"], "seeds has 1 twice"),
+        (["--penalty=l2:0.1,l2_sp:x"], "--penalty=l2_sp:x is not understood"),
+        (["--momentum=1"], "momentum is 1.0"),
+        (["--decay_at=0"], "decay_at is 0"),
+        (["--blur_kernel=4"], "blur_kernel is 4"),
+        (["--beta=-1"], "beta is -1.0"),
+        (["--source=digits/target", f"--weights={weights}"], "has 10 classes, but digits/target has 2"),
+        (["--backbone=resnet50", "--resize=16", "--crop=16"], "Images of 16 pixels are too small for the backbone resnet50"),
     ]
     monkeypatch.syspath_prepend(str(ROOT))
     import train
@@ -233,16 +246,16 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
     import train
 
     with flagsaver.flagsaver():
-        pairs = ["--source=a,b", "--weights=x.keras,y.keras", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
+        pairs = ["--source=a,b", "--weights=x.h5,y.h5", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
         train.FLAGS(["train.py", *pairs, "--learning_rate=0.02"])
         plans = train.plans_from_flags()
         assert [(p.source, p.weights, p.target, p.per_class) for p in plans] == [
-            (source, weights, "t", n) for source, weights in (("a", "x.keras"), ("b", "y.keras")) for n in (30, 60)
+            (source, weights, "t", n) for source, weights in (("a", "x.h5"), ("b", "y.h5")) for n in (30, 60)
         ]
         assert {(p.betas, p.frozen, p.learning_rates, p.folds) for p in plans} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
         train.FLAGS(["train.py", "--experiment=figure_3"])
         (first, *_) = train.plans_from_flags()
-        assert first.penalties == ("l2", "l2_sp") and first.folds == train.DEFAULT_FOLDS
+        assert first.penalties == ("l2", "l2_sp") and first.folds == 5
     with flagsaver.flagsaver():
         train.FLAGS(["train.py", "--experiment=table_2"])
         (plan,) = train.plans_from_flags()
@@ -254,15 +267,16 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
         train.FLAGS(["train.py", "--experiment=figure_1"])
         assert [len(p.betas) for p in train.plans_from_flags()] == [4]
         assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)
-    from l2sp_tf import plans, recipe, selection
+    from l2sp_tf import plans, recipe
 
     for name, choices in (("solver", recipe.SOLVERS), ("penalty_step", recipe.PENALTY_STEPS)):
         assert train.FLAGS[name].parser.enum_values == list(choices)
-    assert plans.STUDIES == train.STUDIES and selection.LEARNING_RATES == train.LEARNING_RATES
+    assert plans.STUDIES == train.STUDIES
 
 
 def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
-    assert "give the names of data sets" in run("prepare.py").stdout + run("prepare.py").stderr
+    assert "give the names of data sets" in refused("prepare.py")
+    assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
     assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
     manual = f"--manual_dir={tmp_path / 'files'}"
     message = refused("prepare.py", f"--data_dir={tmp_path}", manual, "imagenet2012")
@@ -271,9 +285,9 @@ def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
 
 
 def test_flags_that_do_not_exist_and_folders_that_cannot_be_written(tmp_path):
-    assert "Unknown command line flag" in refused("train.py", "--penlaty=l2")
+    assert "There is no flag --penlaty: did you mean --penalty?" in refused("train.py", "--penlaty=l2")
     (tmp_path / "file").write_text("x")
-    assert "file" in refused("train.py", f"--workdir={tmp_path / 'file' / 'w'}", *QUICK, status=1)
+    assert "cannot be written" in refused("train.py", f"--workdir={tmp_path / 'file' / 'w'}", *QUICK)
     assert "There is no folder" in refused("eval.py", f"--workdir={tmp_path / 'none'}")
 
 
@@ -293,7 +307,61 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_finished_runs(finished, tmp
     assert len(list(workdir.glob("runs/*/run.json"))) == count
 
 
-def test_help_lists_the_flags():
-    text = run("train.py", "--help").stdout
+def test_a_file_of_flags_repeats_a_run(finished, tmp_path):
+    workdir, _ = finished
+    folders = sorted(workdir.glob("runs/l2_sp-*"))
+    again = run("train.py", f"--config={folders[0] / 'config.toml'}")
+    assert again.returncode == 0, again.stderr
+    assert "[1/1]" in again.stdout and "already finished" in again.stdout and "warning" not in again.stderr
+    assert sorted(workdir.glob("runs/l2_sp-*")) == folders
+    source = next(workdir.glob("sources/*"))
+    shutil.copytree(source, tmp_path / "w" / "sources" / source.name)
+    elsewhere = run("train.py", f"--config={folders[0] / 'config.toml'}", f"--workdir={tmp_path / 'w'}")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert [path.name for path in tmp_path.glob("w/runs/*")] == [folders[0].name]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, number, status):
+    workdir, _ = finished
+    source = next(workdir.glob("sources/*"))
+    shutil.copytree(source, tmp_path / "sources" / source.name)
+    arguments = [f"--workdir={tmp_path}", *QUICK, "--seeds=0", "--penalty=l2", "--iterations=200000", "--checkpoint_every=20"]
+    arguments += ["--source_iterations=6", "--nosave_models"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    try:
+        deadline = time.monotonic() + 200
+        while not list(tmp_path.glob("runs/*/checkpoints/step-*/manifest.json")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == status, error
+    (folder,) = tmp_path.glob("runs/*")
+    step = Checkpoints(folder / "checkpoints").newest
+    lines = error.splitlines()[-3:]
+    assert lines[0] == f"finished in {tmp_path}: 0 runs"
+    assert lines[1] == f"under way: runs/{folder.name}, saved after step {step} of 200000" and step >= 20
+    assert lines[2].startswith("stopped") and "the same command" in lines[2] and "Traceback" not in error
+
+
+def test_help_lists_every_flag_once_under_a_heading(monkeypatch):
+    result = run("train.py", "--help")
+    text = result.stdout
+    assert result.returncode == 0
+    monkeypatch.syspath_prepend(str(ROOT))
+    from test_docs import flags_of
+
+    import train
+
+    named = [name for names in train.GROUPS.values() for name in names]
+    assert sorted(named) == sorted(flags_of("train.py"))
+    assert set(train.OTHER_NAMES.values()) <= set(named) and not set(train.OTHER_NAMES) & set(named)
+    assert re.findall(r"^  --(?:\[no\])?(\w+)", text, re.M) == named
+    assert re.findall(r"^(\S.*):$", text, re.M) == list(train.GROUPS)
     for flag in ("--penalty", "--alpha", "--seeds", "--workdir", "--weights", "--[no]mirror", "--protocol"):
         assert flag in text

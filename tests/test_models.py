@@ -70,7 +70,7 @@ def test_a_head_of_as_many_classes_is_still_new(small_network):
     twice = l2sp.with_new_head(once, 3)
     for start, model, name in ((pretrained, once, "new_head"), (once, twice, "new_head_2")):
         coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(start))
-        assert [w.key for w in coverage.group("S-bar")] == [f"{name}/kernel"]
+        assert [w.key for w in coverage.group("S-bar")] == [f"{name}/kernel", f"{name}/bias"]
         l2sp.detach(model)
 
 

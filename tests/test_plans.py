@@ -23,6 +23,24 @@ def test_runs_are_the_product_in_order_and_each_once():
     assert [(r.symbol, r.alpha) for r in plan().runs()] == [("l2", 1e-4)] * 2 + [("l2_sp", 0.1)] * 2
 
 
+def test_a_penalty_has_its_own_strengths_and_the_others_share_alpha():
+    made = plan(penalties=("l2", "l2_sp", "l1_sp"), alphas=(0.5,), strengths={"l2_sp": (0.1, 1.0)}, seeds=(0,))
+    assert [(r.symbol, r.alpha) for r in made.runs()] == [("l2", 0.5), ("l2_sp", 0.1), ("l2_sp", 1.0), ("l1_sp", 0.5)]
+    assert made.start_key() == plan().start_key()
+    mixed = plan(strengths={"l2_sp": (7.0,)}, folds=2)
+    assert [s.alpha for s in mixed.grid("l2_sp")] == [7.0] and len(mixed.grid("l2")) == 4
+    for name, expected in (("table_2", {"l2_sp": (7.0,)}), ("figure_1", {})):
+        (part,) = study(name, mixed)
+        assert part.strengths == expected and {s.alpha for s in part.grid("l2_sp")} == {7.0}
+    assert [part.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02,)))] == [(0.02,)]
+    assert [part.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02, 0.01)))] == [()]
+
+
+def test_the_fisher_diagonal_has_mean_1_whatever_else_is_asked_for():
+    assert FisherPlan().transforms == (("normalise", None),)
+    assert {plan(folds=folds).fisher for folds in (0, 2)} == {FisherPlan()}
+
+
 def test_trials_are_every_setting_on_every_fold():
     made = plan(folds=3, learning_rates=(0.01, 0.02))
     trials = made.trials()
@@ -67,10 +85,40 @@ def test_mistakes_are_told():
     for changes, message in (
         ({"penalties": ("l3",)}, "'l3' is unknown"),
         ({"folds": 1}, "folds is 1"),
+        ({"folds": True}, "folds is True"),
+        ({"folds": -2}, "folds is -2"),
+        ({"penalties": ("l2_spp",)}, "Did you mean l2_sp"),
+        ({"penalties": ()}, "nothing to run"),
         ({"penalties": ("l2_sp_fisher",), "source": None, "weights": "w"}, "needs source images"),
+        ({"penalties": ("l1_sp",)}, "no published strength for the penalty l1_sp"),
+        ({"seeds": ()}, "nothing to run"),
+        ({"seeds": (1, 2, 1)}, "seeds has 1 twice"),
+        ({"seeds": (-1,)}, "seeds is -1"),
+        ({"alphas": (0.1, -1.0)}, "alpha is -1.0"),
+        ({"alphas": (float("nan"),)}, "alpha is nan"),
+        ({"betas": (-0.1,)}, "beta is -0.1"),
+        ({"learning_rates": (0.0,)}, "learning_rate is 0.0"),
+        ({"strengths": {"l1_sp": (1.0,)}}, "l1_sp has strengths of its own, but is none of the penalties l2, l2_sp"),
+        ({"strengths": {"l2": (-1.0,)}}, "alpha is -1.0"),
+        ({"frozen": (-1,)}, "frozen is -1"),
+        ({"frozen": ()}, "frozen is empty"),
+        ({"per_class": 0}, "per_class is 0"),
+        ({"checkpoint_every": 1.5}, "checkpoint_every is 1.5"),
+        ({"widths": (4,)}, "1 widths and 3 depths"),
+        ({"widths": (4, 0, 1)}, "widths is 0"),
+        ({"protocol": "author"}, "Did you mean authors"),
     ):
         with pytest.raises(l2sp.InputError, match=message):
             plan(**changes)
+    for changes, message in (
+        ({"mode": "random"}, "fisher_mode is 'random'"),
+        ({"samples": 0}, "fisher_samples is 0"),
+        ({"tolerance": 0}, "fisher_tolerance is 0"),
+        ({"transforms": (("clip", float("nan")),)}, "transform clip is nan"),
+        ({"transforms": (("clip", None),)}, "clip=None is unknown"),
+    ):
+        with pytest.raises(l2sp.InputError, match=message):
+            FisherPlan(**changes)
     with pytest.raises(l2sp.InputError, match="'table_9' is unknown"):
         study("table_9", plan())
 

@@ -1,9 +1,14 @@
 """Section 4.2's numbers and the schedule."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 import l2sp_tf as l2sp
 from l2sp_tf.pixels import PixelFormat
+from l2sp_tf.recipe import ALPHA_GRIDS, CHOICES
+from l2sp_tf.regularizers import PENALTIES
 
 
 def test_the_defaults_are_the_papers():
@@ -40,16 +45,64 @@ def test_the_papers_kind_of_steps_goes_unsaid_in_a_record():
     assert set(l2sp.Recipe.source(said).record()) == set(l2sp.Recipe.source(l2sp.Recipe()).record())
 
 
-BAD = [("iterations", 0), ("batch_size", 0), ("learning_rate", float("nan")), ("learning_rate", 0), ("momentum", 1.0)]
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "iterations": (0, -1, 2.5, "9", True, None, NAN),
+    "decay_at": (0, 1.5, False, "x"),
+    "learning_rate": (0, -0.1, NAN, INF, "0.1", True, None),
+    "momentum": (1.0, -0.1, NAN, "0.9", True),
+    "batch_size": (0, 1.0, True),
+    "alpha": (0.1, None, {"l3": 1.0}, {"l2": -1}, {"l2": NAN}, {"l2_sp": True}, {2: 1.0}),
+    "beta": (-1, NAN, INF, "0.01", True, None, {"l3": 1.0}, {"l2": -1}, {"l2": NAN}, {"l2_sp": True}),
+    "params": ("some", None, "Kernels"),
+    "resize": (0, 256.0, True),
+    "crop": (0, 300, True),
+    "blur": ("box", None, True),
+    "blur_kernel": (4, 0, 2.5, True),
+    "blur_sigma": (1.0, (1.0,), (2.0, 1.0), (0.0, 1.0), (0.1, INF), ("a", "b"), "12"),
+    "mirror": (1, "yes", None),
+    "resize_mode": ("fit", None),
+    "resize_filter": ("cubic", 0),
+    "crops": (5, True, 1.0, "10"),
+    "mean": ("target", ("1", "2"), (1, 2, NAN), None, 3),
+    "log_every": (0, 1.5, True),
+    "solver": ("sgdw", None),
+    "penalty_step": ("none", None),
+    "head_bias": (NAN, INF, "0", True, None),
+    "smoothing": (-1e-9, NAN, True, None),
+    "moving_statistics": ("old", None),
+    "batch_norm_decay": (1.0, -0.1, NAN, True),
+}
 
 
-WORSE = [("decay_at", 0), ("log_every", 0), ("crops", 5), ("solver", "sgdw"), ("penalty_step", "none")]
+def test_every_field_is_checked():
+    assert {field.name for field in dataclasses.fields(l2sp.Recipe)} == set(BAD)
 
 
-@pytest.mark.parametrize(("name", "value"), [*BAD, *WORSE])
-def test_bad_numbers_are_refused(name, value):
-    with pytest.raises(l2sp.InputError, match=f"{name} is"):
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_values_are_refused(name, value):
+    with pytest.raises(l2sp.InputError, match=f"{name}( of l2(_sp)?)? is") as found:
         l2sp.Recipe(**{name: value})
+    assert str(found.value).count("\n") == 0
+
+
+def test_the_choices_are_those_of_the_modules_that_obey_them():
+    from l2sp_tf.data import images
+
+    expected = {"blur": images.BLURS, "resize_mode": images.RESIZE_MODES, "resize_filter": images.RESIZE_FILTERS}
+    assert {name: set(CHOICES[name]) for name in expected} == {name: set(values) for name, values in expected.items()}
+    assert set(ALPHA_GRIDS) == set(PENALTIES)
+
+
+def test_a_misspelt_choice_gets_the_nearest_one():
+    with pytest.raises(l2sp.InputError, match="Did you mean gaussian"):
+        l2sp.Recipe(blur="gausian")
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    r = l2sp.Recipe(iterations=np.int64(5), beta=np.float64(0.5), alpha={"l2": np.float64(2)}, blur_sigma=[1, np.float64(2)])
+    assert r == l2sp.Recipe(iterations=5, beta=0.5, alpha={"l2": 2.0}, blur_sigma=(1, 2.0))
+    assert {type(value) for value in (r.iterations, r.beta, r.alpha["l2"], *r.blur_sigma)} == {int, float}
 
 
 def test_strengths_that_nobody_published_must_be_given():
@@ -70,6 +123,3 @@ def test_the_mean_follows_the_protocol():
     assert l2sp.Recipe(mean=("4", 5, 6)).mean_for("imagenet2012", carried) == (4, 5, 6)
     with pytest.raises(l2sp.InputError, match="the weights carry no mean"):
         l2sp.Recipe(mean="weights").mean_for("x", PixelFormat())
-    for bad in ("target", ("1", "2"), (1, 2, float("nan"))):
-        with pytest.raises(l2sp.InputError, match="mean is"):
-            l2sp.Recipe(mean=bad)
