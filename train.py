@@ -97,7 +97,7 @@ flags.DEFINE_enum(
 flags.DEFINE_float("head_bias", None, "What the biases of the new head begin with; by default as the protocol says.")
 flags.DEFINE_float("smoothing", None, "Added inside the roots of the penalties; by default as the protocol says.")
 flags.DEFINE_enum(
-    "moving_statistics", None, ["source", "fresh"], "What batch norm's moving statistics begin with; by default as the protocol says."
+    "moving_statistics", None, ["source", "fresh"], "Batch norm's statistics at the start; by default as the protocol says."
 )
 flags.DEFINE_float("batch_norm_decay", None, "Decay of these statistics while training; by default as the protocol says.")
 flags.DEFINE_integer(
@@ -196,9 +196,16 @@ def main(argv):
     if FLAGS.crop is None:
         for weights, recipe in {plan.weights: plan.recipe for plan in plans if plan.weights.endswith(".keras")}.items():
             print(f"{weights}: images are resized to {recipe.resize} and cropped to {recipe.crop} pixels")
-    options = {"engine": FLAGS.engine, "cpus": FLAGS.run_cpus, "gpus": FLAGS.run_gpus, "dry_run": FLAGS.dry_run}
+    estimate = FLAGS.experiment is not None or bool(FLAGS.folds)
+    options = {
+        "engine": FLAGS.engine,
+        "estimate": estimate,
+        "cpus": FLAGS.run_cpus,
+        "gpus": FLAGS.run_gpus,
+        "dry_run": FLAGS.dry_run,
+    }
     try:
-        records = run_plans(plans, **options, estimate=FLAGS.experiment is not None or bool(FLAGS.folds), verbose=1 if sys.stdout.isatty() else 0)
+        records = run_plans(plans, **options, verbose=1 if sys.stdout.isatty() else 0)
     except KeyboardInterrupt:
         print("\n".join(interruption.kept(plans, began)), file=sys.stderr)
         raise
