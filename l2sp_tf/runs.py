@@ -1,6 +1,7 @@
 """One run and its record: what its result depends on, and what came of it, a divergence too."""
 
 import hashlib
+import math
 
 from l2sp_tf import records
 from l2sp_tf.evaluation import evaluate
@@ -57,8 +58,12 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         run = finetune(pretrained, task, setting.penalty, recipe, **options)
     except FloatingPointError as error:
         return {**record, "coverage": {"digest": ""}, "results": {"diverged": str(error)}, "seconds": 0.0}
-    results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
     last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
+    endless = next((name for name, value in last.items() if not math.isfinite(value)), None)
+    if endless is not None:  # the last step, whose loss nobody computed
+        reason = f"The {endless} is {last[endless]} after step {run.history[-1]['step']}."
+        return {**record, "coverage": {"digest": run.coverage.digest}, "results": {"diverged": reason}, "seconds": run.seconds}
+    results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
     if "frozen" in run.history[-1]:
         last["frozen"] = frozen_share(run.model)
     if run.stopped_at is not None:

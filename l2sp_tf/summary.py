@@ -68,7 +68,7 @@ def summary(records):
             row[name] = made
     order = list(LABELS)
     key = lambda r: (r["origin"], r["title"], order.index(r["penalty"]), r["name"], r["frozen"], r["alpha"], r["beta"])  # noqa: E731
-    return sorted(rows, key=key)
+    return sorted(rows, key=lambda row: (*key(row), _key(row["identity"])))
 
 
 def _row(found, selections):

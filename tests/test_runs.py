@@ -1,0 +1,73 @@
+"""One run's record, where the run itself is made up."""
+
+import types
+
+import numpy as np
+import pytest
+
+import l2sp_tf as l2sp
+from l2sp_tf import records, runs
+from l2sp_tf.pixels import PIXELS
+from l2sp_tf.plans import Setting
+
+SETTING = Setting("l2_sp", 0.1, 0.01, 0.01)
+
+
+class Images:
+    """Test images, as far as their digest needs them."""
+
+    def __init__(self, labels, skipped):
+        self.labels, self.skipped = np.int32(labels), skipped
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def task(digest="d" * 64, labels=(0, 1, 1), skipped=()):
+    return types.SimpleNamespace(digest=digest, test=Images(labels, skipped), pixels=PIXELS["rgb"])
+
+
+def record(history=None, error=None, stopped_at=None):
+    """The record of a run that ended with a row of the log, or in an error."""
+
+    def finetune(*args, **options):
+        if error is not None:
+            raise error
+        coverage = types.SimpleNamespace(digest="c", counts={"S": (1, 2)})
+        interface = types.SimpleNamespace(classes=("a", "b"))
+        fields = {"model": None, "coverage": coverage, "history": [history], "stopped_at": stopped_at, "seconds": 1.5}
+        return types.SimpleNamespace(**fields, interface=interface)
+
+    anchors = types.SimpleNamespace(digest="a" * 64)
+    recipe = l2sp.Recipe()
+    settings = runs.settings_of(SETTING, task(), recipe, anchors, source="s", target="t")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(runs, "finetune", finetune)
+        measure = lambda run: {"accuracy": 0.5, "correct": 1, "total": 2}  # noqa: E731
+        made = runs.run_record(None, task(), SETTING, recipe, settings, measure, anchors=anchors)
+    records.check_record({"format": records.FORMAT, **made}, "run.json")
+    return made
+
+
+def test_a_record_has_the_last_row_and_where_a_callback_stopped_it():
+    made = record({"step": 9, "distance": 0.25, "penalty": 0.5, "accuracy": 1.0}, stopped_at=9)
+    assert made["results"]["distance"] == 0.25 and made["results"]["stopped_at"] == 9 and made["classes"] == ["a", "b"]
+    assert "stopped_at" not in record({"step": 9, "distance": 0.25, "penalty": 0.5})["results"]
+
+
+@pytest.mark.parametrize("name", ["distance", "penalty"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_last_step_into_infinity_is_a_divergence(name, value):
+    made = record({"step": 7, "distance": 1.0, "penalty": 1.0, name: value})
+    assert made["results"] == {"diverged": f"The {name} is {value} after step 7."}
+
+
+def test_a_loss_that_is_not_finite_is_a_divergence():
+    made = record(error=FloatingPointError("The loss is nan after step 3."))
+    assert made["results"] == {"diverged": "The loss is nan after step 3."} and records.diverged(made)
+
+
+def test_test_images_are_the_same_only_if_all_of_them_are():
+    changes = ({}, {"digest": "e" * 64}, {"labels": (1, 0, 1)}, {"skipped": ("x",)})
+    digests = {runs.test_digest(task(**change)) for change in changes}
+    assert len(digests) == 4 and runs.test_digest(task()) == runs.test_digest(task())
