@@ -14,16 +14,12 @@ N, SHAPE = 13, (4, 4, 3)
 
 def network(classes, *behind, loss=None, precision="float32", name="head"):
     """A model with random weights whose answers on `images` are spread over the classes."""
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(precision)
-    try:
+    with policy(precision):
         inputs = keras.Input(SHAPE, name="image")
         x = layers.Dense(classes, name=name)(layers.Flatten()(inputs))
         for layer in behind:
             x = layer(x)
         model = keras.Model(inputs, x, name="net")
-    finally:
-        keras.config.set_dtype_policy(before)
     for variable in model.weights:
         variable.assign(np.random.default_rng(3).normal(size=variable.shape))
     if loss is not None:

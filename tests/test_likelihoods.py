@@ -1,6 +1,5 @@
 """What an output means, whatever made it and whatever the model was compiled with, and the Fisher diagonal of it."""
 
-import contextlib
 import functools
 
 import keras
@@ -10,22 +9,13 @@ import reference_fisher
 import reference_likelihoods as bernoulli_oracle
 import tensorflow as tf
 from keras import layers, losses, ops
+from test_fisher import policy
 
 from l2sp_tf import fisher as fisher_module
 from l2sp_tf import likelihoods
 from l2sp_tf.errors import InputError
 from l2sp_tf.fisher import fisher_diagonal
 from l2sp_tf.likelihoods import likelihood_of
-
-
-@contextlib.contextmanager
-def policy(name):
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(name)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(before)
 
 
 def dense(classes, *behind, hidden=True):
