@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers, losses, ops
+from test_fisher import policy
 
 import l2sp_tf as l2sp
 from l2sp_tf.batches import labelled_batches
