@@ -34,7 +34,7 @@ PARTS = {
         ("training", "attach"),
         ("starts", "detached_copy"),
     ],
-    "steps after the first": [("starts", "train_source"), ("experiments", "finetune")],
+    "steps after the first": [("starts", "train_source"), ("runs", "finetune")],
     "accuracies": [("experiments", "evaluate"), ("experiments", "retention"), ("starts", "evaluate")],
     "R² of activations": [("experiments", "activation_r2")],
     "models: saving": [("training", "save_model"), ("starts", "_stored_anchors")],
@@ -83,10 +83,10 @@ def profile(arguments):
     clock.enter("imports")
     sys.path.insert(0, str(ROOT))
     import train
-    from l2sp_tf import experiments, starts, training
+    from l2sp_tf import experiments, runs, starts, training
 
     clock.leave()
-    modules = {"experiments": experiments, "starts": starts, "starts.models": starts.models, "training": training}
+    modules = {"experiments": experiments, "runs": runs, "starts": starts, "starts.models": starts.models, "training": training}
     for part, places in PARTS.items():
         for module, name in places:
             setattr(modules[module], name, clock.timed(part, getattr(modules[module], name)))

@@ -140,7 +140,11 @@ def check_record(record, path):
     settings, results = record["settings"], record.get("results")
     _check_fields(record, "settings", {"frozen": int} if "frozen" in settings else {}, path)
     if "recipe" in settings:
-        _check_fields(settings, "recipe", {name: float for name in ("learning_rate", "beta") if name in settings["recipe"]}, path)
+        _check_fields(settings, "recipe", {}, path)
+        rate = {"learning_rate": float} if "learning_rate" in settings["recipe"] else {}
+        _check_fields(settings, "recipe", rate, path)
+    if "machine" in record:
+        _check_fields(record, "machine", {}, path)
     _check_fields(record, "results", {"diverged": str} if diverged(record) else ACCURACY, path)
     if "source" in results:
         for measured in ("before", "target_statistics", "source_statistics"):

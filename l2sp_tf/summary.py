@@ -254,7 +254,7 @@ def _makings(records):
     for record in records:
         versions = record.get("versions", {})
         found["versions"].add(" ".join(f"{name} {versions[name]}" for name in ("keras", "tensorflow") if name in versions))
-        found["devices"].add(record.get("machine", {}).get("device", ""))
+        found["devices"].add(str(record.get("machine", {}).get("device", "")))
     return {what: texts - {""} for what, texts in found.items()}
 
 

@@ -209,7 +209,8 @@ def test_a_run_that_no_flag_can_say_says_so_in_its_file():
 def test_every_value_of_a_run_has_a_flag():
     from test_docs import flags_of
 
-    made = plan(per_class=3, subset_seed=1, data_dir="d", pixels="rgb", recipe=Recipe(decay_at=5, log_every=2))
+    recipe = Recipe(decay_at=5, log_every=2, batch_norm_decay=0.9)
+    made = plan(per_class=3, subset_seed=1, data_dir="d", pixels="rgb", recipe=recipe)
     made = dataclasses.replace(made, fisher=FisherPlan(images=4, tolerance=0.5))
     assert set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01))) <= set(flags_of("train.py"))
     named = {"alpha", "beta", "learning_rate"}

@@ -111,6 +111,7 @@ def test_an_interrupted_experiment_goes_on(finished):
     assert [r["settings"] for r in records.runs_of(again)] == [r["settings"] for r in records.runs_of(found)]
 
 
+@pytest.mark.slow
 def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
     made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
     shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
@@ -139,6 +140,7 @@ def test_plans_that_share_runs_run_them_once(tmp_path):
     assert sum("source model: training" in line for line in said) == 1
 
 
+@pytest.mark.slow
 def test_a_setting_that_diverges_is_recorded_so_and_not_chosen(tmp_path):
     found, said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
     (record,), (made,) = records.runs_of(found), records.selections_of(found)

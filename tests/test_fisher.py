@@ -720,6 +720,7 @@ def test_agrees_with_backpack():
         np.testing.assert_allclose(f[f"{name}/bias"], module.bias.diag_ggn_exact.numpy(), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_below_the_formula():
     root = pathlib.Path(__file__).parents[1]
     command = [sys.executable, "-m", "benchmarks.fisher", "--memory", "--modes=rademacher,exact"]

@@ -14,6 +14,7 @@ import l2sp_tf as l2sp
 from l2sp_tf import models, records
 from l2sp_tf.copies import detached_copy
 from l2sp_tf.pixels import PIXELS
+from l2sp_tf.provenance import provenance
 from l2sp_tf.retention_report import distances, pretrained_of, report_of_files, report_of_run
 
 
@@ -169,7 +170,7 @@ def make_run(folder, pretrained, results):
     l2sp.Anchors.of(pretrained).save(folder / "anchors.safetensors")
     settings = {"source": "s", "target": "t", "penalty": "l2_sp", "alpha": 0.1, "beta": 0.01, "seed": 3}
     digest = {"digest": "0"}
-    record = {"settings": settings, "coverage": digest, "anchors": digest, "results": results, "versions": {}}
+    record = {"settings": settings, "coverage": digest, "anchors": digest, "results": results, **provenance()}
     records.write_record(folder / "run.json", record)
     return model
 

@@ -61,6 +61,7 @@ def made(folder, workdir, weights="with_mean", **changes):
     recipe = changes.get("recipe", RECIPE)
     options = {"source": str(folder / "source"), "target": str(folder / "target"), "recipe": recipe, "penalties": ("l2_sp",)}
     options |= {"source_recipe": Recipe.source(recipe).replace(iterations=4), "alphas": (0.1,), "seeds": (0,)}
+    options |= {"fisher": FisherPlan(transforms=())}  # the random network is so sure that its F_jj are 0
     weights = weights if weights == "none" else str(folder / f"{weights}.safetensors")
     return plan(workdir=workdir, weights=weights, **{"save_models": False, **options, **SHAPE, **changes})
 
@@ -81,8 +82,8 @@ def used(folder, *, train=0):
 CASES = {
     "the weights tell the mean": ({}, 0),
     "F_jj of a sample": ({"penalties": ("l2_sp", "l2_sp_fisher")}, 5),
-    "F_jj of a few": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=3)}, 3),
-    "F_jj of more": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=17)}, 17),
+    "F_jj of a few": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=3, transforms=())}, 3),
+    "F_jj of more": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=17, transforms=())}, 17),
     "nobody tells the mean": ({"weights": "without"}, 5),
     "the mean is given": ({"weights": "without", "recipe": RECIPE.replace(mean=MEAN)}, 0),
     "the source model is trained": ({"weights": "none"}, 2 * TRAIN),
@@ -178,7 +179,8 @@ def test_only_this_plans_records_count(folder, tmp_path, monkeypatch):
         {"weights": "none"},
     ):
         assert left(**changes) == ["plan: 0 runs on folds, then 2 runs; 2 are left"], changes
-    for fisher in (FisherPlan(images=3), FisherPlan(mode="mc"), FisherPlan(samples=2), FisherPlan(transforms=(("clip", 1.0),))):
+    others = {"images": 3}, {"mode": "mc"}, {"samples": 2}, {"transforms": (("clip", 1.0),)}
+    for fisher in (FisherPlan(**{"transforms": (), **other}) for other in others):
         assert left(fisher=fisher) == ["plan: 0 runs on folds, then 2 runs; 1 are left"], fisher
 
 
