@@ -2,12 +2,11 @@
 
 import tempfile
 
-import numpy as np
-
 from l2sp_tf import models
 from l2sp_tf.data import load_dataset
 from l2sp_tf.errors import InputError
-from l2sp_tf.units import units
+from l2sp_tf.selection import check_folds
+from l2sp_tf.units import unit_count
 
 SMALL = 75  # pixels; no backbone asks for larger images
 
@@ -31,7 +30,7 @@ def check_plans(plans):
             key = (plan.backbone, plan.recipe.crop, plan.widths, plan.depths, plan.block)
             if key not in built:
                 built[key] = _units_of(plan)
-            _check_frozen(plan, built[key])
+            plan.check_frozen(built[key])
     found = {}
     for plan in plans:
         _check_data(plan, found)
@@ -77,20 +76,11 @@ def _units_of(plan):
             f"Images of {plan.recipe.crop} pixels are too small for the backbone {plan.backbone} ({_first_line(error)}): "
             "give a larger --crop."
         ) from error
-    try:
-        return len(units(model))
-    except InputError:
-        return 0
+    return unit_count(model)
 
 
 def _first_line(error):
     return str(error).partition("\n")[0].rstrip(".")[:200]
-
-
-def _check_frozen(plan, count):
-    most = max(count - 1, 0)
-    if max(plan.frozen or (0,)) > most:
-        raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
 
 
 def _check_data(plan, found):
@@ -104,17 +94,23 @@ def _check_data(plan, found):
         return found[key]
 
     target = load(plan.target, per_class=plan.per_class, seed=plan.subset_seed)
-    smallest = int(np.bincount(target.train.labels, minlength=len(target.classes)).min())
-    if plan.folds > smallest and not plan.skip_bad_images:
-        raise InputError(
-            f"{plan.folds} folds were asked for, but the smallest class of {target.name} has {smallest} training images: "
-            f"give a number from 2 to {smallest}."
-        )
+    if plan.folds and not plan.skip_bad_images:
+        check_folds(plan.folds, target)
     source = None if plan.source is None else load(plan.source)
     classes = None if plan.weights in ("none", "imagenet") else models.head_classes(plan.weights)
     classes = 1000 if plan.weights == "imagenet" else classes
-    if source is not None and classes not in (None, len(source.classes)):
+    if source is not None and classes is not None:
+        check_classes(classes, source)
+
+
+def check_classes(count, source):
+    """Checks the number of classes of a pre-trained model against its source data.
+
+    Raises:
+        InputError: they differ.
+    """
+    if count != len(source.classes):
         raise InputError(
-            f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
+            f"The pre-trained model has {count} classes, but {source.name} has {len(source.classes)}: "
             "give the source data it was trained on, or no --source."
         )

@@ -77,9 +77,7 @@ def _outlines(plans, say):
         key = plan.start_key()
         if key not in made:
             made[key] = outline(plan, say=say)
-        most = max(made[key].units - 1, 0)
-        if max(plan.frozen or (0,)) > most:
-            raise InputError(f"frozen is {max(plan.frozen)}, but of this backbone's units at most {most} can be frozen.")
+        plan.check_frozen(made[key].units)
     return made
 
 

@@ -209,6 +209,16 @@ class Plan:
             fields.number("beta", setting.beta)
             fields.number("learning_rate", setting.learning_rate, above=0)
 
+    def check_frozen(self, units):
+        """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.
+
+        Raises:
+            InputError: more are to be frozen than can be.
+        """
+        most = max(units - 1, 0)
+        if max(self.frozen or (0,)) > most:
+            raise InputError(f"frozen is {max(self.frozen)}, but of this backbone's units at most {most} can be frozen.")
+
     def start_key(self):
         """Equal for plans whose runs start from the same data and model."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in RUN_FIELDS}

@@ -269,6 +269,16 @@ def write_selection(workdir, record):
     return path
 
 
+def check_folds(folds, data):
+    """Checks the number of folds against the training images of a `Task` or a `Dataset`; errors as `fold_tasks`."""
+    smallest = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
+    if not 2 <= folds <= smallest:
+        raise InputError(
+            f"{folds} folds were asked for, but the smallest class of {data.name} has {smallest} training images: "
+            f"give a number from 2 to {smallest}."
+        )
+
+
 def fold_tasks(task, folds, seed=0):
     """The training images of a task in `folds` ways: as tasks whose test images are one stratified fold each.
 
@@ -277,13 +287,8 @@ def fold_tasks(task, folds, seed=0):
     Raises:
         InputError: fewer than two folds, or a class with fewer images than folds.
     """
+    check_folds(folds, task)
     labels = task.train.labels
-    smallest = int(np.bincount(labels, minlength=len(task.classes)).min())
-    if not 2 <= folds <= smallest:
-        raise InputError(
-            f"{folds} folds were asked for, but the smallest class of {task.name} has {smallest} training images: "
-            f"give a number from 2 to {smallest}."
-        )
     has_own_mean = np.array_equal(task.mean, channel_mean(task.train))
     made = []
     for train, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):

@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from l2sp_tf import models, records
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.checkpoints import Checkpoints
+from l2sp_tf.checks import check_classes
 from l2sp_tf.copies import detached_copy
 from l2sp_tf.data import Dataset, Task, load_dataset, prepare, test_batches, undecoded
 from l2sp_tf.distribution import chief_says, is_chief, make_strategy, wait_for_chief
@@ -27,7 +28,7 @@ from l2sp_tf.plans import Plan, sample_size
 from l2sp_tf.provenance import RESULTS_VERSION, versions
 from l2sp_tf.reading import read_json
 from l2sp_tf.training import preprocessing_of, train_source
-from l2sp_tf.units import units
+from l2sp_tf.units import unit_count
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,10 +53,7 @@ class Outline:
     @functools.cached_property
     def units(self):
         """How many units can be frozen: 0 if the backbone's units cannot be told."""
-        try:
-            return len(units(self.network))
-        except InputError:
-            return 0
+        return unit_count(self.network)
 
     @property
     def backbone(self):
@@ -220,7 +218,7 @@ def outline(plan, *, say=print):
             say(f"{dataset.name}: {counts}")
     network = _network(plan, source)
     if source is not None:
-        _check_classes(network, source)
+        check_classes(network.output_shape[-1], source)
     return Outline(plan, target, source, pixels, network, say)
 
 
@@ -324,15 +322,6 @@ def _stored_anchors(plan, pretrained, pixels):
     if is_chief(make_strategy(plan.distribute)):
         anchors.save(path)
     return anchors, path
-
-
-def _check_classes(network, source):
-    classes = network.output_shape[-1]
-    if classes != len(source.classes):
-        raise InputError(
-            f"The pre-trained model has {classes} classes, but {source.name} has {len(source.classes)}: "
-            "give the source data it was trained on, or no --source."
-        )
 
 
 def _source_accuracy(plan, pretrained, source, anchors):

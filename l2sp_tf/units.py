@@ -45,6 +45,14 @@ def units(model):
     return _units(model, _parents(model))
 
 
+def unit_count(model):
+    """How many units a model has; 0 where they cannot be told."""
+    try:
+        return len(units(model))
+    except InputError:
+        return 0
+
+
 def freeze_first(model, n):
     """Freezes the first n units of a network and all upstream of them (Fig. 3), and unfreezes all other layers.
 

@@ -32,7 +32,8 @@ FLOORS = [
     {"engines", "plans", "retention_report"},
     {"runs"},
     {"selection"},
-    {"starts", "forecast", "checks", "configuration", "interruption"},
+    {"checks", "configuration", "interruption"},
+    {"starts", "forecast"},
     {"experiments", "figures", "cli"},
 ]
 
