@@ -20,6 +20,7 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.files import sha256_of_file, sync_folder, write_text
 from l2sp_tf.provenance import versions
 from l2sp_tf.reading import read_json
+from l2sp_tf.records import flat
 from l2sp_tf.variables import first_not_finite
 
 FORMAT = "l2sp_tf.checkpoint.v1"
@@ -330,16 +331,9 @@ def _variables(model, metrics):
 
 def _differences(before, now):
     """What differs between two nested dicts, as texts "recipe.momentum was 0.9 and is 0.5"."""
-    before, now = _flat(before), _flat(now)
+    before, now = ({name: json.dumps(value) for name, value in flat(side)} for side in (before, now))
     values = {key: (before.get(key, "not given"), now.get(key, "not given")) for key in before | now}
     return [f"{key} was {one} and is {two}" for key, (one, two) in values.items() if one != two]
-
-
-def _flat(value, prefix=""):
-    """The leaves of a nested dict by dotted keys, as JSON: {"recipe.momentum": "0.9"}."""
-    if not isinstance(value, dict):
-        return {prefix: json.dumps(value)}
-    return {leaf: text for key, part in value.items() for leaf, text in _flat(part, f"{prefix}.{key}".lstrip(".")).items()}
 
 
 def _remove(path):

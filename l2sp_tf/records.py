@@ -38,15 +38,16 @@ def identity(settings):
 
     Settings within the recipe and other dicts are called by both names, as in "recipe.iterations".
     """
-    return {name: value for name, value in _flat(settings) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
+    return {name: value for name, value in flat(settings, WITHOUT_EFFECT) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
 
 
-def _flat(settings, prefix=""):
-    for name, value in settings.items():
-        if isinstance(value, dict) and prefix + name not in WITHOUT_EFFECT:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+def flat(value, whole=(), prefix=""):
+    """The leaves of nested dicts with their dotted names, ("recipe.momentum", 0.9); dicts named in `whole` are leaves too."""
+    if not isinstance(value, dict) or prefix in whole:
+        yield prefix, value
+        return
+    for name, part in value.items():
+        yield from flat(part, whole, f"{prefix}.{name}".lstrip("."))
 
 
 def question(settings):

@@ -60,15 +60,19 @@ def summary(records):
         penalty = record["settings"]["penalty"]
         if penalty not in LABELS:
             raise InputError(f"A record has the penalty {penalty[:100]!r}: remove it, or give one of {', '.join(LABELS)}.")
-        groups[json.dumps(identity(record["settings"]), sort_keys=True)].append(record)
+        groups[_key(identity(record["settings"]))].append(record)
     selections = selections_of(records)
     rows = [_row(found, selections) for found in groups.values()]
     for name, parts, text in (("title", TARGET, title), ("origin", SOURCE, lambda settings: settings["source"])):
         for row, made in zip(rows, _titles(rows, parts, text), strict=True):
             row[name] = made
-    order = list(LABELS)
-    key = lambda r: (r["origin"], r["title"], order.index(r["penalty"]), r["name"], r["frozen"], r["alpha"], r["beta"])  # noqa: E731
-    return sorted(rows, key=lambda row: (*key(row), _key(row["identity"])))
+    return sorted(rows, key=_order)
+
+
+def _order(row):
+    """By this the rows of a table are sorted."""
+    own = [row[name] for name in ("name", "frozen", "alpha", "beta")]
+    return (*place(row)[::-1], list(LABELS).index(row["penalty"]), *own, _key(row["identity"]))
 
 
 def _row(found, selections):
