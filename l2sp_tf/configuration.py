@@ -11,7 +11,6 @@ from l2sp_tf.errors import InputError
 from l2sp_tf.models import input_shape
 from l2sp_tf.plans import FisherPlan, Plan, study
 from l2sp_tf.recipe import Recipe
-from l2sp_tf.regularizers import PENALTIES, FisherPenalty
 from l2sp_tf.selection import LEARNING_RATES
 
 DEFAULT_FOLDS = 5  # of an experiment
@@ -217,7 +216,7 @@ def unused(values, given, plans):
         reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file is a whole model, and that is what is fine-tuned")
     elif plans[0].backbone != "small":
         reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it is of the backbone small, not of {plans[0].backbone}")
-    if not any(issubclass(PENALTIES[symbol], FisherPenalty) for plan in plans for symbol in plan.penalties):
+    if not any(plan.needs_fisher for plan in plans):
         names = [f"fisher_{field.name}" for field in dataclasses.fields(FisherPlan)]
         reasons |= dict.fromkeys(names, "no penalty needs a Fisher diagonal")
     if not any(plan.weights == "none" for plan in plans):

@@ -16,9 +16,9 @@ from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
 from l2sp_tf.files import link_or_copy, write_text
-from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work
+from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work, recorded_in
 from l2sp_tf.plans import Setting
-from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+from l2sp_tf.regularizers import PENALTIES
 from l2sp_tf.runs import folder_of, run_record, settings_of
 from l2sp_tf.selection import Search, accuracy_of, fold_tasks, write_selection
 from l2sp_tf.starts import outline, prepare_start, short_name
@@ -90,7 +90,7 @@ def _run_all(plans, made, clock, verbose, options):
     questions = {}
     for i, plan in enumerate(plans):
         start = _start_of(plan, say, verbose, made=made.pop(plan.start_key(), None), callbacks=clock)
-        if any(issubclass(PENALTIES[symbol], FisherPenalty) for symbol in plan.penalties):
+        if plan.needs_fisher:
             start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
         questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.penalties if plan.folds}
     if options["engine"] != "local":
@@ -154,7 +154,7 @@ def _start_of(plan, say, verbose, **options):
 
 def _run(start, plan, setting, say, verbose):
     """One fine-tuning with its evaluation, or its record if it has one."""
-    fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
+    fisher = start.fisher if setting.needs_fisher else None
     recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     is_fold = setting.fold is not None
     task = _folds(start.target, plan.folds)[setting.fold] if is_fold else start.target
@@ -248,7 +248,7 @@ def _cross_validate(plans, questions, run, say):
 def _question(plan, start, symbol):
     """What a selection of a penalty's setting answers."""
     setting = plan.grid(symbol)[0]
-    fisher = start.fisher if isinstance(setting.penalty, FisherPenalty) else None
+    fisher = start.fisher if setting.needs_fisher else None
     return records.question(_settings(plan, start, setting, start.target, plan.recipe, fisher))
 
 
@@ -269,9 +269,10 @@ def _choice(plan, question, symbol, search, say):
 def _say_plan(plans, made, say):
     """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
     counted, left = set(), {key: [] for key in made}
+    found = {workdir: recorded_in(workdir) for workdir in {plan.workdir for plan in plans}}
     for plan in plans:
         key = plan.start_key()
-        recorded = Recorded(plan, made[key], _settings)
+        recorded = Recorded(plan, made[key], found[plan.workdir], _settings)
         for setting in (*plan.trials(), *plan.runs(made[key].units, _guess(plan))):
             if (key, setting) not in counted and not recorded.has(setting):
                 left[key].append(setting)

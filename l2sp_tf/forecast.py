@@ -19,7 +19,8 @@ from l2sp_tf.data.decoding import MEMORY_LIMIT_BYTES, decoded_bytes
 from l2sp_tf.data.store import PixelStore
 from l2sp_tf.distribution import make_strategy
 from l2sp_tf.errors import InputError
-from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+from l2sp_tf.plans import needs_fisher
+from l2sp_tf.regularizers import PENALTIES
 from l2sp_tf.training import finetune, preprocessing_of
 
 TIMED_STEPS = 12
@@ -47,7 +48,7 @@ class Work:
     @property
     def needs_fisher(self):
         """Whether F_jj is needed."""
-        return any(issubclass(PENALTIES[setting.symbol], FisherPenalty) for setting in self.left)
+        return any(setting.needs_fisher for setting in self.left)
 
     @property
     def steps(self):
@@ -172,27 +173,33 @@ class Forecast:
         return statistics.fmean(spent) if spent else 0.0
 
 
+def recorded_in(workdir):
+    """All records under a workdir, of folds too; one that is damaged is told when its run comes."""
+    found = []
+    for pattern in ("selections/*/selection.json", "folds/*/run.json", "runs/*/run.json"):
+        for path in workdir.glob(pattern):
+            with contextlib.suppress(InputError):
+                found.append(records.read_record(path))
+    return found
+
+
 class Recorded:
     """The records of runs from one start, looked up by all that is known of a run before its data are decoded.
 
     Args:
         plan: a `Plan`.
         made: its `Outline`.
+        found: the records of its workdir, of `recorded_in`.
         settings_of: of (plan, start, setting, task, recipe, fisher), what a record says a run's settings are.
     """
 
     UNKNOWN = {"pixels", "source_mean", "source_mean_of", "skipped", "fisher"}
 
-    def __init__(self, plan, made, settings_of):
+    def __init__(self, plan, made, found, settings_of):
         self._plan, self._made, self._settings_of, self._records = plan, made, settings_of, {}
-        self._selections = []
-        for path in plan.workdir.glob("selections/*/selection.json"):
-            with contextlib.suppress(InputError):
-                self._selections.append(records.read_record(path))
-        for path in (*plan.workdir.glob("folds/*/run.json"), *plan.workdir.glob("runs/*/run.json")):
-            with contextlib.suppress(InputError):  # one that is damaged is told when its run comes
-                record = records.read_record(path)
-                self._records.setdefault(record["settings"]["seed"], []).append(record)
+        self._selections = records.selections_of(found)
+        for record in records.runs_of(found):
+            self._records.setdefault(record["settings"]["seed"], []).append(record)
 
     def has(self, setting):
         """Whether a run of this setting is recorded; with folds, one of any strength that cross-validation chose."""
@@ -208,7 +215,7 @@ class Recorded:
     def _is_of(self, record, setting):
         known = self._known(setting)
         recorded = {name: value for name, value in record["settings"].items() if name not in self.UNKNOWN}
-        return recorded == known and (not issubclass(PENALTIES[setting.symbol], FisherPenalty) or self._has_fisher(record))
+        return recorded == known and (not setting.needs_fisher or self._has_fisher(record))
 
     @functools.cache  # noqa: B019  lives no longer than the plan is said
     def _known(self, setting):
@@ -273,8 +280,8 @@ def seconds_per_step(made, left):
     images = Images(pixels, np.arange(len(pixels), dtype=np.int32) % len(classes))
     preprocessing = dataclasses.replace(preprocessing_of(recipe, made.pixels), resize_mode="squash")
     task = Task("made up", classes, "", images, images, np.zeros(3, np.float32), preprocessing)
-    kind = PENALTIES[left[0].symbol] if left else PENALTIES["l2"]
-    penalty = PENALTIES["l2_sp"](1.0) if issubclass(kind, FisherPenalty) else kind(1.0)
+    symbol = left[0].symbol if left else "l2"
+    penalty = PENALTIES["l2_sp" if needs_fisher(symbol) else symbol](1.0)
 
     def note(seconds):
         times.append(seconds)

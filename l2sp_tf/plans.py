@@ -69,6 +69,11 @@ class FisherPlan:
         return min(sample_size(available) if self.images is None else self.images, available)
 
 
+def needs_fisher(symbol):
+    """Whether the penalty of this symbol needs F_jj."""
+    return issubclass(PENALTIES[symbol], FisherPenalty)
+
+
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """One run: a penalty's symbol and strengths, the learning rate, how many units are frozen, the seed, and the fold or None."""
@@ -85,6 +90,11 @@ class Setting:
     def penalty(self):
         """The penalty itself."""
         return PENALTIES[self.symbol](self.alpha)
+
+    @property
+    def needs_fisher(self):
+        """Whether the penalty needs F_jj."""
+        return needs_fisher(self.symbol)
 
     def __str__(self):
         where = f"fold {self.fold}" if self.fold is not None else f"seed {self.seed}"
@@ -197,7 +207,7 @@ class Plan:
                 like = fields.nearest(symbol, PENALTIES)
                 did_you_mean = f" Did you mean {like}?" if like else ""
                 raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.{did_you_mean}")
-            if issubclass(PENALTIES[symbol], FisherPenalty) and self.source is None:
+            if needs_fisher(symbol) and self.source is None:
                 raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
             if self.recipe.penalty_step == "decoupled":
                 Decoupled.check(PENALTIES[symbol](1.0))
@@ -208,6 +218,11 @@ class Plan:
             fields.number("alpha", setting.alpha)
             fields.number("beta", setting.beta)
             fields.number("learning_rate", setting.learning_rate, above=0)
+
+    @property
+    def needs_fisher(self):
+        """Whether any penalty needs F_jj."""
+        return any(map(needs_fisher, self.penalties))
 
     def check_frozen(self, units):
         """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.
