@@ -16,11 +16,12 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
     Args:
         setting: a `plans.Setting`.
         task: the target `Task`, of a fold too.
-        recipe: with the setting's beta and learning rate.
+        recipe: whose beta and learning rate the setting's take the place of.
         anchors: an `Anchors`.
         fisher: a `Fisher` or a mapping, for the Fisher penalties.
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
+    recipe = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     settings = {
         **more,
         "target_digest": task.digest,

@@ -133,6 +133,14 @@ def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier
     assert line[1].startswith(f"{np.mean(expected):.1f}")
 
 
+def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, tmp_path):
+    recipe = RECIPE.replace(beta={"l2_sp": 0.02, "l2": 0.001})
+    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    found, _ = run([tiny(tmp_path, folds=2, penalties=("l2", "l2_sp"), alphas=(0.1,), recipe=recipe.replace(iterations=2))])
+    rows = {(row["penalty"], row["beta"]): row["selected"] for row in summary(found)}
+    assert rows == {("l2", 0.001): True, ("l2_sp", 0.02): True}
+
+
 def test_plans_that_share_runs_run_them_once(tmp_path):
     made = tiny(tmp_path)
     found, said = run([made, dataclasses.replace(made, alphas=(0.1, 1.0))])
