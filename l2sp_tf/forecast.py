@@ -213,9 +213,7 @@ class Recorded:
         return any(self._is_of(record, s) for record in chosen for s in grid)
 
     def _is_of(self, record, setting):
-        known = self._known(setting)
-        recorded = {name: value for name, value in record["settings"].items() if name not in self.UNKNOWN}
-        return recorded == known and (not setting.needs_fisher or self._has_fisher(record))
+        return self._told(record["settings"]) == self._known(setting) and (not setting.needs_fisher or self._has_fisher(record))
 
     @functools.cache  # noqa: B019  lives no longer than the plan is said
     def _known(self, setting):
@@ -227,8 +225,12 @@ class Recorded:
         network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
         start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
         recipe = self._plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-        settings = records.plain(self._settings_of(self._plan, start, setting, start.target, recipe, None))
-        return {name: value for name, value in settings.items() if name not in self.UNKNOWN}
+        return self._told(records.plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
+
+    def _told(self, settings):
+        """What of the identity of a run can be told before its data are decoded."""
+        found = records.identity_of_run(settings)
+        return {name: value for name, value in found.items() if name.partition(".")[0] not in self.UNKNOWN}
 
     def _has_fisher(self, record):
         """Whether the F_jj of a record was estimated as the plan says."""

@@ -41,6 +41,11 @@ def identity(settings):
     return {name: value for name, value in flat(settings, WITHOUT_EFFECT) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
 
 
+def identity_of_run(settings):
+    """What tells a run from others: its row's identity, its seed, and its fold if it is on one."""
+    return identity(settings) | {name: settings[name] for name in ("seed", "fold") if name in settings}
+
+
 def flat(value, whole=(), prefix=""):
     """The leaves of nested dicts with their dotted names, ("recipe.momentum", 0.9); dicts named in `whole` are leaves too."""
     if not isinstance(value, dict) or prefix in whole:

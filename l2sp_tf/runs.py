@@ -11,7 +11,7 @@ from l2sp_tf.training import finetune
 
 
 def settings_of(setting, task, recipe, anchors, fisher=None, **more):
-    """What the result of a run depends on; `records.run_key` of it names the run.
+    """What the result of a run depends on; the key of its `records.identity_of_run` names the run.
 
     Args:
         setting: a `plans.Setting`.
@@ -41,7 +41,7 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
 def folder_of(workdir, setting, settings):
     """The folder of a run, under folds/ or runs/ of a workdir."""
     kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
-    return workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(settings)}"
+    return workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(records.identity_of_run(settings))}"
 
 
 def run_record(pretrained, task, setting, recipe, settings, measure=None, **options):

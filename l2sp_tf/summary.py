@@ -50,19 +50,23 @@ def summary(records):
         deviation (None for a single run), over the runs that did not diverge; None where all did. "runs" and "diverged"
         count the two, "before" is the pre-trained model's accuracy. "title" and "origin" name target and source, told
         apart from all others; "frozen" counts frozen units, "selected" tells whether cross-validation chose the setting,
-        "identity" is what all of its "records" share.
+        "identity" is what all of its "records" share, of which there is one for each seed; "repeated" counts those that
+        were left out, as a record of their seed is there.
 
     Raises:
         InputError: a record has an unknown penalty, or two targets or sources cannot be told apart.
     """
-    groups = collections.defaultdict(list)
+    groups = collections.defaultdict(dict)
+    repeated = collections.Counter()
     for record in runs_of(records):
         penalty = record["settings"]["penalty"]
         if penalty not in LABELS:
             raise InputError(f"A record has the penalty {penalty[:100]!r}: remove it, or give one of {', '.join(LABELS)}.")
-        groups[_key(identity(record["settings"]))].append(record)
+        key, seed = _key(identity(record["settings"])), record["settings"]["seed"]
+        repeated[key] += seed in groups[key]
+        groups[key].setdefault(seed, record)  # a copy of a run is no run of its own
     selections = selections_of(records)
-    rows = [_row(found, selections) for found in groups.values()]
+    rows = [{**_row(list(found.values()), selections), "repeated": repeated[key]} for key, found in groups.items()]
     for name, parts, text in (("title", TARGET, title), ("origin", SOURCE, lambda settings: settings["source"])):
         for row, made in zip(rows, _titles(rows, parts, text), strict=True):
             row[name] = made
@@ -240,6 +244,8 @@ def notes(rows, records):
         which = "All rows" if len(old) == len(rows) else f"{len(old)} of {len(rows)} rows"
         found.append(f"{which} were made by an earlier version of the code than the one that drew this table.")
     for row in rows:
+        if row["repeated"]:
+            found.append(f"{row['label']} on {row['title']}: {row['repeated']} more records of the same seeds were left out.")
         for what, texts in _makings(row["records"]).items():
             if len(texts) > 1:
                 found.append(f"{row['label']} on {row['title']} joins runs of several {what}: {', '.join(sorted(texts))}.")

@@ -1,5 +1,7 @@
 """One run's record, where the run itself is made up."""
 
+import dataclasses
+import pathlib
 import types
 
 import numpy as np
@@ -65,6 +67,21 @@ def test_a_last_step_into_infinity_is_a_divergence(name, value):
 def test_a_loss_that_is_not_finite_is_a_divergence():
     made = record(error=FloatingPointError("The loss is nan after step 3."))
     assert made["results"] == {"diverged": "The loss is nan after step 3."} and records.diverged(made)
+
+
+def test_what_changes_no_result_changes_no_folder():
+    def folder(recipe, setting=SETTING, **more):
+        settings = runs.settings_of(setting, task(), recipe, types.SimpleNamespace(digest="a"), source="s", target="t", **more)
+        return runs.folder_of(pathlib.Path("w"), setting, settings)
+
+    plain = folder(l2sp.Recipe())
+    assert folder(l2sp.Recipe(log_every=3)) == folder(l2sp.Recipe(alpha={"l2": 7.0})) == plain
+    assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's count
+    others = [l2sp.Recipe(momentum=0.5), l2sp.Recipe(crops=10), l2sp.Recipe(mean=(1, 2, 3))]
+    settings = [dataclasses.replace(SETTING, **change) for change in ({"seed": 1}, {"frozen": 2}, {"beta": 0.1})]
+    found = [folder(recipe) for recipe in others] + [folder(l2sp.Recipe(), setting) for setting in settings]
+    found += [folder(l2sp.Recipe(), dataclasses.replace(SETTING, fold=n), fold=[n, 3]) for n in (0, 1)]
+    assert len({plain, *found}) == 1 + len(found)
 
 
 def test_test_images_are_the_same_only_if_all_of_them_are():

@@ -102,7 +102,10 @@ def test_whatever_a_result_depends_on_makes_a_row_of_its_own_and_is_seen(path):
         value = value[name]
     found = made() + made(path, another(value), accuracies=(0.7, 0.8))
     rows = summary(found)
-    if path in SAME:
+    if path in SAME:  # of other seeds, as no run counts twice
+        for each in found[2:]:
+            each["settings"]["seed"] += 2
+        rows = summary(found)
         assert [row["runs"] for row in rows] == [4]
         return
     assert sorted(row["accuracies"] for row in rows) == [pytest.approx([50, 60]), pytest.approx([70, 80])]
@@ -167,6 +170,16 @@ def test_rows_that_no_text_tells_apart_stop_the_table():
     for draw in (report.overview, report.table_2, report.table_2_tests, report.table_3, figures.figure_2, figures.overview):
         with pytest.raises(l2sp.InputError, match=r"2 rows of digits/target - 25 .* would all read"):
             draw(found)
+
+
+@pytest.mark.parametrize("path", sorted(SAME), ids=".".join)
+def test_a_run_counts_once_however_often_it_is_recorded(path):
+    again = made(path, another(BASE["recipe"][path[1]]))
+    for found in (made() + made(), made() + again, made() + again + made(accuracies=(0.1,))):
+        (row,) = summary(found)
+        assert row["accuracies"] == pytest.approx([50, 60]) and row["repeated"] == len(found) - 2
+        assert f"{len(found) - 2} more records of the same seeds were left out" in report.table_2(found).notes
+    assert "left out" not in report.table_2(made()).notes
 
 
 def test_runs_of_earlier_code_are_marked_and_not_averaged_with_others():
