@@ -8,9 +8,10 @@ import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import app, flags
+from absl import flags
 
 from l2sp_tf.cli import run_main
+from l2sp_tf.errors import InputError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", "runs/digits", "One --workdir of train.py, or several.")
@@ -51,9 +52,9 @@ MOST_ROWS = 20
 
 def main(argv):
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]}: flags start with --")
+        raise InputError(f"unknown argument {argv[1]}: flags start with --")
     if FLAGS.model is not None and not FLAGS.predict and not FLAGS.report:
-        raise app.UsageError("--model is for --predict or --report: give one of them")
+        raise InputError("--model is for --predict or --report: give one of them")
     if FLAGS.predict:
         write_predictions()
     if FLAGS.report:
@@ -82,7 +83,6 @@ def main(argv):
 
 def write_report(path):
     """Writes the page that --report names, and the same for TensorBoard in a folder beside it."""
-    from l2sp_tf.errors import InputError
     from l2sp_tf.retention_report import report_of_files, report_of_run
 
     if (FLAGS.model is None) != (FLAGS.anchors is None):

@@ -111,7 +111,7 @@ def recipes_of(values, weights, is_digits):
         # the paper resizes to 256 for crops of 224: another size keeps that ratio
         given = {"resize": max(side, round(recipe.resize * side / recipe.crop)), **given, "crop": side}
     if "mean" in given:
-        given["mean"] = tuple(given["mean"]) if len(given["mean"]) > 1 else given["mean"][0]
+        given["mean"] = given["mean"][0] if len(given["mean"]) == 1 else tuple(given["mean"])
     if "blur_sigma" in given:
         given["blur_sigma"] = _numbers(values, "blur_sigma", float)
     if "iterations" in given:

@@ -116,6 +116,13 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     assert all(" ".join(row.split()) in squeezed for row in rows)
 
 
+@pytest.mark.parametrize(("argument", "message"), [("foo", "unknown argument foo"), ("--model=x", "--model is for --predict")])
+def test_a_mistake_with_eval_is_one_sentence_too(argument, message):
+    result = run("eval.py", argument)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith(f"error: {message}") and "Traceback" not in result.stderr
+
+
 def test_eval_reports_what_a_run_kept(finished, tmp_path):
     workdir, _ = finished
     folder = next(workdir.glob("runs/l2_sp*"))
@@ -212,6 +219,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         ([f"--weights={weights}", "--pixels=bgr"], "weights.safetensors sees pixels as rgb"),
         (["--mean=target"], "mean is 'target'"),
         (["--mean=1,2"], "mean is ('1', '2')"),
+        (["--mean="], "mean is ()"),
         (["--mean=weights"], "weights=none has no mean yet"),
         (["--penalty=l1_sp", "--alpha=1", "--penalty_step=decoupled"], "Decoupled cannot step L1SP"),
         (["--folds=1"], "folds is 1"),
