@@ -17,7 +17,7 @@ from l2sp_tf.provenance import provenance
 from l2sp_tf.recipe import Recipe
 from l2sp_tf.regularizers import PENALTIES
 from l2sp_tf.runs import folder_of, run_record, settings_of
-from l2sp_tf.training import as_task
+from l2sp_tf.training import as_task, images_digest
 
 LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
 AXES = ("alpha", "beta", "learning_rate")
@@ -223,6 +223,8 @@ def cross_validate(
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}
     made = {"source": "model", "weights": "model", "backbone": pretrained.name, "target": task.name}
+    # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
+    made |= {"images": images_digest(task), "prepared": records.plain(task.preprocessing), "start": Anchors.of(pretrained).digest}
     while pending := search.pending():
         for values in pending:
             chosen, accuracies = recipe.replace(beta=values[1], learning_rate=values[2]), []

@@ -270,7 +270,6 @@ def _identity(model, coverage, task, recipe, seed):
     penalties = {}
     for weight in coverage.weights:
         penalties.setdefault(weight.group, []).append(str(weight))
-    images = hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()  # which part of the data set
     return {
         "recipe": plain(recipe.record()),
         "code": RESULTS_VERSION,
@@ -279,9 +278,14 @@ def _identity(model, coverage, task, recipe, seed):
         "coverage": coverage.digest,
         "anchors": coverage.anchors_digest,
         "start": Anchors.of(model).digest,
-        "data": {"name": task.name, "digest": task.digest, "images": images, "mean": task.mean.tolist()},
+        "data": {"name": task.name, "digest": task.digest, "images": images_digest(task), "mean": task.mean.tolist()},
         "pixels": plain(task.preprocessing.pixels),
     }
+
+
+def images_digest(task):
+    """Tells which part of its data set a task trains on: a hash in hexadecimal."""
+    return hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()
 
 
 def _keep_anchors(anchors, path, step):

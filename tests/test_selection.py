@@ -193,6 +193,31 @@ def test_a_search_goes_on_where_it_was_cut_off_and_leaves_its_record(pretrained,
     assert records.read_record(path)["chosen"]["alpha"] == other.best.alpha == 0.01
 
 
+def test_runs_on_other_images_preparations_and_models_are_not_taken_for_one_another(pretrained, tmp_path, monkeypatch):
+    made, count = task(count=20), []
+
+    def diverging(*args, **more):
+        count.append(args)
+        raise FloatingPointError("The loss is nan after step 1.")
+
+    monkeypatch.setattr(runs, "finetune", diverging)
+    options = {"alphas": (0.1,), "learning_rates": (0.05,), "folds": 2, "run_dir": tmp_path}
+    options["anchors"] = l2sp.Anchors.of(pretrained)
+    other = models.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))
+    other.layers[1].set_weights([weight + 1 for weight in other.layers[1].get_weights()])
+    tasks = [
+        made,
+        dataclasses.replace(made, train=made.train.take(np.arange(18))),
+        dataclasses.replace(made, train=made.train.take(np.arange(2, 20))),
+        dataclasses.replace(made, mean=made.mean + 1),
+        dataclasses.replace(made, preprocessing=dataclasses.replace(made.preprocessing, mirror=not made.preprocessing.mirror)),
+    ]
+    for again in range(2):
+        for number, each in enumerate([*tasks, made]):
+            l2sp.cross_validate(other if number == len(tasks) else pretrained, each, l2sp.L2SP, RECIPE, **options)
+        assert len(count) == 2 * (len(tasks) + 1), again  # and a second call takes up the first's
+
+
 def test_a_penalty_is_given_as_a_class(pretrained):
     for wrong in (l2sp.L2SP(0.1), "l2_sp", dict):
         with pytest.raises(l2sp.InputError, match="give a class, one of L2, L2SP"):
