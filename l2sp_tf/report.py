@@ -12,7 +12,7 @@ from l2sp_tf.comparison import holm, permutation_test, worst_beats_best
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import write_text
 from l2sp_tf.records import diverged, run_key
-from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, place, summary
+from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, notes_across, place, summary
 
 # The paper's numbers for its data sets: Table 2 (mean, standard deviation of 5 runs) and Table 3 (accuracy lost).
 PAPER_TABLE_2 = {
@@ -142,7 +142,8 @@ def table_2(records):
             found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in places)
             lines.append((f"{LABELS[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
     text = "Test accuracy in percent, mean ± standard deviation (number of runs)."
-    return Table(tuple(columns), lines, "\n\n".join([text, *notes(rows, records)]))
+    told = [text, *notes_across(rows), *notes(rows, records)]
+    return Table(tuple(columns), lines, "\n\n".join(told))
 
 
 def table_2_tests(records):
@@ -228,7 +229,8 @@ def table_3(records):
         "Percentage points lost on the source task after fine-tuning, mean ± standard deviation over runs: the fine-tuned "
         "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given."
     )
-    return Table(("target", "source", "batch norm", "before", *labels), lines, "\n\n".join([text, *notes(rows, records)]))
+    told = [text, *notes_across(rows), *notes(rows, records)]
+    return Table(("target", "source", "batch norm", "before", *labels), lines, "\n\n".join(told))
 
 
 def right(record):

@@ -258,6 +258,24 @@ def notes(rows, records):
     return found
 
 
+def notes_across(rows):
+    """What rows that share a label, each of another pair of tasks, do not share: a list of sentences.
+
+    A table with a column for each pair has one line for them, as each task may have strengths of its own.
+    """
+    found = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        here = [row for row in rows if row["label"] == label]
+        identities, texts = [row["identity"] for row in here], [[] for _ in here]
+        names = {name for each in identities for name in each} - {*CHOICE, *TARGET, *SOURCE, *NAMED}
+        readable = sorted(name for name in names if not _is_hash(name))
+        _name_differences(identities, texts, range(len(here)), [*STRENGTHS, *readable])
+        if texts[0]:
+            each = (f"{', '.join(filter(None, text))} on {row['title']}" for text, row in zip(texts, here, strict=True))
+            found.append(f"{label}: {'; '.join(each)}.")
+    return found
+
+
 def _makings(records):
     """By kind the different versions and devices of some records."""
     found = {"versions": set(), "devices": set()}

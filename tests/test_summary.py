@@ -153,6 +153,25 @@ def test_two_rates_are_two_cells_and_two_rows_of_the_test():
     assert (better, worse) == ("L2-SP, rate 0.02", "L2-SP, rate 0.01")
 
 
+IN_THE_LABEL = ("penalty", "frozen", "solver", "penalty_step")
+
+
+@pytest.mark.parametrize("path", [p for p in PATHS if p not in SAME and p[-1] not in IN_THE_LABEL], ids=".".join)
+def test_a_line_over_several_targets_says_what_its_cells_do_not_share(path):
+    value = BASE
+    for name in path:
+        value = value[name]
+    elsewhere = made(path, another(value), accuracies=(0.7, 0.8))
+    for each in elsewhere:
+        each["settings"]["target"] = f"{each['settings']['target']} elsewhere"
+    data = {"target", "target_digest", "per_class", "subset_seed", "protocol", "skipped", "source", "source_digest"}
+    hashes = {"anchors", "fisher", "source_mean", "pixels"}  # each task has its own
+    for draw in (report.table_2, report.table_3):
+        assert ("L2-SP: " in draw(made() + elsewhere).notes) == (path[0] not in data | hashes)
+    same = made() + [dict(each, settings=each["settings"] | {"target": "x"}) for each in made()]
+    assert "L2-SP: " not in report.table_2(same).notes
+
+
 def test_two_subset_seeds_and_two_targets_have_titles_of_their_own():
     found = []
     for seed in (0, 1):
