@@ -208,9 +208,8 @@ class Recorded:
             return False
         if not self._plan.folds or setting.fold is not None:
             return any(self._is_of(record, setting) for record in found)
-        grid = [dataclasses.replace(s, frozen=setting.frozen, seed=setting.seed) for s in self._plan.grid(setting.symbol)]
         chosen = [r for r in found if any(records.is_chosen(selection, r["settings"]) for selection in self._selections)]
-        return any(self._is_of(record, s) for record in chosen for s in grid)
+        return any(self._is_of(record, _with_strengths(setting, record["settings"])) for record in chosen)
 
     def _is_of(self, record, setting):
         return self._told(record["settings"]) == self._known(setting) and (not setting.needs_fisher or self._has_fisher(record))
@@ -240,6 +239,12 @@ class Recorded:
         same = [found.get("mode") == f.mode, transforms == list(f.transforms), found.get("images", 0) <= count]
         same.append(f.mode == "exact" or found.get("samples") == f.samples)
         return all(same) and (f.tolerance is not None or self._plan.skip_bad_images or found["images"] == count)
+
+
+def _with_strengths(setting, settings):
+    """A setting with the strengths and the rate of a record, which a search may have chosen beyond the plan's grid."""
+    rate = settings["recipe"]["learning_rate"]
+    return dataclasses.replace(setting, alpha=settings["alpha"], beta=settings["beta"], learning_rate=rate)
 
 
 class FirstSteps(keras.callbacks.Callback):

@@ -175,8 +175,10 @@ def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and
 def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
     monkeypatch.setattr(experiments, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
-    found, said = run([tiny(tmp_path, folds=2, alphas=(0.1, 1.0))])
+    asked = tiny(tmp_path, folds=2, alphas=(0.1, 1.0))
+    found, said = run([asked])
     (made,) = records.selections_of(found)
+    assert any(line.endswith("then 1 runs; 0 are left") for line in run([asked], dry_run=True)[1])
     assert [c["alpha"] for c in made["candidates"]] == [0.1, 1.0, 10.0] and made["edges"] == ["alpha 10"]
     assert any("at the edge of what was tried (alpha 10)" in line for line in said)
     assert "lies at the edge" in report.table_2(found).notes
