@@ -19,13 +19,14 @@ class Judge:
 
     Attributes:
         names: of the outputs, once a batch was judged; [None] for one output.
+        nan: how many answers were judged that have a NaN among their scores.
     """
 
     def __init__(self, model, compiled, crops, from_logits, probabilities=False):
         if crops not in (1, 10):
             raise InputError(f"crops is {crops!r}: it must be 1 or 10.")
         self.model, self.compiled, self.crops, self.from_logits = model, compiled, crops, from_logits
-        self.probabilities, self.names = probabilities, None
+        self.probabilities, self.names, self.nan = probabilities, None, 0
         self._traced = {}
 
     def __call__(self, x, labels, weights):
@@ -39,6 +40,7 @@ class Judge:
             what = "the output" if name is None else f"the output {name!r}"
             scores, threshold = self._scores(output, meaning, n)
             right.append(right_answers(scores, y, threshold=threshold, what=what))
+            self.nan += int(np.isnan(scores).any(axis=1).sum())
             found.append(np.ones(n) if w is None else weights_of(w, n, what))
         return np.stack(right, axis=1), np.stack(found, axis=1)
 

@@ -1,5 +1,7 @@
 """Accuracy with central crops or ten crops, and what fine-tuning cost on the source task (Table 3)."""
 
+import warnings
+
 import keras
 import numpy as np
 
@@ -40,7 +42,8 @@ def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=F
     Returns:
         {"accuracy": in [0, 1], "correct": count, "total": count}, and with `answers` under "right" a
         bool [n] in the order of the images. With many outputs also "outputs", a dict from the name of each output to
-        such a dict; then "right" is bool [n, outputs].
+        such a dict; then "right" is bool [n, outputs]. If any answer has a NaN among its scores, a warning says so and
+        "nan" counts them.
 
     Raises:
         InputError: there is no image; data, labels or outputs have a form that cannot be judged; it cannot be told what an
@@ -61,10 +64,15 @@ def _accuracy(model, data, judge, batch_size, answers=False):
         again = ", in data that can be read again if they have been read before" if hasattr(data, "__next__") else ""
         raise InputError(f"There are no test images to evaluate on: give at least one{again}.")
     right, weights = (np.concatenate([part[i] for part in judged]) for i in (0, 1))
+    nan = {"nan": judge.nan} if judge.nan else {}
+    if nan:
+        warnings.warn(
+            f"{model.name!r} gives NaN in {judge.nan} of {right.size} answers, which are counted as wrong.", stacklevel=3
+        )
     if judge.names == [None]:
-        return _summary(right[:, 0], weights[:, 0], answers)
+        return {**_summary(right[:, 0], weights[:, 0], answers), **nan}
     each = {name: _summary(right[:, i], weights[:, i], answers) for i, name in enumerate(judge.names)}
-    return {**_summary(right, weights, answers), "outputs": each}
+    return {**_summary(right, weights, answers), **nan, "outputs": each}
 
 
 def _summary(right, weights, answers):

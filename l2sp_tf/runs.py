@@ -32,7 +32,7 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         "beta": setting.beta,
         "seed": setting.seed,
         "frozen": setting.frozen,
-        "recipe": records.plain(recipe.record()),
+        "recipe": records.plain(recipe.record(setting.symbol)),
         "code": RESULTS_VERSION,
     }
     return settings if fisher is None else {**settings, "fisher": fisher.digest}
@@ -55,16 +55,22 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         options: more of `finetune`'s; anchors among them.
     """
     record = {"settings": settings, **provenance(), "anchors": {"digest": options["anchors"].digest}}
+
+    def diverged(reason, coverage="", seconds=0.0):
+        return {**record, "coverage": {"digest": coverage}, "results": {"diverged": reason}, "seconds": seconds}
+
     try:
         run = finetune(pretrained, task, setting.penalty, recipe, **options)
     except FloatingPointError as error:
-        return {**record, "coverage": {"digest": ""}, "results": {"diverged": str(error)}, "seconds": 0.0}
+        return diverged(str(error))
     last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
     endless = next((name for name, value in last.items() if not math.isfinite(value)), None)
     if endless is not None:  # the last step, whose loss nobody computed
         reason = f"The {endless} is {last[endless]} after step {run.history[-1]['step']}."
-        return {**record, "coverage": {"digest": run.coverage.digest}, "results": {"diverged": reason}, "seconds": run.seconds}
+        return diverged(reason, run.coverage.digest, run.seconds)
     results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
+    if results.get("nan") == results["total"]:
+        return diverged(f"The outputs are NaN on all {results['total']} test images.", run.coverage.digest, run.seconds)
     if "frozen" in run.history[-1]:
         last["frozen"] = frozen_share(run.model)
     if run.stopped_at is not None:

@@ -29,8 +29,8 @@ def task(digest="d" * 64, labels=(0, 1, 1), skipped=()):
     return types.SimpleNamespace(digest=digest, test=Images(labels, skipped), pixels=PIXELS["rgb"])
 
 
-def record(history=None, error=None, stopped_at=None):
-    """The record of a run that ended with a row of the log, or in an error."""
+def record(history=None, error=None, stopped_at=None, **measured):
+    """The record of a run that ended with a row of the log, or in an error, and what was measured of it."""
 
     def finetune(*args, **options):
         if error is not None:
@@ -45,7 +45,7 @@ def record(history=None, error=None, stopped_at=None):
     settings = runs.settings_of(SETTING, task(), recipe, anchors, source="s", target="t")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runs, "finetune", finetune)
-        measure = lambda run: {"accuracy": 0.5, "correct": 1, "total": 2}  # noqa: E731
+        measure = lambda run: {"accuracy": 0.5, "correct": 1, "total": 2, **measured}  # noqa: E731
         made = runs.run_record(None, task(), SETTING, recipe, settings, measure, anchors=anchors)
     records.check_record({"format": records.FORMAT, **made}, "run.json")
     return made
@@ -69,6 +69,12 @@ def test_a_loss_that_is_not_finite_is_a_divergence():
     assert made["results"] == {"diverged": "The loss is nan after step 3."} and records.diverged(made)
 
 
+def test_a_last_step_after_which_every_output_is_nan_is_a_divergence():
+    last = {"step": 7, "distance": 1.0, "penalty": 1.0}
+    assert record(last, nan=2)["results"] == {"diverged": "The outputs are NaN on all 2 test images."}
+    assert record(last, nan=1)["results"]["nan"] == 1 and not records.diverged(record(last, nan=1))
+
+
 def test_what_changes_no_result_changes_no_folder():
     def folder(recipe, setting=SETTING, **more):
         settings = runs.settings_of(setting, task(), recipe, types.SimpleNamespace(digest="a"), source="s", target="t", **more)
@@ -76,6 +82,18 @@ def test_what_changes_no_result_changes_no_folder():
 
     plain = folder(l2sp.Recipe())
     assert folder(l2sp.Recipe(log_every=3)) == folder(l2sp.Recipe(alpha={"l2": 7.0})) == plain
+    assert folder(l2sp.Recipe(decay_at=6000)) == folder(l2sp.Recipe(smoothing=1e-16)) == plain  # L2-SP has no root
+    root = dataclasses.replace(SETTING, symbol="gl_sp")
+    assert folder(l2sp.Recipe(smoothing=1e-16), root) != folder(l2sp.Recipe(), root)
+    step = {"smoothing": 1e-16, "penalty_step": "proximal"}
+    assert folder(l2sp.Recipe(**step), root) == folder(l2sp.Recipe(penalty_step="proximal"), root)
+    idle = [
+        ({"blur": "none"}, {"blur_kernel": 3}),
+        ({"blur": "authors"}, {"blur_sigma": (1, 2)}),
+        ({"solver": "adam"}, {"momentum": 0.5}),
+    ]
+    for off, number in idle:
+        assert folder(l2sp.Recipe(**off)) == folder(l2sp.Recipe(**off, **number)) != plain != folder(l2sp.Recipe(**number))
     assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's count
     others = [l2sp.Recipe(momentum=0.5), l2sp.Recipe(crops=10), l2sp.Recipe(mean=(1, 2, 3))]
     settings = [dataclasses.replace(SETTING, **change) for change in ({"seed": 1}, {"frozen": 2}, {"beta": 0.1})]
