@@ -223,10 +223,7 @@ def unused(values, given, plans):
         reasons |= dict.fromkeys(
             ("source_iterations", "source_learning_rate"), "no source model is trained, as weights are given"
         )
-    if plans[0].recipe.solver != "sgd":
-        reasons["momentum"] = f"{plans[0].recipe.solver} has none"
-    if plans[0].recipe.blur != "gaussian":
-        reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {plans[0].recipe.blur}")
+    reasons |= plans[0].recipe.idle(tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.penalties)))
     if plans[0].fisher.mode == "exact":
         reasons.setdefault("fisher_samples", "the mode exact draws nothing")
     if all(plan.penalties and set(plan.penalties) <= set(plan.strengths) for plan in plans):

@@ -12,6 +12,7 @@ from l2sp_tf.activations import activation_r2, box
 from l2sp_tf.checkpoints import Checkpoints
 from l2sp_tf.checks import check_plans
 from l2sp_tf.data import test_batches
+from l2sp_tf.data.datasets import drawing_seed
 from l2sp_tf.engines import run_jobs
 from l2sp_tf.errors import InputError
 from l2sp_tf.evaluation import evaluate, retention
@@ -175,11 +176,9 @@ def _run(start, plan, setting, say, verbose):
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
         write_text(path.parent / "config.toml", configuration.text_of(plan, setting))
     record = run_record(start.pretrained, task, setting, recipe, settings, **options)
-    extra = {
-        "fisher": None if fisher is None else _without_weights(fisher.provenance),
-        "deterministic": plan.deterministic or None,
-    }
-    record |= {name: value for name, value in extra.items() if value is not None}
+    record["anchors"] |= start.anchors_origin
+    if fisher is not None:
+        record["fisher"] = _without_weights(fisher.provenance)
     if distribution.is_chief(strategy):
         records.write_record(path, record)
         checkpoints.remove()
@@ -300,12 +299,14 @@ def _settings(plan, start, setting, task, recipe, fisher):
         "source_digest": source.digest if source is not None else None,
         "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
         "per_class": plan.per_class,
-        "subset_seed": plan.subset_seed,
+        "subset_seed": drawing_seed(plan.target, plan.per_class, plan.subset_seed, plan.protocol),
         "protocol": plan.protocol,
         "weights": start.origin,
         "backbone": start.backbone,
         "source_mean": source.mean.tolist() if source is not None else None,
     }
+    if plan.deterministic:
+        settings["deterministic"] = True
     if start.mean_of is not None:
         settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:

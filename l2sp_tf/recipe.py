@@ -33,6 +33,7 @@ ALPHA_GRIDS = {
     "gl_sp": (1e-5, 1e-4, 1e-3, 1e-2),
     "gl_sp_fisher": (1e-5, 1e-4, 1e-3, 1e-2),
 }
+ROOTS = ("l1_sp", "gl_sp", "gl_sp_fisher")  # penalties with roots, Eqs. (5)-(7), that `smoothing` is added inside of
 # The authors' code publishes a mean for each data set, here by the data set's name.
 AUTHORS_MEANS = {
     "mit_indoors67": (123.56, 110.05, 93.74),
@@ -124,6 +125,11 @@ class Recipe:
             fields.choice(name, getattr(self, name), choices)
         self._check_alpha()
         self._check_images()
+        if self.decay_at is not None and self.decay_at > self.iterations:
+            raise InputError(
+                f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most that many, which keeps "
+                "the rate to the end, or nothing for two thirds of them."
+            )
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
@@ -163,7 +169,11 @@ class Recipe:
     @property
     def decay_step(self):
         """The number of steps taken at the initial rate."""
-        return self.decay_at if self.decay_at is not None else max(1, round(self.iterations * 2 / 3))
+        return self.decay_at if self.decay_at is not None else self._two_thirds
+
+    @property
+    def _two_thirds(self):
+        return max(1, round(self.iterations * 2 / 3))
 
     @property
     def log_interval(self):
@@ -182,12 +192,37 @@ class Recipe:
             return keras.optimizers.Adam(self.schedule())
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
 
-    def record(self):
-        """The numbers as a record keeps them: the paper's way goes unsaid where once there was no other."""
-        values = dataclasses.asdict(self)
+    def idle(self, symbols=tuple(ALPHA_GRIDS)):
+        """The numbers that change no result beside the others, and why: a dict from the name of each to the reason.
+
+        Args:
+            symbols: of the penalties that are run.
+        """
+        reasons = {}
+        if self.solver != "sgd":
+            reasons["momentum"] = f"{self.solver} has none"
+        if self.blur != "gaussian":
+            reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.blur}")
+        if self.penalty_step == "proximal":
+            reasons["smoothing"] = "proximal steps have none"
+        elif not set(symbols) & set(ROOTS):
+            reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
+        return reasons
+
+    def record(self, symbol=None):
+        """The numbers that a result depends on, as a record keeps them.
+
+        What is idle is left out, and the paper's way goes unsaid where once there was no other.
+
+        Args:
+            symbol: of the run's penalty; None for any.
+        """
+        values = dataclasses.asdict(self) | {"decay_at": None if self.decay_step == self._two_thirds else self.decay_at}
+        idle = self.idle() if symbol is None else self.idle((symbol,))
         unsaid = {"solver": "sgd", "penalty_step": "gradient"}
         unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
-        return {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
+        said = {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
+        return {name: value for name, value in said.items() if name not in idle}
 
     def alpha_for(self, symbol):
         """The strength of a penalty that was given none.
@@ -265,5 +300,6 @@ class Recipe:
         """For training a source model from scratch on images prepared as in the recipe `like`."""
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
         # what is of fine-tuning alone must not ask for another training, nor how it is tested
-        own = ("beta", "solver", "penalty_step", "head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "log_every")
+        own = ("momentum", "beta", "params", "solver", "penalty_step", "log_every")
+        own += ("head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -357,7 +357,7 @@ def test_a_run_that_a_callback_stops_has_its_log_its_checkpoint_and_its_model(st
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[StopAt(step)], **options)
     assert [row["step"] for row in run.history] == [s for s in (5, 10) if s < step] + [step]
     assert run.stopped_at == step
-    recipe = RECIPE.replace(log_every=1, iterations=step, decay_at=8)
+    recipe = RECIPE.replace(log_every=1, iterations=step, decay_at=min(8, step))
     whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), recipe, verbose=0)
     assert run.history[-1]["distance"] == pytest.approx(whole.history[step - 1]["distance"], rel=1e-4)
     assert run.history[-1]["learning_rate"] == whole.history[step - 1]["learning_rate"]  # of the step itself: at 9 it is lower

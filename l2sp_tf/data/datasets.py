@@ -199,6 +199,7 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol is {protocol!r}: it must be paper or authors")
+    seed = drawing_seed(spec, per_class, seed, protocol)
     dataset = _load_files(spec, cache_dir)
     if dataset is None:
         from l2sp_tf.data import tfds_sets  # TensorFlow Datasets takes seconds to import, and the other sets do not need it
@@ -208,6 +209,14 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
             return tfds_sets.load_caltech256(name, per_class, seed, protocol, data_dir, cache_dir)
         dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
     return dataset if per_class is None else dataset.subset(per_class, seed)
+
+
+def drawing_seed(spec, per_class, seed, protocol):
+    """The seed by which `load_dataset` draws training images at random; None where it takes the first, or all."""
+    found = TFDS_NAME.fullmatch(str(spec))
+    if found is not None and found[1].partition("/")[0] == "caltech256":
+        return 0 if seed is None and protocol == "paper" else seed
+    return seed if per_class is not None else None
 
 
 def _load_files(spec, cache_dir):

@@ -100,7 +100,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
         pool, listed = whole.draw(AUTHORS_TRAIN), whole.draw(AUTHORS_TRAIN + AUTHORS_TEST)
         whole = dataclasses.replace(whole, train=all_images.take(pool), test=all_images.take(np.setdiff1d(listed, pool)))
         return whole.subset(per_class, seed)
-    chosen = whole.draw(per_class, 0 if seed is None else seed)
+    chosen = whole.draw(per_class, seed)
     test = all_images.take(np.setdiff1d(np.arange(len(all_images)), chosen))
     lost = np.setdiff1d(all_images.labels, test.labels)
     if lost.size:
