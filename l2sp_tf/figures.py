@@ -2,6 +2,7 @@
 
 import collections
 import pathlib
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -10,7 +11,7 @@ from l2sp_tf import report, theory
 from l2sp_tf.errors import InputError
 from l2sp_tf.files import atomic_path, write_text
 from l2sp_tf.records import run_key
-from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, frozen_text, labelled, summary
+from l2sp_tf.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, frozen_text, labelled, notes_across, summary
 
 matplotlib.use("Agg")
 from matplotlib import patheffects, pyplot
@@ -123,6 +124,9 @@ def figure_2(records):
         panel.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
         panel.set(ylabel="test accuracy, %", title=name, xlim=(-0.6, len(labels) - 0.4))
         panel.legend(fontsize="small")
+    if told := notes_across(rows):
+        width = int(14 * drawing.get_figwidth())  # characters
+        drawing.supxlabel("\n".join(textwrap.fill(text, width) for text in told), fontsize="x-small")
     return drawing
 
 

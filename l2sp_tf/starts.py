@@ -88,7 +88,7 @@ class Outline:
         plan = self.plan
         skipped = len(self.source_images.skipped)
         identity = {"data": self.source.digest, "skipped": skipped, "recipe": records.plain(plan.source_recipe.record())}
-        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION}
+        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION, **_exactness(plan)}
         key = records.run_key({**identity, **records.plain(_shape(plan)), **made_by})
         return plan.workdir / "sources" / key / "weights.safetensors"
 
@@ -190,6 +190,13 @@ class Start:
     def fisher(self):
         """The Fisher diagonal of the pre-trained model on the source's training images, transformed as the plan says."""
         return _fisher(self.plan, self.pretrained, self.source, self.anchors, self.say, self.verbose)
+
+    @property
+    def anchors_origin(self):
+        """Where the anchors come from, in words for the records: the recipe of a source model, or the name of a file."""
+        if self.origin == "scratch":
+            return {"recipe": records.plain(self.plan.source_recipe.record())}
+        return {"weights": short_name(self.plan.weights)} if self.origin == "file" else {}
 
     @property
     def backbone(self):
@@ -344,6 +351,11 @@ def _is_measured(path):
         return False
 
 
+def _exactness(plan):
+    """Whether operations are deterministic, as a key has it: what was made without cannot stand for what was made with."""
+    return {"deterministic": True} if plan.deterministic else {}
+
+
 def _seen(task):
     """How a network sees the images of a task, as a key has it."""
     return {"preprocessing": records.plain(task.preprocessing), "mean": task.mean.tolist()}
@@ -380,7 +392,7 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     count = len(order) - skipped
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": skipped, "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION})
+    key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION, **_exactness(plan)})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
     strategy = make_strategy(plan.distribute)
     if chief_says(strategy, path.exists):

@@ -157,6 +157,9 @@ def labelled(rows, shown=()):
         readable = sorted(name for name in other if not _is_hash(name))
         _name_differences(identities, texts, range(len(here)), readable)
         cells = [[_phrase(name, found.get(name)) for name in shown] for found in identities]
+        words = [_words_of(row["records"][0]) for row in here]
+        for members in _alike([text + cell for text, cell in zip(texts, cells, strict=True)]):
+            _name_differences(words, texts, members, list(dict.fromkeys(name for found in words for name in found)))
         for name in sorted(other - {*readable}, key=_hash_order):
             for members in _alike([text + cell for text, cell in zip(texts, cells, strict=True)]):
                 _name_differences(identities, texts, members, [name])
@@ -164,6 +167,20 @@ def labelled(rows, shown=()):
             row["label"] = ", ".join(filter(None, text))
         _check_told_apart([(row["label"], *cell) for row, cell in zip(here, cells, strict=True)], place(here[0]))
     return rows
+
+
+def _words_of(record):
+    """What a run's record says in words of its anchors and its F_jj: a flat dict."""
+    anchors, fisher = record["anchors"], record.get("fisher")
+    words = {"weights": anchors["weights"]} if "weights" in anchors else {}
+    recipe = anchors.get("recipe")
+    if isinstance(recipe, dict):
+        words |= {f"source {name}": value for name, value in recipe.items() if not isinstance(value, dict)}
+    if isinstance(fisher, dict):
+        words |= {f"Fisher {name}": fisher[name] for name in ("source", "mode", "samples", "images") if name in fisher}
+        steps = ([step["name"], step["value"]] for step in fisher.get("transforms", []))
+        words["Fisher transforms"] = [" ".join(str(part) for part in step if part is not None) for step in steps]
+    return words
 
 
 def frozen_text(row):
@@ -249,6 +266,13 @@ def notes(rows, records):
         for what, texts in _makings(row["records"]).items():
             if len(texts) > 1:
                 found.append(f"{row['label']} on {row['title']} joins runs of several {what}: {', '.join(sorted(texts))}.")
+    for (where, _), here in by_place(rows).items():
+        models = collections.defaultdict(list)
+        for row in here:
+            models[row["identity"].get("anchors", row["records"][0]["anchors"]["digest"])].append(row["label"])
+        if len(models) > 1:
+            each = "; ".join(f"{digest:.8}: {', '.join(dict.fromkeys(labels))}" for digest, labels in models.items())
+            found.append(f"The runs on {where} do not start from one pre-trained model. By its digest, {each}.")
     for selection in selections_of(records):
         name = f"{LABELS[selection['question']['penalty']]} on {title(selection['question'])}"
         if selection["chosen"] is None:

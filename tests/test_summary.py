@@ -35,7 +35,8 @@ BASE = {
     "frozen": 0,
     "code": RESULTS_VERSION,
     "fisher": "d" * 64,
-    "recipe": records.plain(Recipe.digits().record()) | {"solver": "sgd", "penalty_step": "gradient"},
+    "deterministic": True,
+    "recipe": records.plain(Recipe.digits().replace(blur="gaussian").record()) | {"solver": "sgd", "penalty_step": "gradient"},
 }
 SAME = {("recipe", "alpha"), ("recipe", "log_every")}  # no result depends on them
 
@@ -290,3 +291,39 @@ def test_labels_name_what_differs_and_no_more():
 def test_places_are_in_order():
     rows = summary(made(("target",), "b") + made(("target",), "a"))
     assert list(by_place(rows)) == [("a - 25", "digits/source"), ("b - 25", "digits/source")]
+
+
+def test_source_models_and_fisher_diagonals_are_told_apart_in_words_where_the_records_have_some():
+    first, second = made(), made(("anchors",), "e" * 64)
+    for each, iterations in zip(first + second, (100, 100, 200, 200), strict=True):
+        each["anchors"]["recipe"] = {"iterations": iterations, "batch_size": 64, "alpha": {"l2": 1e-4}}
+    labels = [row["label"] for row in labelled(summary(first + second))]
+    assert labels == ["L2-SP, source iterations 100", "L2-SP, source iterations 200"]
+    (note,) = [text for text in report.table_2(first + second).notes.split("\n\n") if "pre-trained model" in text]
+    assert "cccccccc: L2-SP, source iterations 100; eeeeeeee: L2-SP, source iterations 200" in note
+    assert "pre-trained model" not in report.table_2(first).notes
+    first, second = made(), made(("fisher",), "e" * 64)
+    for each, images, step in zip(first + second, (9, 9, 9, 9), ("normalise", "normalise", "clip", "clip"), strict=True):
+        each["fisher"] = {"images": images, "mode": "exact", "transforms": [{"name": step, "value": 2.0 if step == "clip" else None}]}
+    labels = [row["label"] for row in labelled(summary(first + second))]
+    assert sorted(labels) == ["L2-SP, Fisher transforms clip 2.0", "L2-SP, Fisher transforms normalise"]
+
+
+def test_another_batch_size_that_trained_another_source_model_says_both():
+    first, second = made(), made(("recipe", "batch_size"), 32)
+    for each in second:
+        each["settings"]["anchors"] = "e" * 64
+    labels = {row["label"] for row in labelled(summary(first + second))}
+    assert labels == {"L2-SP, batch size 64", "L2-SP, batch size 32"}
+    assert "do not start from one pre-trained model" in report.table_2(first + second).notes
+
+
+def test_fig_2_says_what_a_label_does_not_share_across_targets():
+    first = made()
+    second = made(("target",), "digits/other")
+    for each in second:
+        each["settings"]["alpha"] = 5.0
+    drawing = figures.figure_2(first + second)
+    told = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
+    assert "alpha 5 on" in told.replace("\n", " ") and "alpha 0.1 on" in told.replace("\n", " ")
+    assert not figures.figure_2(first).get_supxlabel()
