@@ -14,6 +14,7 @@ Models of KerasHub need `pip install keras-hub`; without it their rows stay.
 import argparse
 import importlib.util
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -109,9 +110,9 @@ def check(name):
     x, y = inputs_of(pretrained), np.arange(BATCH) % CLASSES
     anchors = l2sp.Anchors.of(pretrained)
     numbers = sum(int(np.prod(v.shape)) for v in pretrained.trainable_variables)
-    copy = detached_copy(pretrained)
+    copy, copied = copy_of(pretrained, x)
     model, cut = with_head(copy)
-    row = [name, f"{numbers:,}", same_outputs(pretrained, copy, x), cut, trained(model, anchors, x, y, 2)]
+    row = [name, f"{numbers:,}", copied, cut, trained(model, anchors, x, y, 2)]
     row += [penalty_of(model, anchors, x, y), fisher_of(pretrained, x)]
     with tempfile.TemporaryDirectory() as folder:
         model.save(pathlib.Path(folder) / "m.keras")
@@ -125,6 +126,15 @@ def check(name):
     left = [w.key for w in keyed_weights(model).values() if w.variable.regularizer is not None]
     row.append("yes" if not left else f"left on {left[0]}")
     return row
+
+
+def copy_of(model, x):
+    """A copy and whether its outputs are the same; or where a layer cannot be copied the model itself, and which layer."""
+    try:
+        copy = detached_copy(model)
+    except l2sp.InputError as error:
+        return model, "refused: " + re.search(r"of class (\w+)", str(error))[1]
+    return copy, same_outputs(model, copy, x)
 
 
 def moved(model):

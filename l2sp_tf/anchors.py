@@ -171,6 +171,11 @@ def digest_of(manifest):
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
+def digest_of_arrays(arrays):
+    """The digest of an `Anchors`, a `Fisher` or any other mapping from the key of a weight to an array."""
+    return arrays.digest if hasattr(arrays, "digest") else digest_of(Arrays(arrays).manifest)
+
+
 def save_arrays(path, arrays, metadata):
     """Writes arrays to a safetensors file with a manifest in its header, atomically.
 

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from l2sp_tf import effect
-from l2sp_tf.anchors import Anchors, Arrays, digest_of
+from l2sp_tf.anchors import Anchors, digest_of_arrays
 from l2sp_tf.errors import InputError
 from l2sp_tf.matching import match
 from l2sp_tf.regularizers import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
@@ -203,7 +203,7 @@ class _FisherValues:
 
     def __init__(self, fisher, anchors, matches):
         self._values = fisher
-        self.digest = fisher.digest if hasattr(fisher, "digest") else digest_of(Arrays(fisher).manifest)
+        self.digest = digest_of_arrays(fisher)
         provenance = getattr(fisher, "provenance", None)
         if provenance is not None and anchors is not None:
             self._matches = _by_hash(fisher, provenance, anchors, matches)

@@ -7,6 +7,8 @@ import dataclasses
 import json
 import pathlib
 
+from l2sp_tf import fields
+from l2sp_tf.data import load_dataset
 from l2sp_tf.errors import InputError
 from l2sp_tf.models import input_shape
 from l2sp_tf.plans import FisherPlan, Plan, study
@@ -31,6 +33,9 @@ def plans_of(values):
     Raises:
         InputError: a value is wrong, or two contradict each other.
     """
+    for name in ("target", "weights", "penalty"):
+        if values.get(name) is not None and not any(values[name]):
+            raise InputError(f"--{name} is empty: give a value, or leave it out.")
     sources = _whole_paths("source", values.get("source") or [None])
     weights = _whole_paths("weights", values.get("weights") or ["none"])
     targets = _whole_paths("target", values.get("target") or [DIGITS[1]])
@@ -70,6 +75,8 @@ def _plan(values, source, weights, target, targets):
     target, per_class = _counted(target)
     per_class = values.get("per_class") if per_class is None else per_class
     is_digits = target == DIGITS[1]
+    if weights == "none" and source is None and not is_digits:  # no source is then the mistake, if there is such a target
+        load_dataset(target, per_class=per_class, protocol=values.get("protocol") or "paper", data_dir=values.get("data_dir"))
     recipe, source_recipe = recipes_of(values, weights, is_digits)
     penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
     folds = values.get("folds")
@@ -88,7 +95,7 @@ def _plan(values, source, weights, target, targets):
         alphas=_numbers(values, "alpha", float),
         betas=_numbers(values, "beta", float),
         learning_rates=_numbers(values, "learning_rate", float) or (LEARNING_RATES if folds else ()),
-        frozen=None if values.get("frozen") == ["all"] else _numbers(values, "frozen", int) or (0,),
+        frozen=_frozen(values),
         folds=folds,
         seeds=_numbers(values, "seeds", int),
         recipe=recipe,
@@ -117,8 +124,12 @@ def recipes_of(values, weights, is_digits):
     if "iterations" in given:
         given.setdefault("decay_at", None)
     recipe = recipe.replace(**given)
-    changes = {"iterations": values.get("source_iterations"), "learning_rate": values.get("source_learning_rate")}
-    return recipe, Recipe.source(recipe).replace(**{name: value for name, value in changes.items() if value is not None})
+    changes = {}
+    if values.get("source_iterations") is not None:
+        changes["iterations"] = fields.whole("source_iterations", values["source_iterations"])
+    if values.get("source_learning_rate") is not None:
+        changes["learning_rate"] = fields.number("source_learning_rate", values["source_learning_rate"], above=0)
+    return recipe, Recipe.source(recipe).replace(**changes)
 
 
 def _side_of(weights):
@@ -129,6 +140,16 @@ def _side_of(weights):
     if height != width:
         raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
     return height
+
+
+def _frozen(values):
+    """The numbers of frozen units; None for all."""
+    given = [str(value) for value in values.get("frozen") or []]
+    if "all" not in given:
+        return _numbers(values, "frozen", int) or (0,)
+    if given != ["all"]:
+        raise InputError(f"--frozen={','.join(given)} is not understood: give all alone, or numbers with commas between.")
+    return None
 
 
 def _penalties(given, experiment):
@@ -160,6 +181,8 @@ def _fisher(values):
         return FisherPlan(**given)
     if texts == ["none"]:
         return FisherPlan(**given, transforms=())
+    if "none" in texts:
+        raise InputError(f"--fisher_transforms={','.join(texts)} is not understood: give none alone, or leave it out.")
     try:
         pairs = [text.partition("=") for text in texts]
         return FisherPlan(**given, transforms=tuple((name, float(value) if equals else None) for name, equals, value in pairs))
@@ -176,7 +199,8 @@ def _numbers(values, name, kind):
     try:
         return tuple(kind(value) for value in given if value != "")
     except ValueError:
-        raise InputError(f"--{name}={','.join(map(str, given))} is no list of numbers: give them with commas between.") from None
+        kinds = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name}={','.join(map(str, given))} is no list of {kinds}: give them with commas between.") from None
 
 
 def _whole_paths(name, given):

@@ -21,17 +21,25 @@ def whole(name, value, least=1):
 
 
 def number(name, value, least=0.0, below=math.inf, above=None):
-    """Returns a finite number as a Python number, from `least` (or above `above`) to below `below`.
+    """Returns a finite number as a float, from `least` (or above `above`) to below `below`.
 
     Raises:
         InputError: it is something else; True, False and NaN are no numbers.
     """
-    asked = f"from {least:g}" if above is None else f"above {above:g}"
+    asked = "" if least == -math.inf else f" from {least:g}" if above is None else f" above {above:g}"
     asked += "" if below == math.inf else f" to below {below:g}"
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value >= below or (value < least if above is None else value <= above):
-        raise InputError(f"{name} is {value!r}: give a finite number {asked}.")
-    return value.item() if hasattr(value, "item") else value  # NumPy's numbers have no place in a record
+        raise InputError(f"{name} is {value!r}: give a finite number{asked}.")
+    return float(value)  # 1 and NumPy's 1.0 are the same number, and are to be one in a record
+
+
+def each_number(name, values, least=0.0, above=None):
+    """Returns a number, a sequence or an array as a tuple of finite floats, each once; errors as `number`."""
+    if isinstance(values, (str, dict)) or not (isinstance(values, numbers.Real) or hasattr(values, "__iter__")):
+        raise InputError(f"{name} is {values!r}: give numbers, as in (0.1, 1.0).")
+    found = (values,) if isinstance(values, numbers.Real) else values
+    return tuple(dict.fromkeys(number(name, value, least, above=above) for value in found))
 
 
 def choice(name, value, choices):

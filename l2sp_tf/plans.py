@@ -17,6 +17,7 @@ STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4",
 PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
+MOST_SEEDS = 2**32
 LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
 PROTOCOLS = ("paper", "authors")
 RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
@@ -59,8 +60,12 @@ class FisherPlan:
         if self.tolerance is not None:
             fields.number("fisher_tolerance", self.tolerance, above=0)
         for name, value in self.transforms:
-            if name not in ("clip", "epsilon", "normalise") or (value is None) != (name == "normalise"):
-                raise InputError(f"The Fisher transform {name}={value} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+            if name not in ("clip", "epsilon", "normalise"):
+                raise InputError(f"The Fisher transform {name!r} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+            if name == "normalise" and value is not None:
+                raise InputError(f"The Fisher transform normalise takes no value, but has {value}: give normalise alone.")
+            if name != "normalise" and value is None:
+                raise InputError(f"The Fisher transform {name} has no value: give one, as in {name}=0.01.")
             if value is not None:
                 fields.number(f"The Fisher transform {name}", value, above=0)
 
@@ -182,6 +187,8 @@ class Plan:
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
     def _check_values(self):
+        for name, above in (("alphas", None), ("betas", None), ("learning_rates", 0)):
+            object.__setattr__(self, name, fields.each_number(name[:-1], getattr(self, name), above=above))
         for name, least in (("folds", 0), ("checkpoint_every", 0)):
             fields.whole(name, getattr(self, name), least)
         if self.folds == 1:
@@ -192,6 +199,8 @@ class Plan:
         for name, least in (("seeds", 0), ("frozen", 0), ("widths", 1), ("depths", 1)):
             for value in getattr(self, name) or ():
                 fields.whole(name, value, least)
+        if any(seed >= MOST_SEEDS for seed in self.seeds):
+            raise InputError(f"seeds has {max(self.seeds)}: give numbers below {MOST_SEEDS}, as NumPy takes no larger ones.")
         twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
         if twice is not None:
             raise InputError(f"seeds has {twice} twice, which is one run and not two: give each seed once.")
@@ -215,7 +224,7 @@ class Plan:
             if symbol not in self.penalties:
                 raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
         for setting in (setting for symbol in self.penalties for setting in self.grid(symbol)):
-            fields.number("alpha", setting.alpha)
+            fields.number(f"alpha of {setting.symbol}", setting.alpha)
             fields.number("beta", setting.beta)
             fields.number("learning_rate", setting.learning_rate, above=0)
 

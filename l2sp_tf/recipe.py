@@ -165,6 +165,8 @@ class Recipe:
         if isinstance(self.mean, str):
             raise InputError(f"mean is {self.mean!r}: give {', '.join(MEANS)}, or three numbers for red, green, blue.")
         self._set("mean", three_numbers("mean", self.mean))
+        if not all(0 <= value <= 255 for value in self.mean):
+            raise InputError(f"mean is {self.mean}: give three numbers from 0 to 255, for red, green and blue.")
 
     @property
     def decay_step(self):

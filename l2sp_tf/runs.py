@@ -4,6 +4,7 @@ import hashlib
 import math
 
 from l2sp_tf import records
+from l2sp_tf.anchors import digest_of_arrays
 from l2sp_tf.evaluation import evaluate
 from l2sp_tf.provenance import RESULTS_VERSION, provenance
 from l2sp_tf.proximal import frozen_share
@@ -25,17 +26,17 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
     settings = {
         **more,
         "target_digest": task.digest,
-        "anchors": anchors.digest,
+        "anchors": digest_of_arrays(anchors),
         "pixels": records.plain(task.pixels),
         "penalty": setting.symbol,
-        "alpha": setting.alpha,
-        "beta": setting.beta,
+        "alpha": float(setting.alpha),
+        "beta": float(setting.beta),
         "seed": setting.seed,
         "frozen": setting.frozen,
         "recipe": records.plain(recipe.record(setting.symbol)),
         "code": RESULTS_VERSION,
     }
-    return settings if fisher is None else {**settings, "fisher": fisher.digest}
+    return settings if fisher is None else {**settings, "fisher": digest_of_arrays(fisher)}
 
 
 def folder_of(workdir, setting, settings):
@@ -54,7 +55,7 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         measure: called with the `Run`; returns its results. By default the accuracy on the test images of the task.
         options: more of `finetune`'s; anchors among them.
     """
-    record = {"settings": settings, **provenance(), "anchors": {"digest": options["anchors"].digest}}
+    record = {"settings": settings, **provenance(), "anchors": {"digest": digest_of_arrays(options["anchors"])}}
 
     def diverged(reason, coverage="", seconds=0.0):
         return {**record, "coverage": {"digest": coverage}, "results": {"diverged": reason}, "seconds": seconds}

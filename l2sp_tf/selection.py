@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import pathlib
 import statistics
+import warnings
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
-from l2sp_tf import records
+from l2sp_tf import fields, records
 from l2sp_tf.anchors import Anchors
 from l2sp_tf.data.pipeline import channel_mean
 from l2sp_tf.errors import InputError
@@ -213,13 +214,12 @@ def cross_validate(
         raise InputError(f"penalty is {penalty!r}: give a class, one of {names}; alphas are its strengths.")
     task = as_task(data, recipe, pixels)
     parts = fold_tasks(task, folds, seed)
-    search = Search(
-        {
-            "alpha": alphas or recipe.grid_for(penalty.symbol),
-            "beta": betas or (recipe.beta_for(penalty.symbol),),
-            AXES[2]: learning_rates,
-        }
-    )
+    axes = [
+        _axis("alphas", alphas, recipe.grid_for(penalty.symbol)),
+        _axis("betas", betas, (recipe.beta_for(penalty.symbol),)),
+        _axis("learning_rates", learning_rates, LEARNING_RATES, above=0),
+    ]
+    search = Search(dict(zip(AXES, axes, strict=True)))
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}
     made = {"source": "model", "weights": "model", "backbone": pretrained.name, "target": task.name}
@@ -242,6 +242,14 @@ def cross_validate(
     return found
 
 
+def _axis(name, values, default, above=None):
+    """The values that one of the arguments of `cross_validate` names, or the default where it names none."""
+    found = tuple(default) if values is None else fields.each_number(name, values, above=above)
+    if not found:
+        raise InputError(f"{name} is empty: give at least one number, or leave it out.")
+    return found
+
+
 def _recorded(folder, pretrained, part, setting, recipe, settings, options):
     """The record of a run on a fold: that in the folder, or of a run that is made now."""
     if folder is not None and (folder / "run.json").exists():
@@ -259,13 +267,19 @@ def accuracy_of(record):
 
 
 def write_selection(workdir, record):
-    """Writes the record of a selection in place of an earlier one that answers the same question otherwise; returns its path."""
+    """Writes the record of a selection in place of an earlier one that answers the same question otherwise; returns its path.
+
+    One setting alone was not chosen among others, and does not take the place of a choice.
+    """
     question = record["question"]
     path = workdir / "selections" / f"{question['penalty']}-{records.run_key(question)}" / "selection.json"
     try:
         before = records.read_record(path) if path.exists() else {}
     except InputError:  # it is damaged
         before = {}
+    if len(record["candidates"]) == 1 < len(before.get("candidates", ())):
+        warnings.warn(f"One setting is no choice, so the selection among several in {path} stays.", stacklevel=2)
+        return path
     if any(before.get(name) != records.plain(record[name]) for name in ("question", "folds", "candidates", "chosen", "edges")):
         records.write_record(path, record)
     return path
@@ -273,7 +287,10 @@ def write_selection(workdir, record):
 
 def check_folds(folds, data):
     """Checks the number of folds against the training images of a `Task` or a `Dataset`; errors as `fold_tasks`."""
+    fields.whole("folds", folds)
     smallest = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
+    if smallest < 2:
+        raise InputError(f"The smallest class of {data.name} has {smallest} training images, which no folds can part: give more.")
     if not 2 <= folds <= smallest:
         raise InputError(
             f"{folds} folds were asked for, but the smallest class of {data.name} has {smallest} training images: "

@@ -1,6 +1,7 @@
 """Cross-validation: what it is scored on, and that it never sees a test image."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -216,6 +217,56 @@ def test_runs_on_other_images_preparations_and_models_are_not_taken_for_one_anot
         for number, each in enumerate([*tasks, made]):
             l2sp.cross_validate(other if number == len(tasks) else pretrained, each, l2sp.L2SP, RECIPE, **options)
         assert len(count) == 2 * (len(tasks) + 1), again  # and a second call takes up the first's
+
+
+@pytest.mark.usefixtures("as_given")
+def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, tmp_path):
+    made, kernels = task(), {key: np.ones_like(value) for key, value in l2sp.Anchors.of(pretrained).items()}
+    options = {"folds": 2, "fisher": kernels, "run_dir": tmp_path}
+    first = l2sp.cross_validate(pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=(0.1, 1.0), learning_rates=(0.01,), **options)
+    forms = [(np.array([0.1, 1.0]), 0.01), ([np.float64(0.1), 1, 1.0], [0.01]), (iter((0.1, 1)), np.float64(0.01))]
+    for alphas, rates in forms:
+        found = l2sp.cross_validate(pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=alphas, learning_rates=rates, **options)
+        assert found.candidates == first.candidates
+    assert len(list(tmp_path.glob("folds/*/run.json"))) == 4  # each form took up the runs of the first
+    kernels = {key: value * 2 for key, value in kernels.items()}
+    l2sp.cross_validate(
+        pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=0.1, learning_rates=0.01, **options | {"fisher": kernels}
+    )
+    assert len(list(tmp_path.glob("folds/*/run.json"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"alphas": ()}, "alphas is empty"),
+        ({"alphas": np.array([])}, "alphas is empty"),
+        ({"betas": []}, "betas is empty"),
+        ({"learning_rates": ()}, "learning_rates is empty"),
+        ({"learning_rates": 0}, "learning_rates is 0: give a finite number above 0"),
+        ({"alphas": (0.1, -1)}, "alphas is -1"),
+        ({"alphas": np.nan}, "alphas is nan"),
+        ({"alphas": "0.1"}, "alphas is '0.1': give numbers"),
+        ({"betas": {"l2": 1}}, "betas is {'l2': 1}: give numbers"),
+        ({"folds": 2.5}, "folds is 2.5: give a whole number"),
+    ],
+)
+def test_what_is_no_list_of_numbers_is_one_sentence(arguments, message, pretrained):
+    with pytest.raises(l2sp.InputError, match=re.escape(message)):
+        l2sp.cross_validate(pretrained, task(), l2sp.L2SP, RECIPE, **arguments)
+
+
+def test_one_setting_alone_takes_the_place_of_no_choice(tmp_path):
+    question = {"source": "s", "target": "t", "penalty": "l2_sp"}
+
+    def write(*alphas):
+        candidates = tuple(Candidate(alpha, 0.01, 0.01, (0.5, 0.5 + alpha / 10)) for alpha in alphas)
+        path = selection_module.write_selection(tmp_path, Selection(l2sp.L2SP, RECIPE, candidates).record(question, 2))
+        return records.read_record(path)["chosen"]["alpha"]
+
+    assert (write(0.1), write(0.1, 1.0), write(2.0, 3.0)) == (0.1, 1.0, 3.0)
+    with pytest.warns(UserWarning, match="One setting is no choice"):
+        assert write(0.1) == 3.0
 
 
 def test_a_penalty_is_given_as_a_class(pretrained):

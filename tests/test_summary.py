@@ -304,7 +304,11 @@ def test_source_models_and_fisher_diagonals_are_told_apart_in_words_where_the_re
     assert "pre-trained model" not in report.table_2(first).notes
     first, second = made(), made(("fisher",), "e" * 64)
     for each, images, step in zip(first + second, (9, 9, 9, 9), ("normalise", "normalise", "clip", "clip"), strict=True):
-        each["fisher"] = {"images": images, "mode": "exact", "transforms": [{"name": step, "value": 2.0 if step == "clip" else None}]}
+        each["fisher"] = {
+            "images": images,
+            "mode": "exact",
+            "transforms": [{"name": step, "value": 2.0 if step == "clip" else None}],
+        }
     labels = [row["label"] for row in labelled(summary(first + second))]
     assert sorted(labels) == ["L2-SP, Fisher transforms clip 2.0", "L2-SP, Fisher transforms normalise"]
 
