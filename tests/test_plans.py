@@ -115,7 +115,7 @@ def test_mistakes_are_told():
         ({"samples": 0}, "fisher_samples is 0"),
         ({"tolerance": 0}, "fisher_tolerance is 0"),
         ({"transforms": (("clip", float("nan")),)}, "transform clip is nan"),
-        ({"transforms": (("clip", None),)}, "clip=None is unknown"),
+        ({"transforms": (("clip", None),)}, "The Fisher transform clip has no value"),
     ):
         with pytest.raises(l2sp.InputError, match=message):
             FisherPlan(**changes)
