@@ -21,7 +21,7 @@ from l2sp_tf.forecast import FirstSteps, Forecast, Recorded, Work, recorded_in
 from l2sp_tf.plans import Setting
 from l2sp_tf.regularizers import PENALTIES
 from l2sp_tf.runs import folder_of, run_record, settings_of
-from l2sp_tf.selection import Search, accuracy_of, fold_tasks, write_selection
+from l2sp_tf.selection import MOST_EXTENSIONS, Search, accuracy_of, fold_tasks, write_selection
 from l2sp_tf.starts import outline, prepare_start, short_name
 
 
@@ -278,7 +278,11 @@ def _say_plan(plans, made, say):
             counted.add((key, setting))
     trials = sum(setting.fold is not None for _, setting in counted)
     count = sum(map(len, left.values()))
-    say(f"plan: {trials} runs on folds, then {len(counted) - trials} runs; {count} are left")
+    grows = any(
+        len(values) > 1 for plan in plans if plan.folds for symbol in plan.penalties for values in plan.axes(symbol).values()
+    )
+    more = f" and up to {MOST_EXTENSIONS} values beyond the end of a grid at which its best lies" if grows else ""
+    say(f"plan: {trials} runs on folds{more}, then {len(counted) - trials} runs; {count} are left")
     first = {start.trained_path: key for key, start in reversed(made.items()) if start.trains_source}
     forecast = Forecast([Work(start, tuple(left[key]), key in first.values()) for key, start in made.items()])
     say(forecast.disk())

@@ -8,7 +8,7 @@ import warnings
 import keras
 import numpy as np
 
-from l2sp_tf import models
+from l2sp_tf import models, records
 from l2sp_tf.answers import Judge
 from l2sp_tf.data import Split, decode, test_batches
 from l2sp_tf.data.datasets import ENDINGS
@@ -93,8 +93,7 @@ def predict_images(model, images, interface=None, *, batch_size=64, skip_bad_ima
 def _read(path, interface, given):
     """The model of a `.keras` file, or of the folder of a run, and its `Interface`."""
     if path.is_dir():
-        _check_run(path)
-        path = path / "model.keras"
+        path = records.model_file(path)
     model = models.load_model(path)
     interface = interface_at(path, model, **given) if interface is None else interface
     if interface.pixels.mean is None:
@@ -102,14 +101,6 @@ def _read(path, interface, given):
     if interface.classes is None:
         warnings.warn(f"{path} does not name its classes: they are called by the number of their output.", stacklevel=3)
     return model, interface
-
-
-def _check_run(folder):
-    """Raises InputError unless a model lies in a folder; the sentence names a run that lies below."""
-    if not (folder / "model.keras").is_file():
-        runs = sorted(folder.glob("runs/*/model.keras"))
-        hint = f"one of the runs under it, such as {runs[0].parent}" if runs else "the folder of a run with its model"
-        raise InputError(f"There is no model.keras in {folder}: give {hint}.")
 
 
 def _files(images):

@@ -168,6 +168,26 @@ def diverged(record):
     return isinstance(record.get("results"), dict) and "diverged" in record["results"]
 
 
+def model_file(folder):
+    """The path of the model in the folder of a run.
+
+    Raises:
+        InputError: there is none; the sentence says why, or names a run that lies below.
+    """
+    path = pathlib.Path(folder) / "model.keras"
+    if path.is_file():
+        return path
+    if (path.parent / "run.json").is_file():
+        record = read_record(path.parent / "run.json")
+        if diverged(record):
+            reason = str(record["results"]["diverged"]).rstrip(".")
+            raise InputError(f"The run in {folder} diverged and left no model ({reason}): give the folder of another run.")
+        raise InputError(f"The run in {folder} kept no model.keras: run it with --save_models, in another --workdir.")
+    runs = sorted(path.parent.glob("runs/*/model.keras"))
+    hint = f"one of the runs under it, such as {runs[0].parent}" if runs else "the folder of a run with its model"
+    raise InputError(f"There is no model.keras in {folder}: give {hint}.")
+
+
 def _check_selection(record, path):
     """Raises InputError unless a selection has its question, its candidates and its choice."""
     candidate = {"alpha": float, "beta": float, "learning_rate": float}

@@ -239,7 +239,7 @@ def report_of_run(folder):
     """The report of a run that `train.py` left in a folder; its accuracies and R² are those of its record.
 
     Raises:
-        InputError: the folder has no `run.json`, `model.keras` or `anchors.safetensors`.
+        InputError: the folder has no `run.json`, `model.keras` or `anchors.safetensors`, or its run diverged.
     """
     folder = pathlib.Path(folder)
     if not (folder / "run.json").is_file():
@@ -247,7 +247,7 @@ def report_of_run(folder):
         hint = f"one of the runs under it, such as {folder / 'runs' / runs[0]}" if runs else "the folder of a finished run"
         raise InputError(f"There is no run.json in {folder}: give {hint}.")
     record = records.read_record(folder / "run.json")
-    layers, new = distances(models.load_model(folder / "model.keras"), Anchors.load(folder / "anchors.safetensors"))
+    layers, new = distances(models.load_model(records.model_file(folder)), Anchors.load(folder / "anchors.safetensors"))
     settings, results = record["settings"], record["results"]
     facts = {
         "penalty": f"{settings['penalty']}, alpha {settings['alpha']:g}, beta {settings['beta']:g}",

@@ -50,7 +50,8 @@ def finished(tmp_path_factory):
 
 def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
     made, found, said = finished
-    assert "plan: 4 runs on folds, then 2 runs; 6 are left" in said
+    (plan,) = (line for line in said if line.startswith("plan: "))
+    assert plan.startswith("plan: 4 runs on folds and up to 3 values beyond") and plan.endswith(", then 2 runs; 6 are left")
     assert sum(line.startswith("disk: about ") for line in said) == sum(line.startswith("time: about 0:0") for line in said) == 1
     assert sum("[" in line and "accuracy" in line for line in said) == 6
     assert [record["settings"]["frozen"] for record in records.runs_of(found)] == [0, 1]

@@ -14,6 +14,7 @@ import l2sp_tf as l2sp
 from l2sp_tf import models, records
 from l2sp_tf.copies import detached_copy
 from l2sp_tf.pixels import PIXELS
+from l2sp_tf.predictions import predict_images
 from l2sp_tf.provenance import provenance
 from l2sp_tf.retention_report import distances, pretrained_of, report_of_files, report_of_run
 
@@ -188,8 +189,13 @@ def test_the_report_of_a_run_takes_its_numbers_from_the_record(small_network, tm
     with pytest.raises(l2sp.InputError, match=r"no run.json in .*give one of the runs under it, such as .*one"):
         report_of_run(tmp_path / "w")
     (folder / "model.keras").unlink()
-    with pytest.raises(l2sp.InputError, match="There is no model file"):
+    with pytest.raises(l2sp.InputError, match="kept no model.keras: run it with --save_models"):
         report_of_run(folder)
+    record = records.read_record(folder / "run.json") | {"results": {"diverged": "The loss is nan after step 3."}}
+    records.write_record(folder / "run.json", record)
+    for ask in (report_of_run, lambda folder: predict_images(folder, [])):
+        with pytest.raises(l2sp.InputError, match=r"diverged and left no model \(The loss is nan after step 3\)"):
+            ask(folder)
 
 
 def test_the_report_of_files_measures_on_the_source(tmp_path):
