@@ -1,5 +1,6 @@
 """Shared set-up: two virtual CPU devices, a seed for each test, and tiny models."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -12,6 +13,13 @@ from l2sp_tf.distribution import make_strategy
 
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_was_made_before_is_left_alone():
+    """Keeps what other modules left behind out of every walk over all objects, by `attach` and by the garbage collector."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
