@@ -22,6 +22,7 @@ STRENGTHS = ("alpha", "beta", "recipe.learning_rate")
 TARGET = ("target", "per_class", "subset_seed", "protocol", "skipped", "target_digest")
 SOURCE = ("source", "source_digest")
 NAMED = ("penalty", "frozen", "recipe.solver", "recipe.penalty_step")  # in every label
+IDLE = ("recipe.momentum", "recipe.blur_kernel", "recipe.blur_sigma")  # see `Recipe.idle`
 # Named only where nothing that can be read tells two rows apart.
 HASHES = ("fisher", "anchors", "target_digest", "source_digest", "skipped", "source_mean")
 PHRASES = {
@@ -155,7 +156,9 @@ def labelled(rows, shown=()):
         for members in _alike([row["name"]] for row in here):  # whatever is frozen, so that a line of Fig. 3 has one name
             _name_differences(identities, texts, members, own)
         readable = sorted(name for name in other if not _is_hash(name))
-        _name_differences(identities, texts, range(len(here)), readable)
+        for name in readable:
+            for members in _asked(name, here):
+                _name_differences(identities, texts, members, [name])
         cells = [[_phrase(name, found.get(name)) for name in shown] for found in identities]
         words = [_words_of(row["records"][0]) for row in here]
         for members in _alike([text + cell for text, cell in zip(texts, cells, strict=True)]):
@@ -167,6 +170,13 @@ def labelled(rows, shown=()):
             row["label"] = ", ".join(filter(None, text))
         _check_told_apart([(row["label"], *cell) for row, cell in zip(here, cells, strict=True)], place(here[0]))
     return rows
+
+
+def _asked(name, rows):
+    """The positions of the rows that a setting can tell apart, in groups: those without it, as it is idle there, stay out."""
+    if name == "recipe.smoothing":  # 0 goes unsaid, and a penalty without roots has none
+        return _alike([row["name"]] for row in rows)
+    return [[i for i, row in enumerate(rows) if name not in IDLE or name in row["identity"]]]
 
 
 def _words_of(record):

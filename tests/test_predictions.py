@@ -2,10 +2,12 @@
 
 import csv
 import pathlib
+import sys
 
 import keras
 import numpy as np
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 from PIL import Image
 
@@ -125,6 +127,9 @@ def test_an_interface_that_does_not_fit_is_refused(images, tmp_path):
 def eval_py(monkeypatch, capsys):
     """Calls eval.py in this process: (status, what it printed, its errors and warnings)."""
     monkeypatch.syspath_prepend(str(ROOT))
+    others = flags.FLAGS.flags_by_module_dict().get("train", [])  # another test may have imported it, and both have --workdir
+    for flag in others:
+        delattr(flags.FLAGS, flag.name)
     import eval as entry
     from l2sp_tf import cli
 
@@ -134,7 +139,13 @@ def eval_py(monkeypatch, capsys):
             status = cli.status_of(entry.main, ["eval.py"])
         return status, *capsys.readouterr()
 
-    return call
+    yield call
+    own = flags.FLAGS.flags_by_module_dict()["eval"]
+    for flag in own:
+        delattr(flags.FLAGS, flag.name)
+    for flag in others:
+        flags.FLAGS[flag.name] = flag
+    del sys.modules["eval"]
 
 
 def test_the_command_writes_a_csv_and_prints_a_table(images, tmp_path, eval_py):

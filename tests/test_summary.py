@@ -331,3 +331,19 @@ def test_fig_2_says_what_a_label_does_not_share_across_targets():
     told = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
     assert "alpha 5 on" in told.replace("\n", " ") and "alpha 0.1 on" in told.replace("\n", " ")
     assert not figures.figure_2(first).get_supxlabel()
+
+
+def test_a_setting_that_is_idle_in_one_row_is_not_named_in_the_other():
+    plain, adam, no_blur = made(), made(("recipe", "solver"), "adam"), made(("recipe", "blur"), "none")
+    for each in adam:
+        each["settings"]["recipe"].pop("momentum", None)  # both runs share the recipe
+    for each in no_blur:
+        each["settings"]["recipe"].pop("blur_kernel", None), each["settings"]["recipe"].pop("blur_sigma", None)
+    assert [row["label"] for row in labelled(summary(plain + adam))] == ["L2-SP", "L2-SP, Adam"]
+    assert {row["label"] for row in labelled(summary(plain + no_blur))} == {"L2-SP, blur gaussian", "L2-SP, blur none"}
+    rooted = made(("penalty",), "gl_sp")
+    for each in rooted:
+        each["settings"]["recipe"]["smoothing"] = 1e-16
+    assert [row["label"] for row in labelled(summary(plain + rooted))] == ["L2-SP", "GL-SP"]
+    smooth = made(("penalty",), "gl_sp", accuracies=(0.1, 0.2))
+    assert {row["label"] for row in labelled(summary(smooth + rooted))} == {"GL-SP", "GL-SP, smoothing 1e-16"}
