@@ -132,7 +132,10 @@ IMPORTS = ["import l2sp_tf, keras", "import keras, l2sp_tf", "from l2sp_tf impor
 IMPORTS += ["import l2sp_tf.attach, keras", "import l2sp_tf.stepping, keras", "import l2sp_tf, tensorflow, keras"]
 
 
-def test_a_saved_model_loads_after_the_import_alone(tmp_path):
+@pytest.mark.parametrize(
+    "number", [n if n < 2 else pytest.param(n, marks=pytest.mark.slow) for n in range(len(IMPORTS))], ids=IMPORTS.__getitem__
+)
+def test_a_saved_model_loads_after_the_import_alone(number, tmp_path):
     """In fresh processes, whatever is imported first; and without the import Keras says that it does not know the class."""
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="a")])
     anchors = l2sp.Anchors.of(model)
@@ -145,11 +148,10 @@ def test_a_saved_model_loads_after_the_import_alone(tmp_path):
     model.save(tmp_path / "decoupled.keras")
     code = "import pathlib; print(len([keras.models.load_model(p) for p in pathlib.Path('.').glob('*.keras')]))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for number, imports in enumerate(IMPORTS):
-        code_here = code if number == 0 else code.replace("*.keras", "*sp.keras")  # without the optimizers: all are tried once
-        command = [sys.executable, "-c", f"{imports}; {code_here}"]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert result.stdout == ("7\n" if number == 0 else "3\n"), (imports, result.stderr[-500:])
+    code = code if number == 0 else code.replace("*.keras", "*sp.keras")  # without the optimizers: all are tried once
+    command = [sys.executable, "-c", f"{IMPORTS[number]}; {code}"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert result.stdout == ("7\n" if number == 0 else "3\n"), result.stderr[-500:]
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16", "mixed_bfloat16"])

@@ -74,6 +74,7 @@ def run_workers(scenario, folder):
     return [worker.returncode for worker in workers], outputs
 
 
+@pytest.mark.slow
 def test_two_workers_fine_tune_as_one_process_under_every_penalty(tmp_path, on_one_device):
     codes, outputs = run_workers("penalties", tmp_path)
     assert codes == [0, 0], outputs

@@ -72,6 +72,7 @@ def test_train_writes_a_record_for_each_run_and_prints_the_table(finished):
     assert len(list(workdir.glob("runs/*/model.keras"))) == len(list(workdir.glob("runs/*/log.csv"))) == 4
 
 
+@pytest.mark.slow
 def test_a_second_command_runs_only_what_is_new(finished):
     workdir, first = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/run.json")}
@@ -83,6 +84,7 @@ def test_a_second_command_runs_only_what_is_new(finished):
     assert len(list(workdir.glob("runs/*/run.json"))) == 8
 
 
+@pytest.mark.slow
 def test_fisher_penalties_estimate_once_and_record_how(finished):
     workdir, _ = finished
     fisher = [
@@ -149,6 +151,7 @@ def test_eval_draws_the_papers_tables_and_figures(finished, tmp_path):
     assert {"table_1.md", "table_1.csv", "figure_path.png", "figure_path.svg"} <= {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path):
     workdir, _ = finished
     weights = next(workdir.glob("runs/l2_sp*/model.keras"))
@@ -167,6 +170,7 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
     assert (recipe["resize"], recipe["resize_mode"], recipe["blur"], recipe["crops"]) == (10, "shorter_side", "authors", 10)
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp_path):
     workdir, _ = finished
     weights, bare = next(workdir.glob("sources/*/weights.safetensors")), tmp_path / "bare.safetensors"
@@ -282,6 +286,7 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
     assert plans.STUDIES == train.STUDIES
 
 
+@pytest.mark.slow
 def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
     assert "give the names of data sets" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
@@ -315,6 +320,7 @@ def test_a_full_disk_stops_with_a_sentence_and_keeps_finished_runs(finished, tmp
     assert len(list(workdir.glob("runs/*/run.json"))) == count
 
 
+@pytest.mark.slow
 def test_a_file_of_flags_repeats_a_run(finished, tmp_path):
     workdir, _ = finished
     folders = sorted(workdir.glob("runs/l2_sp-*"))
@@ -329,7 +335,7 @@ def test_a_file_of_flags_repeats_a_run(finished, tmp_path):
     assert [path.name for path in tmp_path.glob("w/runs/*")] == [folders[0].name]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
 def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, number, status):
     workdir, _ = finished
     source = next(workdir.glob("sources/*"))

@@ -82,6 +82,7 @@ def test_a_record_holds_what_tables_and_figures_need(finished):
     assert report.table_3(finished[1]).rows and report.table_2(finished[1]).rows[0][1].endswith("(1)")
 
 
+@pytest.mark.slow
 def test_proximal_and_plain_runs_are_told_apart(tmp_path):
     made = tiny(tmp_path, penalties=("l1_sp",), alphas=(0.1,))
     stepped = dataclasses.replace(made, recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
@@ -173,6 +174,7 @@ def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and
     assert "Every setting of L2-SP on digits/target - 10 diverged" in table.notes
 
 
+@pytest.mark.slow
 def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
     monkeypatch.setattr(experiments, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
@@ -206,6 +208,7 @@ def kill_one_worker(workdir, killed):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="finds workers in /proc")
 def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
     made = dataclasses.replace(finished[0], workdir=tmp_path)
