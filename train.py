@@ -109,7 +109,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_list("frozen", "0", "Numbers of first units that are frozen; all: up to 8 numbers spread over them.")
 flags.DEFINE_float("source_learning_rate", 0.05, "Initial rate of training the source model.")
-flags.DEFINE_integer("batch_size", None, "Images a step.")
+flags.DEFINE_integer("batch_size", None, "Images a step, in training a source model too; by default 64.")
 flags.DEFINE_integer(
     "resize",
     None,

@@ -211,16 +211,18 @@ def table_3(records):
     Raises:
         InputError: no record has measured the source task, or two rows would look alike.
     """
-    rows = [row for row in _rows_of_a_table(records) if "before" in row]
+    rows = _rows_of_a_table(records)
+    measured = {place(row) for row in rows if "before" in row}
+    rows = [row for row in rows if place(row) in measured and ("before" in row or row["diverged"])]
     if not rows:
         raise InputError("No run has measured its source task: run train.py with --source.")
     rows.sort(key=lambda row: list(LABELS).index(row["penalty"]))
     labels = {row["label"]: row["penalty"] for row in rows}
     lines = []
     for (target, source), here in by_place(rows).items():
-        befores = sorted({f"{row['before']:.1f}" for row in here})
+        befores = sorted({f"{row['before']:.1f}" for row in here if "before" in row})
         for name, reading in STATISTICS.items():
-            cells = {row["label"]: _show((row["before"] - row[name][0], row[name][1])) for row in here}
+            cells = {row["label"]: _drop(row, name) for row in here}
             lines.append((target, source, reading, ", ".join(befores), *(cells.get(label, "-") for label in labels)))
         if target in PAPER_TABLE_3:
             paper = {symbol: str(drop) for symbol, drop in PAPER_TABLE_3[target].items()}
@@ -231,6 +233,14 @@ def table_3(records):
     )
     told = [text, *notes_across(rows), *notes(rows, records)]
     return Table(("target", "source", "batch norm", "before", *labels), lines, "\n\n".join(told))
+
+
+def _drop(row, name):
+    """What was lost on the source by the statistics of this name, and how many runs diverged."""
+    if "before" not in row:
+        return "diverged"
+    lost = _show((row["before"] - row[name][0], row[name][1]))
+    return f"{lost}, {row['diverged']} diverged" if row["diverged"] else lost
 
 
 def right(record):

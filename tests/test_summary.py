@@ -235,8 +235,10 @@ def test_diverged_runs_are_counted_and_keep_their_row():
     ]
     tests = {line[2:4]: line[4:] for line in report.table_2_tests(found).rows}
     assert tests["L1-SP", "L2-SP"] == ("25.0", "runs diverged", "runs diverged") and tests["L2-SP", "L2"][0] == "-"
-    for draw in (report.table_3, report.overview):
-        assert draw(found).rows
+    lost = report.table_3(found)
+    assert lost.columns[4:] == ("L2", "L2-SP", "L1-SP")
+    assert all(line[4] == "diverged" and line[5].endswith(", 1 diverged") and "diverged" not in line[6] for line in lost.rows)
+    assert report.overview(found).rows
     assert report.table_csv(found).count("\n") == 4
     for draw in (figures.overview, figures.figure_2, figures.figure_4):
         draw(found)
