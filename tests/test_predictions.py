@@ -127,7 +127,8 @@ def test_an_interface_that_does_not_fit_is_refused(images, tmp_path):
 def eval_py(monkeypatch, capsys):
     """Calls eval.py in this process: (status, what it printed, its errors and warnings)."""
     monkeypatch.syspath_prepend(str(ROOT))
-    others = flags.FLAGS.flags_by_module_dict().get("train", [])  # another test may have imported it, and both have --workdir
+    # another test may have imported train.py, and both have --workdir
+    others = list(flags.FLAGS.flags_by_module_dict().get("train", []))
     for flag in others:
         delattr(flags.FLAGS, flag.name)
     import eval as entry
@@ -140,7 +141,7 @@ def eval_py(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     yield call
-    own = flags.FLAGS.flags_by_module_dict()["eval"]
+    own = list(flags.FLAGS.flags_by_module_dict()["eval"])
     for flag in own:
         delattr(flags.FLAGS, flag.name)
     for flag in others:
