@@ -85,6 +85,7 @@ def test_public_names_have_docstrings_and_are_all_listed():
         assert PENALTIES[symbol].__doc__.startswith(f"Eq. ({number})")
 
 
+@pytest.mark.slow
 def test_public_names_are_no_modules_whatever_was_imported_first():
     modules = "[name for name in l2sp.__all__ if isinstance(getattr(l2sp, name), types.ModuleType)]"
     code = f"import l2sp_tf.attach, types, l2sp_tf as l2sp; print({modules})"

@@ -453,6 +453,7 @@ def check_copies(model, folder):
         copies.assign(fresh, {key: np.zeros_like(value) for key, value in anchors.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_of_each_family_is_copied_and_restored(family, tmp_path):
     check_copies(network(family), tmp_path)

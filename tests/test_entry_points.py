@@ -297,6 +297,7 @@ def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_flags_that_do_not_exist_and_folders_that_cannot_be_written(tmp_path):
     assert "There is no flag --penlaty: did you mean --penalty?" in refused("train.py", "--penlaty=l2")
     (tmp_path / "file").write_text("x")
