@@ -144,11 +144,17 @@ def check_record(record, path):
     if record["format"] == FORMAT:
         _check_fields(record, "code", {"version": str, "results": int, "digest": str}, path)
     settings, results = record["settings"], record.get("results")
-    _check_fields(record, "settings", {"frozen": int} if "frozen" in settings else {}, path)
+    known = {"frozen": int, "anchors": str}  # not in every record of the first format
+    _check_fields(record, "settings", {name: kind for name, kind in known.items() if name in settings}, path)
     if "recipe" in settings:
         _check_fields(settings, "recipe", {}, path)
         rate = {"learning_rate": float} if "learning_rate" in settings["recipe"] else {}
         _check_fields(settings, "recipe", rate, path)
+    if "fisher" in record:
+        _check_fields(record, "fisher", {}, path)
+        steps = record["fisher"].get("transforms", [])
+        if not isinstance(steps, list) or not all(isinstance(step, dict) and {"name", "value"} <= set(step) for step in steps):
+            raise InputError(f"{path} has fisher.transforms that are no steps: remove it and run its run again.")
     if "machine" in record:
         _check_fields(record, "machine", {}, path)
     _check_fields(record, "results", {"diverged": str} if diverged(record) else ACCURACY, path)

@@ -58,6 +58,11 @@ def test_records_are_found_in_order_and_damaged_ones_left_out(tmp_path):
         (("results", "total"), True),
         (("settings", "seed"), None),
         (("settings", "penalty"), 3),
+        (("settings", "anchors"), ["c"]),
+        (("fisher",), "d"),
+        (("fisher",), {"transforms": ["fisher"]}),
+        (("fisher",), {"transforms": {"name": "fisher"}}),
+        (("fisher",), {"transforms": [{"name": "fisher"}]}),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, path, value):
