@@ -22,7 +22,7 @@ from l2sp_tf.plans import Setting
 from l2sp_tf.regularizers import PENALTIES
 from l2sp_tf.runs import folder_of, run_record, settings_of
 from l2sp_tf.selection import MOST_EXTENSIONS, Search, accuracy_of, fold_tasks, write_selection
-from l2sp_tf.starts import outline, prepare_start, short_name
+from l2sp_tf.starts import exactness, outline, prepare_start, short_name
 
 
 def run_plan(plan, **options):
@@ -308,9 +308,8 @@ def _settings(plan, start, setting, task, recipe, fisher):
         "weights": start.origin,
         "backbone": start.backbone,
         "source_mean": source.mean.tolist() if source is not None else None,
+        **exactness(plan),
     }
-    if plan.deterministic:
-        settings["deterministic"] = True
     if start.mean_of is not None:
         settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:

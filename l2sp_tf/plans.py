@@ -223,10 +223,10 @@ class Plan:
         for symbol in self.strengths:
             if symbol not in self.penalties:
                 raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
-        for setting in (setting for symbol in self.penalties for setting in self.grid(symbol)):
-            fields.number(f"alpha of {setting.symbol}", setting.alpha)
-            fields.number("beta", setting.beta)
-            fields.number("learning_rate", setting.learning_rate, above=0)
+        strengths = {symbol: fields.each_number(f"alpha of {symbol}", values) for symbol, values in self.strengths.items()}
+        object.__setattr__(self, "strengths", strengths)
+        for symbol in self.penalties:
+            self.axes(symbol)  # raises where nobody gives its alphas
 
     @property
     def needs_fisher(self):

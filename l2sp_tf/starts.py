@@ -88,7 +88,7 @@ class Outline:
         plan = self.plan
         skipped = len(self.source_images.skipped)
         identity = {"data": self.source.digest, "skipped": skipped, "recipe": records.plain(plan.source_recipe.record())}
-        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION, **_exactness(plan)}
+        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION, **exactness(plan)}
         key = records.run_key({**identity, **records.plain(_shape(plan)), **made_by})
         return plan.workdir / "sources" / key / "weights.safetensors"
 
@@ -351,7 +351,7 @@ def _is_measured(path):
         return False
 
 
-def _exactness(plan):
+def exactness(plan):
     """Whether operations are deterministic, as a key has it: what was made without cannot stand for what was made with."""
     return {"deterministic": True} if plan.deterministic else {}
 
@@ -392,7 +392,7 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     count = len(order) - skipped
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": skipped, "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
-    key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION, **_exactness(plan)})
+    key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION, **exactness(plan)})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
     strategy = make_strategy(plan.distribute)
     if chief_says(strategy, path.exists):
