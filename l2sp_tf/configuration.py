@@ -176,6 +176,8 @@ def _penalties(given, experiment):
 def _fisher(values):
     names = ("mode", "samples", "images", "batch", "tolerance")
     given = {name: values[f"fisher_{name}"] for name in names if values.get(f"fisher_{name}") is not None}
+    if given.get("mode") == "exact":
+        given.pop("samples", None)  # `unused` says so
     texts = [text for text in values.get("fisher_transforms") or [] if text]
     if not texts:
         return FisherPlan(**given)

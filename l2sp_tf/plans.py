@@ -54,6 +54,8 @@ class FisherPlan:
     def __post_init__(self):
         fields.choice("fisher_mode", self.mode, MODES)
         fields.whole("fisher_samples", self.samples)
+        if self.mode == "exact" and self.samples != 1:
+            raise InputError(f"fisher_samples is {self.samples}, but the mode exact draws nothing: leave it at 1.")
         fields.whole("fisher_batch", self.batch)
         if self.images is not None:
             fields.whole("fisher_images", self.images)

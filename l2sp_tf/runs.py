@@ -23,6 +23,8 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
     recipe = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    if setting.frozen:
+        recipe = recipe.replace(moving_statistics="source")  # `finetune` makes none fresh then
     settings = {
         **more,
         "target_digest": task.digest,

@@ -82,6 +82,14 @@ def test_the_fisher_diagonal_is_normalised_whatever_the_folds(folds):
     assert clipped.transforms == (("clip", 2.5), ("normalise", None))
 
 
+def test_the_exact_fisher_diagonal_takes_no_draws():
+    values = {"penalty": ["l2_sp_fisher:1"], "fisher_mode": "exact", "fisher_samples": 4}
+    assert only(**values).fisher == only(**values | {"fisher_samples": 1}).fisher
+    assert ("fisher_samples", "the mode exact draws nothing") in unused(values, set(values), plans_of(values | {"seeds": ["0"]}))
+    with pytest.raises(l2sp.InputError, match="fisher_samples is 4, but the mode exact draws nothing"):
+        FisherPlan(mode="exact", samples=4)
+
+
 def test_numbers_of_the_recipe_that_flags_give():
     made = only(target=["t"], source=["s"], momentum=0.5, decay_at=7, log_every=3, blur_kernel=3, blur_sigma=["0.2", "1"])
     recipe = made.recipe

@@ -94,6 +94,8 @@ def test_what_changes_no_result_changes_no_folder():
     ]
     for off, number in idle:
         assert folder(l2sp.Recipe(**off)) == folder(l2sp.Recipe(**off, **number)) != plain != folder(l2sp.Recipe(**number))
+    frozen, fresh = dataclasses.replace(SETTING, frozen=1), l2sp.Recipe(moving_statistics="fresh")
+    assert folder(fresh, frozen) == folder(l2sp.Recipe(), frozen) and folder(fresh) != plain
     assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's count
     others = [l2sp.Recipe(momentum=0.5), l2sp.Recipe(crops=10), l2sp.Recipe(mean=(1, 2, 3))]
     settings = [dataclasses.replace(SETTING, **change) for change in ({"seed": 1}, {"frozen": 2}, {"beta": 0.1})]
