@@ -10,8 +10,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 
-from l2sp_tf.cli import run_main
-from l2sp_tf.errors import InputError
+from l2sp_tf.cli.command import run_main
+from l2sp_tf.files.errors import InputError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("workdir", "runs/digits", "One --workdir of train.py, or several.")
@@ -61,7 +61,8 @@ def main(argv):
         write_report(pathlib.Path(FLAGS.report))
     if FLAGS.predict or FLAGS.report:
         return
-    from l2sp_tf import figures, records
+    from l2sp_tf.experiments import records
+    from l2sp_tf.reports import figures
 
     folder = pathlib.Path(FLAGS.output or FLAGS.workdir[0])
     parts = [(figures.write_table, int(n)) for n in FLAGS.table if n != "1"]
@@ -83,7 +84,7 @@ def main(argv):
 
 def write_report(path):
     """Writes the page that --report names, and the same for TensorBoard in a folder beside it."""
-    from l2sp_tf.retention_report import report_of_files, report_of_run
+    from l2sp_tf.evaluation.report import report_of_files, report_of_run
 
     if (FLAGS.model is None) != (FLAGS.anchors is None):
         raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
@@ -100,8 +101,8 @@ def write_report(path):
 
 def write_predictions():
     """Prints the classes of the first images that --predict names, and writes those of all to predictions.csv."""
-    from l2sp_tf.files import write_text
-    from l2sp_tf.predictions import predict_images
+    from l2sp_tf.evaluation.predictions import predict_images
+    from l2sp_tf.files.writing import write_text
 
     model = pathlib.Path(FLAGS.model or FLAGS.workdir[0])
     images = [path for text in FLAGS.predict for path in ([text] if pathlib.Path(text).exists() else text.split(","))]
@@ -115,9 +116,10 @@ def write_predictions():
 
 def write_table_1(folder):
     """Counts the images of the paper's data sets, and writes Table 1."""
-    from l2sp_tf import data, report
+    from l2sp_tf import data
+    from l2sp_tf.reports import tables
 
-    table = report.table_1(data.table_1_rows(protocol=FLAGS.protocol, data_dir=FLAGS.data_dir))
+    table = tables.table_1(data.table_1_rows(protocol=FLAGS.protocol, data_dir=FLAGS.data_dir))
     print(table.markdown() + "\n")
     return table.save(folder, "table_1")
 

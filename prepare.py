@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 
-from l2sp_tf.cli import run_main
+from l2sp_tf.cli.command import run_main
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("data_dir", None, "Where TensorFlow Datasets keeps its sets; by default its own folder.")
@@ -22,7 +22,7 @@ GROUPS = {"Flags": ("data_dir", "manual_dir", "checksums")}
 
 def main(argv):
     """Prepares each data set that is named."""
-    from l2sp_tf.errors import InputError
+    from l2sp_tf.files.errors import InputError
 
     if len(argv) < 2:
         raise InputError("No data set is named: give the names of data sets: stanford_dogs, caltech256, mit_indoors67, ...")

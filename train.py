@@ -14,9 +14,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags
 
-from l2sp_tf.cli import run_main
+from l2sp_tf.cli.command import run_main
 
-STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")  # as in l2sp_tf.plans
+STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")  # as in l2sp_tf.experiments.plans
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string(
@@ -182,10 +182,11 @@ OTHER_NAMES = {
 
 def main(argv):
     """Runs what the flags describe, and prints the table."""
-    from l2sp_tf import interruption, report
-    from l2sp_tf.configuration import unused
-    from l2sp_tf.errors import InputError
-    from l2sp_tf.experiments import run_plans
+    from l2sp_tf.experiments import interruption
+    from l2sp_tf.experiments.configuration import unused
+    from l2sp_tf.experiments.runner import run_plans
+    from l2sp_tf.files.errors import InputError
+    from l2sp_tf.reports import tables
 
     if len(argv) > 1:
         raise InputError(f"unknown argument {argv[1]}: flags start with --, as in --target={argv[1]}.")
@@ -210,7 +211,7 @@ def main(argv):
         print("\n".join(interruption.kept(plans, began)), file=sys.stderr)
         raise
     if records:
-        print("\n" + report.overview(records).markdown())
+        print("\n" + tables.overview(records).markdown())
 
 
 def flag_values():
@@ -220,7 +221,7 @@ def flag_values():
 
 def plans_from_flags():
     """The plans that the flags describe."""
-    from l2sp_tf.configuration import plans_of
+    from l2sp_tf.experiments.configuration import plans_of
 
     return plans_of(flag_values())
 

@@ -47,7 +47,7 @@ def our_step(batch, jit_compile="auto", fused=True):
 
     import l2sp_tf as l2sp
     from benchmarks.penalties import step_of
-    from l2sp_tf.models import backbone
+    from l2sp_tf.models.zoo import backbone
 
     pretrained = backbone("resnet50_torch", 1000)
     model = l2sp.with_new_head(pretrained, CLASSES, say=lambda line: None)

@@ -10,7 +10,7 @@ gives the median of the paired ratios and their spread (10th and 90th percentile
 import l2sp_tf as l2sp
 from benchmarks.common import machine, paired_times, spread
 from benchmarks.penalties import batch_of, compiled, parser_of, step_of
-from l2sp_tf.models import backbone
+from l2sp_tf.models.zoo import backbone
 
 
 def steps(pretrained, batch):

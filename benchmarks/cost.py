@@ -18,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import BACKBONES, backbone
-from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+from l2sp_tf.models.zoo import BACKBONES, backbone
+from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
 
 
 def _per_output(operations):

@@ -83,14 +83,15 @@ def profile(arguments):
     clock.enter("imports")
     sys.path.insert(0, str(ROOT))
     import train
-    from l2sp_tf import experiments, runs, starts, training
+    from l2sp_tf.experiments import runner, runs, starts
+    from l2sp_tf.training import trainer
 
     clock.leave()
-    modules = {"experiments": experiments, "runs": runs, "starts": starts, "starts.models": starts.models, "training": training}
+    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.models": starts.models, "training": trainer}
     for part, places in PARTS.items():
         for module, name in places:
             setattr(modules[module], name, clock.timed(part, getattr(modules[module], name)))
-    _time_first_steps(clock, training.Monitor)
+    _time_first_steps(clock, trainer.Monitor)
     train.FLAGS(["train.py", *arguments])
     with contextlib.redirect_stdout(io.StringIO()):
         train.main(["train.py"])
@@ -138,7 +139,7 @@ def main():
     starts = {
         "train.py --help": ("train.py", "--help"),
         "import keras": ("-c", "import keras"),
-        "import all that a run needs": ("-c", "import l2sp_tf.experiments, l2sp_tf.report"),
+        "import all that a run needs": ("-c", "import l2sp_tf.experiments.runner, l2sp_tf.reports.tables"),
     }
     print("\n" + table(["process", "s"], [[name, f"{seconds_of(*command):.2f}"] for name, command in starts.items()]))
 

@@ -17,9 +17,9 @@ import zlib
 import numpy as np
 
 import l2sp_tf as l2sp
-from l2sp_tf import delta
-from l2sp_tf.matching import match
-from l2sp_tf.models import load_model
+from l2sp_tf.models.zoo import load_model
+from l2sp_tf.penalties import delta
+from l2sp_tf.penalties.matching import match
 
 
 def measure(folder):

@@ -24,7 +24,7 @@ def seconds_a_step(arguments):
 
     import l2sp_tf as l2sp
     from benchmarks.penalties import batch_of, compiled, step_of
-    from l2sp_tf.models import backbone
+    from l2sp_tf.models.zoo import backbone
 
     if arguments.contestant == "deterministic":
         tf.config.experimental.enable_op_determinism()

@@ -59,12 +59,12 @@ def make_set(folder, classes, counts):
 
 def make_weights(path):
     """Random weights of ResNet-101 for 1000 classes, with ImageNet's mean."""
-    from l2sp_tf import models
-    from l2sp_tf.anchors import Anchors
-    from l2sp_tf.pixels import PIXELS
+    from l2sp_tf.models import zoo
+    from l2sp_tf.models.pixels import PIXELS
+    from l2sp_tf.penalties.anchors import Anchors
 
     pixels = PIXELS["rgb"].with_mean((123.68, 116.78, 103.94))
-    Anchors.of(models.backbone("resnet101_slim", 1000), pixels).save(path)
+    Anchors.of(zoo.backbone("resnet101_slim", 1000), pixels).save(path)
 
 
 if __name__ == "__main__":

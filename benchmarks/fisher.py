@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.common import machine, paired_times
-from l2sp_tf import fisher
+from l2sp_tf.fisher import estimator
 
 TARGETS = {"rademacher": 1.3, "mc": 1.3, "exact": 0.8}
 
@@ -74,12 +74,12 @@ def gradient_step(model, images, from_logits):
 
 def fisher_step(model, images, mode, **arguments):
     """A function that does what `fisher_diagonal` does for one batch."""
-    estimator = fisher._Estimator(model, mode, 1, 0, None, False, **arguments)
-    sums = fisher._Sums(estimator.weights)
+    one = estimator._Estimator(model, mode, 1, 0, None, False, **arguments)
+    sums = estimator._Sums(one.weights)
     x = tf.constant(images)
 
     def step():
-        sums.add(len(images), estimator(x, 0))
+        sums.add(len(images), one(x, 0))
         sums.statistics()
 
     return step
@@ -106,7 +106,7 @@ def measure_memory(name, mode, results):
     for _ in range(3):
         step()
     growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    columns = fisher.MOST_COLUMNS if mode == "exact" else 1  # the gradients of these networks fit into GRADIENT_BYTES
+    columns = estimator.MOST_COLUMNS if mode == "exact" else 1  # the gradients of these networks fit into GRADIENT_BYTES
     results.put((growth, predicted_bytes(model, len(images), columns)))
 
 

@@ -23,8 +23,8 @@ def peak(network, symbol, batch, results):
 
     import l2sp_tf as l2sp
     from benchmarks.penalties import batch_of, compiled, step_of
-    from l2sp_tf.models import backbone
-    from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+    from l2sp_tf.models.zoo import backbone
+    from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
 
     pretrained = backbone(network, 1000)
     anchors = l2sp.Anchors.of(pretrained)

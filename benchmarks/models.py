@@ -23,10 +23,10 @@ import numpy as np
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf import copies
-from l2sp_tf.copies import detached_copy
-from l2sp_tf.matching import match
-from l2sp_tf.variables import keyed_weights
+from l2sp_tf.models import copies
+from l2sp_tf.models.copies import detached_copy
+from l2sp_tf.penalties.matching import match
+from l2sp_tf.penalties.weights import keyed_weights
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "models.md"
 START, END = "<!-- rows: python -m benchmarks.models -->\n", "<!-- end of rows -->\n"

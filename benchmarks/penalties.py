@@ -23,8 +23,8 @@ import numpy as np
 
 import l2sp_tf as l2sp
 from benchmarks.common import machine, paired_times, spread, table
-from l2sp_tf.models import BACKBONES, backbone
-from l2sp_tf.regularizers import PENALTIES, FisherPenalty
+from l2sp_tf.models.zoo import BACKBONES, backbone
+from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
 
 TARGETS = {"l2": 1.01, "l2_sp": 1.01, "l2_sp_fisher": 1.01, "l1_sp": 1.02, "gl_sp": 1.02, "gl_sp_fisher": 1.02}
 JIT = {"on": True, "off": False, "auto": "auto"}

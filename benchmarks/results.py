@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from l2sp_tf.files import write_text
+from l2sp_tf.files.writing import write_text
 
 PATH = pathlib.Path(__file__).with_name("RESULTS.md")
 TITLE = """# What the benchmarks measured

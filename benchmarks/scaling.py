@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks.common import machine, paired_times, table
-from l2sp_tf.regularizers import PENALTIES, AnchoredPenalty, FisherPenalty
+from l2sp_tf.penalties.formulas import PENALTIES, AnchoredPenalty, FisherPenalty
 
 TARGET = 0.6
 KERNEL = (3, 3, 512, 512)

@@ -8,7 +8,7 @@ import numbers
 
 import numpy as np
 
-from l2sp_tf.errors import InputError
+from l2sp_tf.files.errors import InputError
 
 
 def minimiser(hessian, w_star, w0, alpha, fisher=None):

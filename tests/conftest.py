@@ -9,7 +9,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from l2sp_tf.distribution import make_strategy
+from l2sp_tf.training.devices import make_strategy
 
 _CPU = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfiguration()] * 2)

@@ -14,11 +14,11 @@ import keras
 import numpy as np
 
 import l2sp_tf as l2sp
-from l2sp_tf import distribution
 from l2sp_tf.data import Dataset, Split, prepare
-from l2sp_tf.regularizers import PENALTIES
-from l2sp_tf.training import preprocessing_of
-from l2sp_tf.variables import keyed_weights
+from l2sp_tf.penalties.formulas import PENALTIES
+from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.training import devices
+from l2sp_tf.training.trainer import preprocessing_of
 
 RECIPE = l2sp.Recipe(iterations=5, learning_rate=0.05, batch_size=8, resize=6, crop=5, blur="none", log_every=2)
 
@@ -73,9 +73,9 @@ def every_penalty(strategy, folder, index):
     for symbol in PENALTIES:
         weights, history = finetuned(symbol, strategy, folder / f"run-{symbol}")
         np.savez(folder / f"{symbol}-{index}.npz", **weights, loss=history[-1]["cross_entropy"])
-    answer = distribution.chief_says(strategy, lambda: index == 0)  # the others would say no
+    answer = devices.chief_says(strategy, lambda: index == 0)  # the others would say no
     try:
-        distribution.check_same_run(strategy, "seed", index)
+        devices.check_same_run(strategy, "seed", index)
         answer = False
     except l2sp.InputError:
         pass
@@ -84,8 +84,8 @@ def every_penalty(strategy, folder, index):
 
 def keras_fit(strategy, folder, index):
     """What Keras' own fit does under the same strategy."""
-    model = distribution.replicated(network(), strategy)
-    with distribution.scope(strategy):
+    model = devices.replicated(network(), strategy)
+    with devices.scope(strategy):
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     try:
         model.fit(np.zeros((8, 5, 5, 3), "float32"), np.zeros(8), batch_size=4, verbose=0)
@@ -104,8 +104,8 @@ def restart(strategy, folder, index, dies_after=None):
 
 
 def main(scenario, folder):
-    strategy = distribution.make_strategy("multiworker")
-    index, _ = distribution.part_of(strategy)
+    strategy = devices.make_strategy("multiworker")
+    index, _ = devices.part_of(strategy)
     folder = pathlib.Path(folder)
     scenarios = {
         "penalties": every_penalty,

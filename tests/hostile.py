@@ -24,13 +24,15 @@ import torch_writer
 from PIL import Image
 
 import l2sp_tf as l2sp
-from l2sp_tf import convert, models, records, report
 from l2sp_tf.data import builders, decode, load_dataset
-from l2sp_tf.errors import InputError
-from l2sp_tf.fisher import Fisher
-from l2sp_tf.pixels import PIXELS, Interface, PixelFormat
-from l2sp_tf.provenance import provenance
-from l2sp_tf.torch_files import read_state_dict
+from l2sp_tf.experiments import records
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.provenance import provenance
+from l2sp_tf.fisher.estimator import Fisher
+from l2sp_tf.models import convert, zoo
+from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat
+from l2sp_tf.models.torch_files import read_state_dict
+from l2sp_tf.reports import tables
 
 MOST_SECONDS = 10  # of processor time for one file
 MOST_GROWTH = 768 * 2**20  # bytes that the process may have more in use at its peak than at the start: 256 MiB in two copies, and
@@ -191,9 +193,9 @@ def make_record(folder):
 
 def read_record(path):
     found = [records.read_record(path)]
-    report.overview(found).markdown()
-    report.table_csv(found)
-    report.right(found[0])
+    tables.overview(found).markdown()
+    tables.table_csv(found)
+    tables.right(found[0])
 
 
 def make_pixels(folder):
@@ -206,13 +208,13 @@ def read_pixels(path):
 
 
 def make_keras(folder):
-    models.save_model(model(), folder / "m.keras", Interface(PIXELS["rgb"], 10, "squash", "area", 8, classes=("a", "b")))
+    zoo.save_model(model(), folder / "m.keras", Interface(PIXELS["rgb"], 10, "squash", "area", 8, classes=("a", "b")))
     return folder / "m.keras"
 
 
 def read_keras(path):
-    str(models.stored_interface(path))
-    found = models.load_model(path)
+    str(zoo.stored_interface(path))
+    found = zoo.load_model(path)
     keras.utils.clear_session(free_memory=False)
     return [value.tobytes() for value in found.get_weights()]
 
@@ -225,7 +227,7 @@ def make_h5(folder):
 def read_h5(path):
     before = model().get_weights()
     try:
-        models.load_weights(model(), path)
+        zoo.load_weights(model(), path)
     except InputError:
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, model().get_weights(), strict=True))
         raise
@@ -319,7 +321,7 @@ def read_tar(path):
 
 
 def make_shard(which, folder):
-    from test_data_tfds import write_set
+    from test_tfds import write_set
 
     examples = [(picture("PNG", i), i % 2) for i in range(4)]
     write_set(folder, "mnist", {"train": examples, "test": examples}, 2)

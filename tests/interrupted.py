@@ -25,7 +25,7 @@ EVERY = 5
 
 def network():
     """A small ResNet with dropout."""
-    from l2sp_tf.resnets import small_resnet
+    from l2sp_tf.models.resnets import small_resnet
 
     keras.utils.set_random_seed(0)
     body = small_resnet((8, 8, 3), 4, widths=(4, 8), depths=(1, 1))

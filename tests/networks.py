@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 
-from l2sp_tf.variables import keyed_weights
+from l2sp_tf.penalties.weights import keyed_weights
 
 CLASSES = 5
 

@@ -68,9 +68,10 @@ def test_a_part_inside_another_counts_for_itself(monkeypatch):
 
 
 def test_the_parts_of_the_default_job_are_there():
-    from l2sp_tf import experiments, runs, starts, training
+    from l2sp_tf.experiments import runner, runs, starts
+    from l2sp_tf.training import trainer
 
-    modules = {"experiments": experiments, "runs": runs, "starts": starts, "starts.models": starts.models, "training": training}
+    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.models": starts.models, "training": trainer}
     assert all(callable(getattr(modules[module], name)) for places in default_job.PARTS.values() for module, name in places)
 
 

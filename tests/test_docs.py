@@ -17,8 +17,8 @@ import pytest
 from absl import flags
 
 import l2sp_tf as l2sp
-from l2sp_tf import convert, models
-from l2sp_tf.regularizers import PENALTIES
+from l2sp_tf.models import convert, zoo
+from l2sp_tf.penalties.formulas import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(path for path in (ROOT / "docs").rglob("*.md") if "results" not in path.parts)
@@ -110,7 +110,7 @@ def test_the_commands_of_a_text_have_flags_that_exist(path):
         assert not positional or script == "prepare.py", f"{script} takes no {positional}"
         if script == "train.py":
             assert {text.partition(":")[0] for text in values.penalty} <= set(PENALTIES)
-            assert values.backbone in models.BACKBONES
+            assert values.backbone in zoo.BACKBONES
 
 
 def test_commands_are_found_and_a_wrong_flag_is_noticed():
@@ -125,7 +125,7 @@ def test_commands_are_found_and_a_wrong_flag_is_noticed():
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
 def test_the_conversions_of_a_text_have_options_that_exist(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for _, _, *arguments in commands_of(path, ["-m l2sp_tf.convert"]):
+    for _, _, *arguments in commands_of(path, ["-m l2sp_tf.models.convert"]):
         if "--help" not in arguments:
             assert convert.main(arguments) == 2  # the options are read before the file is missed
             assert "There is no" in capsys.readouterr().err

@@ -10,8 +10,8 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from l2sp_tf.data.fetch import Download
-from l2sp_tf.errors import InputError
-from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS, refusing
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES, MAX_PIXELS, refusing
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder):

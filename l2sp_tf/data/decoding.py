@@ -9,11 +9,11 @@ import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.data import images as ops
-from l2sp_tf.data.datasets import default_cache_dir
+from l2sp_tf.data.sets import default_cache_dir
 from l2sp_tf.data.store import PixelStore
-from l2sp_tf.errors import InputError
-from l2sp_tf.memory import shared_tensor
-from l2sp_tf.reading import MAX_IMAGE_BYTES, MAX_PIXELS
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.memory import shared_tensor
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES, MAX_PIXELS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from l2sp_tf.errors import InputError
+from l2sp_tf.files.errors import InputError
 
 TIMEOUT_SECONDS = 20  # for an answer, and for each part of a file
 

@@ -10,7 +10,7 @@ import functools
 
 import tensorflow as tf
 
-from l2sp_tf.errors import InputError
+from l2sp_tf.files.errors import InputError
 
 RESIZE_MODES = ("squash", "shorter_side")
 RESIZE_FILTERS = ("area", "bilinear")

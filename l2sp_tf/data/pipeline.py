@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from l2sp_tf.data import images as ops
 from l2sp_tf.data.decoding import Images, Undecoded
-from l2sp_tf.errors import InputError
-from l2sp_tf.pixels import PixelFormat
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.pixels import PixelFormat
 
 
 @dataclasses.dataclass(frozen=True)

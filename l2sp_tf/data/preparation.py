@@ -7,9 +7,9 @@ import shutil
 import tensorflow_datasets as tfds
 
 from l2sp_tf.data import fetch
-from l2sp_tf.data.datasets import ACCEPTED
+from l2sp_tf.data.sets import ACCEPTED
 from l2sp_tf.data.tfds_sets import data_folder, find_prepared, known_names
-from l2sp_tf.errors import InputError
+from l2sp_tf.files.errors import InputError
 
 # The files that their owners give out on registration only.
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}

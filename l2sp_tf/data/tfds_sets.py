@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from l2sp_tf.data.datasets import ACCEPTED, Dataset, Split, default_cache_dir
-from l2sp_tf.errors import InputError
-from l2sp_tf.files import atomic_path
-from l2sp_tf.reading import MAX_IMAGE_BYTES, read_json, refusing
+from l2sp_tf.data.sets import ACCEPTED, Dataset, Split, default_cache_dir
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES, read_json, refusing
+from l2sp_tf.files.writing import atomic_path
 
 # Their test images are published without labels, so that accuracy is measured on the validation images.
 UNLABELLED_TEST = ("imagenet2012", "places365_small")
@@ -115,7 +115,6 @@ def data_folder(data_dir=None):
 
 def known_names():
     """The names of the sets that can be prepared: those of TFDS and those of `builders`."""
-    from l2sp_tf.data import builders  # noqa: F401  its classes register themselves
 
     return tfds.list_builders(with_community_datasets=False)
 

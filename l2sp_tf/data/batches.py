@@ -1,0 +1,199 @@
+"""Batches (x, labels, weights) from what Keras users have: arrays, `tf.data`, `PyDataset`, or any iterable of batches."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+
+FORMS = "give arrays (x, y), a tf.data.Dataset, a keras.utils.PyDataset, or batches (x, y)"
+
+
+def labelled_batches(data, model, *, size, crops=1):
+    """Yields (x, labels, weights) for each batch that is not empty, in order, whatever form the data have.
+
+    x is a tensor, or a dict or tuple of tensors, as the data give it; only 8-bit integers, which are pixels, become
+    float32. Labels and weights stay as they are; weights are None where the data have none.
+
+    Args:
+        data: arrays (x, y) or (x, y, weights) as a tuple; a `tf.data.Dataset` of such elements, batched or not; a
+            `keras.utils.PyDataset`; or an iterable of batches.
+        model: the Keras model, whose inputs tell what is one image and what is a batch.
+        size: images a batch, where the data are not batched.
+        crops: of each image, on an axis behind that of the images if there are more than one.
+
+    Raises:
+        InputError: the data have another form, lack labels, do not end, or differ in their numbers of images.
+    """
+    if isinstance(data, tf.data.Dataset):
+        batches = _of_dataset(data, model, size, crops)
+    elif _are_arrays(data, model):
+        batches = _of_arrays(data, model, size)
+    else:
+        batches = _of_iterable(data)
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+            raise InputError(f"A batch is a {_describe(batch)}, not images with their labels: {FORMS}.")
+        x, y, *weights = batch
+        x = keras.tree.map_structure(_tensor, tuple(x) if isinstance(x, list) else x)
+        _check_shapes(x, model, crops)
+        if any(0 in part.shape[:1] for part in tf.nest.flatten(x)):
+            continue
+        yield x, y, weights[0] if weights else None
+
+
+def check_readable_again(data):
+    """Checks that data can be read more than once.
+
+    Raises:
+        InputError: they are an iterator, such as a generator.
+    """
+    if _reads_once(data):
+        raise InputError(
+            f"The data are a {type(data).__name__}, which can be read only once, but they are needed several times: "
+            "give a list of its batches, arrays or a tf.data.Dataset."
+        )
+
+
+def _reads_once(data):
+    return hasattr(data, "__next__")
+
+
+def _of_dataset(data, model, size, crops):
+    spec = data.element_spec
+    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
+        raise InputError(f"The elements of the tf.data.Dataset are {_describe(spec)}, not images with their labels: {FORMS}.")
+    _check_ends(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # only an element tells
+        for element in data.take(1):
+            spec = tf.nest.map_structure(tf.type_spec_from_value, element)
+    if _is_batched(spec, model, crops):
+        return data
+    sizes = [part.shape for part in tf.nest.flatten(data.element_spec)]
+    return data.batch(size if all(shape.is_fully_defined() for shape in sizes) else 1)  # images of several sizes do not stack
+
+
+def _is_batched(spec, model, crops):
+    """Whether the elements of a dataset are batches, by their rank and that of the model's inputs."""
+    if any(part.shape.rank == 0 for part in tf.nest.flatten(spec)):
+        return False
+    answers = set()
+    for part, shape in _beside_inputs(spec[0], model, crops):
+        answers |= {True} if _fits(part.shape, shape) else set()
+        answers |= {False} if part.shape.is_compatible_with(shape[1:]) else set()
+    if len(answers) == 1:
+        return answers.pop()
+    parts = [part.shape for part in tf.nest.flatten(spec)]
+    # nothing but the first axis tells: of one length in all parts of a batch, which is often unknown
+    return all(shape.rank for shape in parts) and len({shape[0] for shape in parts}) == 1
+
+
+def _fits(shape, expected):
+    """Whether a batch of this shape is one for a model's input; Keras adds and drops a last axis of length 1."""
+    forms = [expected, expected[:-1]] if expected[-1] == 1 else [expected]
+    dropped = shape.rank == len(expected) + 1 and shape[-1] == 1 and shape[:-1].is_compatible_with(expected)
+    return dropped or any(shape.is_compatible_with(form) for form in forms)
+
+
+def _check_shapes(x, model, crops):
+    for part, expected in _beside_inputs(x, model, crops):
+        if not _fits(part.shape, expected):
+            raise InputError(
+                f"x has the shape {tuple(part.shape)}, but the model {model.name!r} takes {expected}, the batch's axis first: "
+                "give batches of such images."
+            )
+
+
+def _beside_inputs(x, model, crops):
+    """Pairs of a part of x and the shape of the model's input that it is for; none where the model does not tell."""
+    shapes = {tensor.name: tensor.shape for tensor in getattr(model, "inputs", None) or []}
+    if crops > 1:
+        shapes = {name: (shape[0], crops, *shape[1:]) for name, shape in shapes.items()}
+    if isinstance(x, dict):
+        return [(part, shapes[name]) for name, part in x.items() if name in shapes]
+    parts = tf.nest.flatten(x)
+    return list(zip(parts, shapes.values(), strict=True)) if len(parts) == len(shapes) else []
+
+
+def _are_arrays(data, model):
+    """Whether the data are (x, y) or (x, y, weights), not a tuple of batches."""
+    if not isinstance(data, tuple) or len(data) not in (2, 3):
+        return False
+    x, y = data[:2]
+    if _is_array(x) or isinstance(x, dict):
+        return True
+    if not isinstance(x, (tuple, list)) or not x:
+        return False
+    inputs = getattr(model, "inputs", None)
+    if inputs and len(inputs) > 1:
+        return len(x) == len(inputs) and not isinstance(x[0], (tuple, dict))
+    return _is_array(y) or not isinstance(y, (tuple, list)) or not _holds_arrays(y)
+
+
+def _is_array(value):
+    return hasattr(value, "shape") and hasattr(value, "__getitem__")
+
+
+def _holds_arrays(value):
+    return any(_is_array(part) or isinstance(part, dict) for part in value)
+
+
+def _of_arrays(data, model, size):
+    """Batches of `size` images of arrays, or of nests of arrays, all of one length."""
+    x, *others = (_as_arrays(part) for part in data if part is not None)
+    inputs = getattr(model, "inputs", None)
+    if isinstance(x, tuple) and inputs and len(inputs) == 1:  # a list of images, or Keras' list of one input
+        x = x[0] if len(x) == 1 and x[0].ndim == len(inputs[0].shape) else np.stack(x)
+    lengths = [{_length(part) for part in keras.tree.flatten(part)} for part in (x, *others)]
+    if len(set.union(*lengths)) != 1:
+        counts = [" and ".join(map(str, sorted(found))) for found in lengths]
+        names = [f"{count} {name}" for count, name in zip(counts, ("images", "labels", "sample weights"), strict=False)]
+        raise InputError(f"The data have {' but '.join(names)}: give as many of each.")
+    for start in range(0, lengths[0].pop(), size):
+        yield tuple(keras.tree.map_structure(lambda a, i=start: a[i : i + size], part) for part in (x, *others))
+
+
+def _as_arrays(part):
+    """Lists of numbers, data frames and the like as arrays, within dicts and tuples of several too."""
+    if isinstance(part, dict):
+        return {name: _as_arrays(value) for name, value in part.items()}
+    if isinstance(part, (tuple, list)) and _holds_arrays(part):
+        return tuple(_as_arrays(value) for value in part)
+    # what slices by images is read as it is needed
+    return part if tf.is_tensor(part) or (_is_array(part) and hasattr(part, "dtype")) else np.asarray(part)
+
+
+def _length(part):
+    return part.shape[0] if len(part.shape) else 0
+
+
+def _of_iterable(data):
+    if isinstance(data, keras.utils.PyDataset):
+        _check_ends(data.num_batches is None)
+        return _of_py_dataset(data)
+    if not hasattr(data, "__iter__") or isinstance(data, (dict, str)) or _is_array(data):
+        raise InputError(f"The data are a {_describe(data)}: {FORMS}.")
+    return iter(data)
+
+
+def _of_py_dataset(data):
+    data.on_epoch_begin()
+    for index in range(data.num_batches):
+        yield data[index]
+    data.on_epoch_end()
+
+
+def _check_ends(never):
+    if never:
+        raise InputError("The data never end, so that they cannot be counted: take a finite part of them, such as data.take(n).")
+
+
+def _tensor(leaf):
+    tensor = leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(np.asarray(leaf))
+    return tf.cast(tensor, tf.float32) if tensor.dtype == tf.uint8 else tensor
+
+
+def _describe(value):
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__}" + (f" of shape {tuple(value.shape)}" if getattr(value, "shape", None) is not None else "")

@@ -1,0 +1,168 @@
+"""What a data set is: the images and labels of its two splits (Table 1)."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+
+import numpy as np
+
+from l2sp_tf.data.digests import file_digests
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES
+
+ACCEPTED = (
+    "digits/source, digits/target, a folder <split>/<class>/<image> with the splits train and test, "
+    "a zip of such a folder, with or without the path of a folder in it (objects.zip/target), "
+    "or the name of one of stanford_dogs, caltech256, mit_indoors67, imagenet2012, places365_small "
+    "and the other image classification sets of TensorFlow Datasets"
+)
+TFDS_NAME = re.compile(r"(?:tfds:)?([a-z]\w*(?:/[\w.-]+)?)")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one split and their labels.
+
+    Attributes:
+        names: what to call each image in a message: its path, or a label.
+        labels: int32 [n].
+        pixels: uint8 [n, h, w, c] of a set held in memory, otherwise None.
+        files: the paths of a set on disk, otherwise None.
+        records: the places of the images of a set of TFDS (`tfds_sets.Records`), otherwise None.
+        memory: the file that remembers the digests of `files`, as `file_digests` takes it, or None.
+    """
+
+    names: tuple
+    labels: np.ndarray
+    pixels: np.ndarray | None = None
+    files: tuple | None = None
+    records: object | None = None
+    memory: pathlib.Path | None = None
+
+    def __post_init__(self):
+        given = [images for images in (self.pixels, self.files, self.records) if images is not None]
+        if len(given) != 1:
+            raise InputError("a split has either pixels or files or records")
+        images = given[0]
+        if not len(self.names) == len(self.labels) == len(images):
+            raise InputError(f"a split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images")
+
+    def __len__(self):
+        return len(self.names)
+
+    def take(self, positions):
+        """The split of the images at `positions` alone, in that order."""
+        return Split(
+            names=tuple(self.names[i] for i in positions),
+            labels=self.labels[positions],
+            pixels=None if self.pixels is None else self.pixels[positions],
+            files=None if self.files is None else tuple(self.files[i] for i in positions),
+            records=None if self.records is None else self.records.take(positions),
+            memory=self.memory,
+        )
+
+    def read(self, i):
+        """The bytes of the i-th image file; of one that is too large for an image only the first."""
+        if self.records is not None:
+            return self.records.read(i)
+        with self.files[i].open("rb") as file:
+            return file.read(MAX_IMAGE_BYTES + 1)
+
+    @functools.cached_property
+    def digests(self):
+        """Of files the size and the sha256 of each one: a list of pairs. They are read when this is first asked for."""
+        return file_digests(self.files, self.memory)
+
+    @functools.cached_property
+    def keys(self):
+        """For each image 16 bytes that tell its content from that of others."""
+        if self.files is not None:
+            return [digest[:16] for _, digest in self.digests]
+        kind, images = ("array", self.pixels) if self.records is None else ("record", self.records.prints)
+        return [hashlib.sha256(repr((kind, image.shape)).encode() + image.tobytes()).digest()[:16] for image in images]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """A classification task: the names of its classes and its two splits."""
+
+    name: str
+    classes: tuple
+    train: Split
+    test: Split
+
+    @functools.cached_property
+    def digest(self):
+        """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, wherever it lies.
+
+        Of images on disk their bytes and their places <class>/<file> count. They are read
+        when the digest is first asked for, unless they were read before (`digests.file_digests`).
+        Of records 64 bits of a hash of their bytes count, which were taken when the set was first loaded.
+        """
+        sha = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.train, self.test):
+            sha.update(f"{len(split)}".encode() + np.asarray(split.labels, "<i4").tobytes())
+            if split.pixels is not None:
+                sha.update(repr(split.pixels.shape).encode() + np.ascontiguousarray(split.pixels).tobytes())
+            elif split.records is not None:
+                sha.update(split.records.prints.tobytes())
+            else:
+                for path, (size, content) in zip(split.files, split.digests, strict=True):
+                    sha.update(repr((path.parts[-2:], size, content.hex())).encode())
+        return sha.hexdigest()
+
+    def characteristics(self):
+        """What Table 1 tells of a data set: a dict of its name, its classes and its images, in all and a class.
+
+        "train" and "test" are numbers of images, "train_per_class" and "test_per_class" pairs of
+        the smallest and the largest number a class. No image is read.
+        """
+        row = {"name": self.name, "classes": len(self.classes)}
+        for name, split in (("train", self.train), ("test", self.test)):
+            counts = np.bincount(split.labels, minlength=len(self.classes))
+            row |= {name: len(split), f"{name}_per_class": (int(counts.min()), int(counts.max()))}
+        return row
+
+    def subset(self, per_class, seed=None):
+        """The same task with `per_class` training images of each class; the test split stays whole.
+
+        Args:
+            per_class: how many.
+            seed: None for the first ones in sorted order. A number draws them at random: what is
+                drawn of a class depends on the seed and on that class alone, and a larger
+                subset contains the smaller one.
+
+        Raises:
+            InputError: a class has fewer training images.
+        """
+        return dataclasses.replace(self, train=self.train.take(self.draw(per_class, seed)))
+
+    def draw(self, per_class, seed=None):
+        """The sorted positions in the training split of what `subset` takes: int64 [classes * per_class]."""
+        if per_class < 1:
+            raise InputError(f"{per_class} training images a class were asked for: it must be at least 1")
+        chosen = []
+        for label, name in enumerate(self.classes):
+            positions = np.flatnonzero(self.train.labels == label)
+            if len(positions) < per_class:
+                raise InputError(
+                    f"{per_class} training images a class were asked for, but class {name!r} of {self.name} has {len(positions)}"
+                )
+            if seed is not None:
+                positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
+            chosen.append(positions[:per_class])
+        return np.sort(np.concatenate(chosen))
+
+
+def default_cache_dir():
+    """Makes the user's own folder among the temporary files, and returns its path."""
+    user = os.getuid() if hasattr(os, "getuid") else None  # None on Windows, where that place is the user's already
+    folder = pathlib.Path(tempfile.gettempdir()) / f"l2sp_tf-cache-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if user is not None and folder.stat().st_uid != user:
+        raise InputError(f"{folder} belongs to another user: give a cache folder of your own")
+    return folder

@@ -1,0 +1,146 @@
+"""Accuracy with central crops or ten crops, and what fine-tuning cost on the source task (Table 3)."""
+
+import warnings
+
+import keras
+import numpy as np
+
+from l2sp_tf.data.batches import check_readable_again, labelled_batches
+from l2sp_tf.data.pipeline import Task, test_batches
+from l2sp_tf.evaluation.answers import Judge
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.copies import assign, detached_copy
+from l2sp_tf.models.heads import head_of
+from l2sp_tf.penalties.matching import match
+from l2sp_tf.penalties.weights import keyed_weights
+
+STATISTICS = ("moving_mean", "moving_variance")
+
+
+def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=False):
+    """Top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
+
+    The class is that of the highest score. One output, a sigmoid or its logit, says 1 where its probability is above 1/2.
+    With ten crops the class is that of the highest mean probability, 1/10 sum_v p(x_v), over the corners, the
+    centre and their mirror images. A row of scores with a NaN is no right answer.
+
+    With weights the accuracy is sum_i w_i right_i / sum_i w_i; the counts stay counts. With many outputs each is judged by
+    itself, and the accuracy and counts are those of all answers together.
+
+    Args:
+        model: a Keras classifier with outputs [B, K], [B, 1, 1, K] or [B, 1]: logits and probabilities do alike.
+        data: a `Task`; arrays (x, y) or (x, y, weights) in a tuple; a `tf.data.Dataset` or `keras.utils.PyDataset` of
+            such elements, batched or not; or an iterable of batches. With ten crops x is [b, 10, h, w, 3]. x may be a
+            dict or tuple of inputs. Labels are integers [b] or [b, 1], also as booleans or whole floats, or one-hot
+            [b, K]; for many outputs in a dict or list like theirs.
+        batch_size: crops a step, where the data are no batches; ten crops of an image stay together.
+        crops: 1 or 10 of each image.
+        from_logits: whether the model's output is logits, as in `fisher_diagonal`. It counts with ten crops, and for
+            one output.
+        answers: whether to return which images were right, too.
+
+    Returns:
+        {"accuracy": in [0, 1], "correct": count, "total": count}, and with `answers` under "right" a
+        bool [n] in the order of the images. With many outputs also "outputs", a dict from the name of each output to
+        such a dict; then "right" is bool [n, outputs]. If any answer has a NaN among its scores, a warning says so and
+        "nan" counts them.
+
+    Raises:
+        InputError: there is no image; data, labels or outputs have a form that cannot be judged; it cannot be told what an
+            output means where that matters; `crops` is neither 1 nor 10.
+    """
+    return _accuracy(model, data, Judge(model, model, crops, from_logits), batch_size, answers)
+
+
+def _accuracy(model, data, judge, batch_size, answers=False):
+    """What `evaluate` returns, by the answers of a `Judge`."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise InputError(f"batch_size is {batch_size!r}: give an integer that is at least 1.")
+    size = max(1, batch_size // judge.crops)
+    if isinstance(data, Task):
+        data = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=judge.crops)
+    judged = [judge(*batch) for batch in labelled_batches(data, model, size=size, crops=judge.crops)]
+    if not judged:
+        again = ", in data that can be read again if they have been read before" if hasattr(data, "__next__") else ""
+        raise InputError(f"There are no test images to evaluate on: give at least one{again}.")
+    right, weights = (np.concatenate([part[i] for part in judged]) for i in (0, 1))
+    nan = {"nan": judge.nan} if judge.nan else {}
+    if nan:
+        warnings.warn(
+            f"{model.name!r} gives NaN in {judge.nan} of {right.size} answers, which are counted as wrong.", stacklevel=3
+        )
+    if judge.names == [None]:
+        return {**_summary(right[:, 0], weights[:, 0], answers), **nan}
+    each = {name: _summary(right[:, i], weights[:, i], answers) for i, name in enumerate(judge.names)}
+    return {**_summary(right, weights, answers), **nan, "outputs": each}
+
+
+def _summary(right, weights, answers):
+    total = weights.sum()
+    if not total > 0:
+        raise InputError("The sample weights are all 0: give at least one image a weight.")
+    accuracy = float(right.mean()) if (weights == 1).all() else float(weights[right].sum() / total)
+    result = {"accuracy": accuracy, "correct": int(right.sum()), "total": right.size}
+    return {**result, "right": right} if answers else result
+
+
+def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
+    """What a fine-tuned model still knows of its source task (Table 3).
+
+    The fine-tuned backbone gets the original head back, without any retraining, whatever the heads are called. Table 3
+    does not say whose batch-norm statistics it takes, so the accuracy is given both ways:
+    with those of the fine-tuned model ("target statistics") and of the pre-trained one
+    ("source statistics").
+
+    Args:
+        finetuned: the fine-tuned model.
+        pretrained: the functional or Sequential model it started from, unchanged since.
+        source: the source task, as `evaluate` takes it.
+        before: what `evaluate(pretrained, source)` returned, if it is known.
+        batch_size, crops: as in `evaluate`.
+
+    Returns:
+        {"before": ..., "target_statistics": ..., "source_statistics": ...}, accuracies as
+        `evaluate` returns them, and under "drop_target_statistics" and
+        "drop_source_statistics" the accuracy lost, in [-1, 1].
+
+    Raises:
+        InputError: the two models share no weights.
+    """
+    check_readable_again(source)
+    before = before or evaluate(pretrained, source, batch_size=batch_size, crops=crops)
+    result = {"before": before}
+    for name in ("target_statistics", "source_statistics"):
+        model = transplant(finetuned, pretrained, statistics=name == "target_statistics")
+        # the copy is not compiled: the loss of the pre-trained model says what its outputs mean
+        result[name] = _accuracy(model, source, Judge(model, pretrained, crops, None), batch_size)
+        result[f"drop_{name}"] = before["accuracy"] - result[name]["accuracy"]
+    return result
+
+
+def transplant(finetuned, pretrained, *, statistics=True):
+    """A copy of `pretrained`, with its head, that has the fine-tuned values of all other weights that the two share.
+
+    Args:
+        finetuned, pretrained: two models that share weights by key and shape.
+        statistics: whether the moving statistics of batch norm are taken over too.
+
+    Raises:
+        InputError: the two models share no weights, or it is not clear which of them.
+    """
+    model = detached_copy(pretrained)
+    weights, tuned = keyed_weights(model), keyed_weights(finetuned)
+    head = head_of(model).keys  # never the new one's, not even where name and shape agree
+    found = match(weights, tuned)
+    found.refuse([key for key in weights if key not in head])
+    shared = {key: other for key, other in found.pairs.items() if key not in head}
+    if not shared:
+        raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
+    values = {}
+    for key, other in shared.items():
+        weight = weights[key]
+        is_statistic = isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS
+        if statistics or not is_statistic:
+            values[key] = tuned[other].variable.numpy()
+    assign(model, values)
+    return model

@@ -1,0 +1,116 @@
+"""How much of the pre-trained features survives: R² between activations before and after fine-tuning (Fig. 4)."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.units import graph_of, nodes_of, units
+
+BOX = ("whislo", "q1", "med", "q3", "whishi")
+
+
+def activation_r2(finetuned, pretrained, images, *, layers=None):
+    """R² of each feature's activations after fine-tuning with respect to those before (Fig. 4).
+
+    R² = cov(a, b)² / (var(a) var(b)), the share of a feature's variance that a linear function of
+    its pre-trained self explains; a runs over all images and positions. Sums are streamed in float64, and
+    no activation is stored.
+
+    Args:
+        finetuned, pretrained: two functional models with layers of the same names and shapes, also in nested models.
+        images: an iterable of float32 [b, h, w, c], or of tuples that begin with them, which is
+            read once.
+        layers: names of the layers to compare; by default the last layer of each of the `units.units`: of the first
+            convolution and of each block.
+
+    Returns:
+        A dict from layer to float64 [channels]; NaN for a feature that is constant in either model.
+
+    Raises:
+        InputError: a layer is missing from a model, or there are no images.
+    """
+    layers = [unit[-1].name for unit in units(pretrained)] if layers is None else list(layers)
+    extract = [_features(model, layers) for model in (pretrained, finetuned)]
+    sums = moments = None
+    for batch in images:
+        x = tf.cast(batch[0] if isinstance(batch, (tuple, list)) else batch, tf.float32)
+        if moments is None:
+            moments = _moments(extract, x)
+        added = moments(x)
+        sums = added if sums is None else [old + new for old, new in zip(sums, added, strict=True)]
+    if sums is None:
+        raise InputError("There are no images to compare activations on.")
+    return {name: _r2(total.numpy()) for name, total in zip(layers, sums, strict=True)}
+
+
+def box(values):
+    """What a box plot shows of R² values: quartiles, and whiskers that end at the outermost values within 1.5 boxes.
+
+    Args:
+        values: [n], NaN for undefined ones.
+
+    Returns:
+        {"whislo", "q1", "med", "q3", "whishi": float, or None if no value is defined; "features": n,
+        "undefined": the number of NaN}.
+    """
+    values = np.asarray(values, np.float64)
+    defined = values[~np.isnan(values)]
+    counts = {"features": len(values), "undefined": len(values) - len(defined)}
+    if not len(defined):
+        return {**dict.fromkeys(BOX), **counts}
+    q1, med, q3 = np.percentile(defined, [25, 50, 75])
+    inside = defined[(defined >= q1 - 1.5 * (q3 - q1)) & (defined <= q3 + 1.5 * (q3 - q1))]
+    return {**{name: float(v) for name, v in zip(BOX, (inside.min(), q1, med, q3, inside.max()), strict=True)}, **counts}
+
+
+def _features(model, layers):
+    """The model as a function of images that returns the outputs of the layers, in inference mode."""
+    known = _outputs(model, set(layers))
+    missing = [name for name in layers if name not in known]
+    if missing:
+        raise InputError(f"The model {model.name!r} has no layer {missing[0]!r}: give layers that both models have.")
+    inner = keras.Model(model.inputs[0], [known[name] for name in layers])
+    return lambda x: tf.nest.flatten(inner(x, training=False))  # Keras gives a single output bare
+
+
+def _outputs(model, names):
+    """The symbolic output of each layer of these names in a functional model, or in one nested in it, by name."""
+    found = {}
+    for node in nodes_of(graph_of(model)):
+        layer = node.operation
+        if layer.name in names:
+            found.setdefault(layer.name, node.outputs[0])
+        elif graph_of(layer) is not None and (inner := _outputs(layer, names - set(found))):
+            part = keras.Model(layer.inputs, list(inner.values()))
+            found |= zip(inner, tf.nest.flatten(part(node.input_tensors)), strict=True)
+    return found
+
+
+def _flat(a):
+    return tf.cast(tf.reshape(a, [-1, a.shape[-1]]), tf.float64)
+
+
+def _moments(extract, x):
+    """A traced function of images: for each layer n, sum a, sum b, sum a², sum b² and sum ab, float64 [6, channels]."""
+    # sums about the first batch's means lose no digits to large means
+    shifts = [[tf.reduce_mean(_flat(a), 0) for a in features(x)] for features in extract]
+
+    def moments(x):
+        sums = []
+        for a, b, shift_a, shift_b in zip(extract[0](x), extract[1](x), *shifts, strict=True):
+            a, b = _flat(a) - shift_a, _flat(b) - shift_b
+            sums.append(tf.stack([tf.reduce_sum(term, 0) for term in (tf.ones_like(a), a, b, a * a, b * b, a * b)]))
+        return sums
+
+    return tf.function(moments).get_concrete_function(tf.TensorSpec([None, *x.shape[1:]], tf.float32))
+
+
+def _r2(sums):
+    n, a, b, aa, bb, ab = sums
+    variance_a, variance_b = aa - a * a / n, bb - b * b / n
+    # what is left of a constant's variance by rounding is no variance
+    varies = (variance_a > 1e-12 * (aa + n * 1e-12)) & (variance_b > 1e-12 * (bb + n * 1e-12))
+    covariance = ab - a * b / n
+    product = np.where(varies, variance_a * variance_b, np.nan)
+    return np.minimum(covariance**2 / product, 1.0)

@@ -1,0 +1,258 @@
+"""Which answers of a model are right: the scores of its outputs against labels of any form."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.fisher.likelihoods import FAMILIES, count_classes, likelihood_of
+
+
+class Judge:
+    """Tells for a batch which answers are right.
+
+    Args:
+        model: the model to be judged.
+        compiled: a model whose loss tells what the outputs mean: the same, or the one that it is a copy of.
+        crops, from_logits: as in `evaluate`.
+        probabilities: whether `probable` is to be asked, for which it must be known what any output means.
+
+    Attributes:
+        names: of the outputs, once a batch was judged; [None] for one output.
+        nan: how many answers were judged that have a NaN among their scores.
+    """
+
+    def __init__(self, model, compiled, crops, from_logits, probabilities=False):
+        if crops not in (1, 10):
+            raise InputError(f"crops is {crops!r}: it must be 1 or 10.")
+        self.model, self.compiled, self.crops, self.from_logits = model, compiled, crops, from_logits
+        self.probabilities, self.names, self.nan = probabilities, None, 0
+        self._traced = {}
+
+    def __call__(self, x, labels, weights):
+        """(bool, float64) [b, outputs]: which answers of a batch are right, and their weights."""
+        n = _count(x)
+        outputs, meanings = self._outputs(x)
+        labels = self._of_outputs(labels, "labels")
+        weights = [None] * len(self.names) if weights is None else self._of_outputs(weights, "sample weights")
+        right, found = [], []
+        for output, meaning, y, w, name in zip(outputs, meanings, labels, weights, self.names, strict=True):
+            what = "the output" if name is None else f"the output {name!r}"
+            scores, threshold = self._scores(output, meaning, n)
+            right.append(right_answers(scores, y, threshold=threshold, what=what))
+            self.nan += int(np.isnan(scores).any(axis=1).sum())
+            found.append(np.ones(n) if w is None else weights_of(w, n, what))
+        return np.stack(right, axis=1), np.stack(found, axis=1)
+
+    def probable(self, x):
+        """(int64 [n], float64 [n]): the class that a model of one output answers each image of a batch with, and its probability.
+
+        Raises:
+            InputError: a score is NaN.
+        """
+        (output,), (meaning,) = self._outputs(x)
+        scores, threshold = self._scores(output, meaning, _count(x))
+        if np.isnan(scores).any():
+            raise InputError(f"The model {self.model.name!r} gives NaN: use another copy of it, or train it again.")
+        chosen = answers_of(scores, threshold)
+        are_p = meaning.is_probability or self.crops > 1
+        p = scores if are_p else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()
+        p = np.concatenate([1 - p, p], axis=1) if p.shape[1] == 1 else p
+        return chosen, p[np.arange(len(p)), chosen]
+
+    def _outputs(self, x):
+        """The model's outputs on a batch, in a flat list, and the `Likelihood` of each, or None where it does not matter."""
+        if self.crops > 1:
+            if not tf.is_tensor(x) or x.shape.rank < 2 or x.shape[1] != self.crops:
+                shape = x.shape if tf.is_tensor(x) else type(x).__name__
+                raise InputError(f"x is {shape}, but crops is {self.crops}: give images of {self.crops} crops, [b, 10, ...].")
+            x = tf.reshape(x, [-1, *x.shape[2:]])
+        spec = keras.tree.map_structure(_relaxed, x)
+        key = str(spec)
+        if key not in self._traced:
+            call = tf.function(self._call).get_concrete_function(spec)
+            self._traced[key] = call, self._meanings(call.graph.structured_outputs)
+        call, meanings = self._traced[key]
+        return _named(call(*tf.nest.flatten(x)), self.model)[1], meanings
+
+    def _call(self, x):
+        return self.model(x, training=False)
+
+    def _meanings(self, outputs):
+        self.names, parts = _named(outputs, self.model)
+        meanings = []
+        for index, (name, part) in enumerate(zip(self.names, parts, strict=True)):
+            what = f"the output {'' if name is None else repr(name) + ' '}of the model {self.model.name!r}"
+            matters = self.probabilities or count_classes(part, what) == 1 or self.crops > 1
+            place = (index, len(parts))
+            meanings.append(likelihood_of(part, self.compiled, self.from_logits, place=place, name=name) if matters else None)
+        return meanings
+
+    def _scores(self, output, meaning, n):
+        """(the scores [n, K] of a batch in float64, the threshold of the only one)."""
+        scores = tf.cast(tf.reshape(output, [output.shape[0], -1]), tf.float64).numpy()
+        if len(scores) != n * self.crops:
+            counts = f"{len(scores)} rows of scores for {n * self.crops} images"
+            raise InputError(f"The model {self.model.name!r} gives {counts}: give a model with one row for each.")
+        if meaning is None:
+            return scores, None
+        meaning.check(int(tf.reduce_sum(tf.cast(meaning.doubtful(output), tf.int32))), len(scores), self.model)
+        if self.crops == 1:
+            return scores, 0.5 if meaning.is_probability else 0.0
+        p = scores if meaning.is_probability else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()
+        return p.reshape(n, self.crops, -1).mean(axis=1), 0.5
+
+    def _of_outputs(self, values, what):
+        """Labels or weights in a list, one for each output; weights of one kind may serve all."""
+        names = self.names
+        if isinstance(values, dict):
+            if len(values) == 1 and names == [None]:
+                return list(values.values())
+            missing = [name for name in names if name not in values]
+            if missing:
+                raise InputError(
+                    f"The {what} have no entry for the output {missing[0]!r} of the model {self.model.name!r}: "
+                    "give one for each output."
+                )
+            return [values[name] for name in names]
+        if names == [None]:
+            one = isinstance(values, (tuple, list)) and len(values) == 1 and getattr(values[0], "shape", ())
+            return [values[0] if one else values]
+        if isinstance(values, (tuple, list)) and len(values) == len(names):
+            return list(values)
+        if what == "labels" or isinstance(values, (tuple, list)):
+            raise InputError(
+                f"The model {self.model.name!r} has the outputs {', '.join(map(str, names))}: "
+                f"give the {what} in a dict or list like them."
+            )
+        return [values] * len(names)
+
+
+def _named(outputs, model):
+    """(the names of a model's outputs, the outputs), both flat; one output has the name None.
+
+    Raises:
+        InputError: the outputs are nested deeper than a dict or list.
+    """
+    flat = tf.nest.flatten(outputs)
+    if len(flat) == 1:
+        return [None], flat
+    keys = sorted(outputs) if isinstance(outputs, dict) else range(len(outputs))  # sorted, as Keras flattens a dict
+    parts = [outputs[key] for key in keys]
+    if len(parts) != len(flat):
+        raise InputError(f"The outputs of the model {model.name!r} are nested: give a model with a dict or a list of outputs.")
+    known = list(getattr(model, "output_names", None) or [])
+    by_place = not isinstance(outputs, dict) and len(known) == len(parts)
+    return [str(name) for name in (known if by_place else keys)], parts
+
+
+def _count(x):
+    """The number of images of a batch."""
+    counts = {leaf.shape[0] if leaf.shape.rank else None for leaf in tf.nest.flatten(x)}
+    if len(counts) != 1 or None in counts:
+        found = ", ".join(map(str, counts))
+        raise InputError(f"The parts of x have different numbers of images ({found}): give as many of each.")
+    return counts.pop()
+
+
+def _relaxed(leaf):
+    """What a traced function takes in the place of a tensor: any number of images like it."""
+    return tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) if isinstance(leaf, tf.Tensor) else tf.type_spec_from_value(leaf)
+
+
+def right_answers(scores, labels, *, threshold=None, what="the output"):
+    """Tells which images were answered rightly.
+
+    The answer is the class of the highest score, the first of equal ones; of one output it is 1 where the score is above
+    the threshold. A row with a NaN is wrong.
+
+    Args:
+        scores: float [n, K].
+        labels: integers [n] or [n, 1], booleans or whole floats; or one-hot [n, K].
+        threshold: of the only output, if K = 1.
+        what: the output's name, for messages.
+
+    Returns:
+        bool [n].
+
+    Raises:
+        InputError: the labels do not fit the scores.
+    """
+    n, classes = scores.shape
+    answers = answers_of(scores, threshold)
+    expected = classes_of(labels, n, max(classes, 2), what, one_hot=classes > 1)
+    return (answers == expected) & ~np.isnan(scores).any(axis=1)
+
+
+def answers_of(scores, threshold=None):
+    """The classes [n] that scores [n, K] answer with: the first of the highest; of one score 1 above the threshold, else 0."""
+    return (scores[:, 0] > threshold).astype(np.int64) if scores.shape[1] == 1 else np.argmax(scores, axis=1)
+
+
+def classes_of(labels, n, classes, what, *, one_hot=True):
+    """The classes [n] that labels of any form mean, in int64.
+
+    Args:
+        labels: as `right_answers` takes them.
+        n: how many images there are.
+        classes: K; 2 for one output.
+        what: the output's name, for messages.
+        one_hot: whether rows of K numbers are allowed.
+
+    Raises:
+        InputError: the labels have another shape, number or range, or several classes an image.
+    """
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iubf" and labels.dtype.name != "bfloat16":
+        raise InputError(f"The labels of {what} are of the kind {labels.dtype.name}: give the numbers of the classes.")
+    if labels.ndim == 0 or len(labels) != n:
+        count = "no axis of images" if labels.ndim == 0 else f"{len(labels)} rows"
+        raise InputError(f"The labels of {what} have {count}, but there are {n} images: give one label for each image.")
+    shape, labels = labels.shape, labels.reshape(n, -1)
+    if labels.shape[1] not in ({1, classes} if one_hot else {1}) or sum(size != 1 for size in shape[1:]) > 1:
+        forms = f"[n], [n, 1] or one-hot [n, {classes}]" if one_hot else "[n] or [n, 1]"
+        raise InputError(f"The labels of {what} have the shape {shape}: give them as {forms}.")
+    if labels.dtype.kind not in "iub":
+        labels = labels.astype(np.float64)
+        if not np.isfinite(labels).all():
+            raise InputError(f"The labels of {what} are not all finite: give the numbers of the classes.")
+    return _of_rows(labels, what) if labels.shape[1] > 1 else _of_numbers(labels[:, 0], classes, what)
+
+
+def weights_of(weights, n, what):
+    """Sample weights [n] or [n, 1] as float64 [n].
+
+    Raises:
+        InputError: they have another shape, or are negative or not finite.
+    """
+    weights = np.asarray(weights)
+    if weights.ndim == 0 or len(weights) != n or weights.size != n or weights.dtype.kind not in "iubf":
+        raise InputError(f"The sample weights of {what} have the shape {weights.shape}, but there are {n} images: give one each.")
+    weights = weights.reshape(n).astype(np.float64)
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise InputError(f"The sample weights of {what} are not all finite and at least 0: give such weights.")
+    return weights
+
+
+def _of_rows(rows, what):
+    """The place of the only entry above 0 of each row."""
+    above = rows > 0
+    if (above.sum(axis=1) != 1).any() or (rows < 0).any():
+        several = above.sum(axis=1) > 1
+        kind = "several classes" if several.any() else "no class"
+        if several.any() and (rows % 1 != 0).any():
+            kind = "shares of several classes"
+        raise InputError(
+            f"The labels of {what} give some images {kind}, which top-1 accuracy cannot judge: give one class for each image."
+        )
+    return np.argmax(above, axis=1)
+
+
+def _of_numbers(labels, classes, what):
+    wrong = (labels % 1 != 0) | (labels < 0) | (labels >= classes)
+    if wrong.any():
+        raise InputError(
+            f"The labels of {what} contain {labels[wrong][0]}, but it tells {classes} classes: "
+            f"give whole numbers from 0 to {classes - 1}."
+        )
+    return labels.astype(np.int64)

@@ -1,0 +1,149 @@
+"""What a fine-tuned model answers on new images, made as its file says."""
+
+import dataclasses
+import pathlib
+import tempfile
+import warnings
+
+import keras
+import numpy as np
+
+from l2sp_tf.data.decoding import decode
+from l2sp_tf.data.folders import ENDINGS
+from l2sp_tf.data.pipeline import test_batches
+from l2sp_tf.data.sets import Split
+from l2sp_tf.evaluation.answers import Judge
+from l2sp_tf.evaluation.interfaces import interface_at, preprocessing_for
+from l2sp_tf.experiments import records
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models import zoo
+from l2sp_tf.reports.tables import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What a model answers on images.
+
+    Attributes:
+        files: the paths of the images, str.
+        labels: int64 [n], the output with the highest score of each.
+        probabilities: float64 [n], of that output.
+        classes: the names of the outputs.
+        skipped: the paths of the images that were left out because they could not be decoded.
+    """
+
+    files: tuple
+    labels: np.ndarray
+    probabilities: np.ndarray
+    classes: tuple
+    skipped: tuple = ()
+
+    def __len__(self):
+        return len(self.files)
+
+    def table(self, most=None):
+        """A `report.Table` of file, class and probability, of the first `most` images."""
+        rows = [
+            (file, self.classes[label], f"{p:.4f}")
+            for file, label, p in zip(self.files[:most], self.labels, self.probabilities, strict=False)
+        ]
+        left = len(self) - len(rows)
+        return Table(("file", "class", "probability"), rows, f"and {left} more images" if left else "")
+
+
+def predict_images(model, images, interface=None, *, batch_size=64, skip_bad_images=False, **given):
+    """The class of each image and its probability, by the same crops and scores as `evaluate`.
+
+    Args:
+        model: the path of a `.keras` file, or of the folder of a run with one; or a Keras classifier with one output.
+        images: a folder, which is searched with the folders in it, or a list of files, JPEG or PNG.
+        interface: how the images are made and which output is which class, such as the `interface` of a `Run`; of a path by
+            default what the file says. Outputs without names are called by their number.
+        batch_size: crops a step.
+        skip_bad_images: leave out what cannot be decoded, with a warning, instead of raising.
+        given: where a file does not say it, how images are made, as `interfaces.interface_at` takes it.
+
+    Returns:
+        `Predictions`, a folder's in the order of the paths.
+
+    Raises:
+        InputError: the model's file is missing or damaged, or leaves open how images are made; there is no image, or one
+            cannot be decoded; the interface does not fit the model.
+    """
+    if not isinstance(model, keras.Model):
+        model, interface = _read(pathlib.Path(model), interface, given)
+    if interface is None or interface.pixels.mean is None:
+        raise InputError("It is not known how the model's images are made: give its interface, or of a file its mean.")
+    classes, files = _classes(model, interface), _files(images)
+    names = tuple(map(str, files))
+    split = Split(names, np.zeros(len(files), np.int32), files=files)
+    options = {"mode": interface.resize_mode, "filter": interface.resize_filter, "skip_bad_images": skip_bad_images}
+    judge = Judge(model, model, interface.crops, None, probabilities=True)
+    with tempfile.TemporaryDirectory() as cache:
+        decoded = decode(split, interface.resize, **options, cache_dir=cache)
+        size = max(1, batch_size // interface.crops)
+        how = preprocessing_for(interface), np.float32(interface.pixels.mean)
+        batches = test_batches(decoded, *how, batch_size=size, crops=interface.crops)
+        labels, probabilities = map(np.concatenate, zip(*(judge.probable(x) for x, _ in batches), strict=True))
+    skipped = set(decoded.skipped)
+    if skipped:
+        first = decoded.skipped[0]
+        warnings.warn(f"{len(skipped)} images were left out that cannot be decoded, the first is {first}.", stacklevel=2)
+    kept = tuple(name for name in names if name not in skipped)
+    return Predictions(kept, labels, probabilities, classes, decoded.skipped)
+
+
+def _read(path, interface, given):
+    """The model of a `.keras` file, or of the folder of a run, and its `Interface`."""
+    if path.is_dir():
+        path = records.model_file(path)
+    model = zoo.load_model(path)
+    interface = interface_at(path, model, **given) if interface is None else interface
+    if interface.pixels.mean is None:
+        raise InputError(f"{path} does not say which mean is subtracted from its images: give --mean=R,G,B.")
+    if interface.classes is None:
+        warnings.warn(f"{path} does not name its classes: they are called by the number of their output.", stacklevel=3)
+    return model, interface
+
+
+def _files(images):
+    """The paths of the images: those given, or all in a folder and the folders in it, hidden ones apart."""
+    if isinstance(images, (str, pathlib.Path)):
+        images = [images]
+    found, others = [], []
+    for path in map(pathlib.Path, images):
+        if path.is_dir():
+            below = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+            found += [p for p in below if p.suffix.lower() in ENDINGS]
+            others += [p for p in below if p.suffix.lower() not in ENDINGS]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InputError(f"There is no image {path}: give image files, or a folder of them.")
+    if not found:
+        where = ", ".join(map(str, images)) or "an empty list"
+        raise InputError(f"There are no images in {where}: give {', '.join(ENDINGS)} files, or a folder of them.")
+    if others:
+        kinds = ", ".join(ENDINGS)
+        warnings.warn(f"{len(others)} files are no {kinds} and were left out, the first is {others[0]}.", stacklevel=3)
+    return tuple(dict.fromkeys(found))
+
+
+def _is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _classes(model, interface):
+    """The names of a model's outputs; one output tells two classes.
+
+    Raises:
+        InputError: there is more than one output, or another number of names than of classes.
+    """
+    if len(model.outputs) != 1:
+        raise InputError(f"The model {model.name!r} has {len(model.outputs)} outputs: give a model with one.")
+    count = max(2, model.outputs[0].shape[-1])
+    if interface.classes is None:
+        return tuple(map(str, range(count)))
+    if len(interface.classes) != count:
+        raise InputError(f"The model has {count} outputs, but {len(interface.classes)} classes are named: use another copy.")
+    return interface.classes

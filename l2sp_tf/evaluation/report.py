@@ -1,0 +1,314 @@
+"""What one fine-tuned model kept of its pre-training: distances and R² by layer, and the accuracy on the source task."""
+
+import dataclasses
+import math
+import pathlib
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.data.batches import labelled_batches
+from l2sp_tf.data.datasets import load_dataset
+from l2sp_tf.data.pipeline import Task, prepare, test_batches
+from l2sp_tf.evaluation import report_page
+from l2sp_tf.evaluation.accuracy import STATISTICS, retention
+from l2sp_tf.evaluation.activations import activation_r2, box
+from l2sp_tf.evaluation.interfaces import interface_at, preprocessing_for
+from l2sp_tf.experiments import records
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.writing import write_text
+from l2sp_tf.models import zoo
+from l2sp_tf.models.copies import assign, detached_copy
+from l2sp_tf.models.heads import head_of, inputs_of
+from l2sp_tf.models.units import units
+from l2sp_tf.penalties.anchors import Anchors
+from l2sp_tf.penalties.matching import match
+from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.training.recipe import Recipe
+
+R2_IMAGES = 512
+R2_BATCH = 16  # the outputs of all compared layers are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerDistance:
+    """How far one layer moved: over its weights, with biases, gamma and beta, but not the statistics of batch norm.
+
+    Attributes:
+        layer: its key.
+        numbers: how many.
+        distance: ||w - w0||.
+        norm: ||w0||.
+    """
+
+    layer: str
+    numbers: int
+    distance: float
+    norm: float
+
+    @property
+    def relative(self):
+        """||w - w0|| / ||w0||; None where w0 = 0."""
+        return self.distance / self.norm if self.norm else None
+
+
+@dataclasses.dataclass(frozen=True)
+class RetentionReport:
+    """What a fine-tuned model kept; `save` writes it as a page, `log` for TensorBoard.
+
+    Attributes:
+        title: the model's name, or the run's.
+        facts: a dict of what else is known about the run, words by label.
+        layers: a list of `LayerDistance`, from the input to the output.
+        new: the keys of weights without an anchor, such as the new head's.
+        accuracies: what `retention` returns, or None without source images.
+        source: the name of the source task, or "".
+        r2: a dict from layer to what `activations.box` returns; empty without images.
+    """
+
+    title: str
+    facts: dict
+    layers: list
+    new: list
+    accuracies: dict | None
+    source: str
+    r2: dict
+
+    def __str__(self):
+        moved = ", ".join(f"{layer.layer} {layer.relative:.2%}" for layer in self.most_moved())
+        lines = [f"{self.title}: ||w - w0|| / ||w0|| = {self.relative:.2%}; moved most: {moved or 'none'}"]
+        if self.accuracies:
+            before, after = (self.accuracies[name]["accuracy"] for name in ("before", "target_statistics"))
+            lines.append(f"source accuracy {before:.1%} before, {after:.1%} after")
+        return "\n".join(lines)
+
+    @property
+    def distance(self):
+        """||w - w0|| over all layers."""
+        return math.sqrt(sum(layer.distance**2 for layer in self.layers))
+
+    @property
+    def relative(self):
+        """||w - w0|| / ||w0|| over all layers."""
+        return self.distance / (math.sqrt(sum(layer.norm**2 for layer in self.layers)) or math.nan)
+
+    def most_moved(self, count=5):
+        """The layers that moved, by relative distance, the largest first and NaN before."""
+        moved = [layer for layer in self.layers if layer.relative]
+        return sorted(moved, key=lambda x: math.inf if math.isnan(x.relative) else x.relative, reverse=True)[:count]
+
+    def html(self):
+        """The page that `save` writes."""
+        return report_page.page(self)
+
+    def markdown(self):
+        """The distances by layer as a Markdown table."""
+        return report_page.markdown(self)
+
+    def save(self, path):
+        """Writes one HTML page that needs no other file, atomically.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        write_text(path, self.html())
+
+    def log(self, folder):
+        """Writes TensorBoard scalars: the totals at step 0, and a curve over the layers, whose steps are their positions."""
+        writer = tf.summary.create_file_writer(str(folder))
+        with writer.as_default(step=0):
+            tf.summary.scalar("retention/distance", self.distance)
+            tf.summary.scalar("retention/relative_distance", self.relative)
+            for name in ("before", "target_statistics", "source_statistics") if self.accuracies else ():
+                tf.summary.scalar(f"retention/source_accuracy/{name}", self.accuracies[name]["accuracy"])
+            tf.summary.text("retention/layers", self.markdown())
+        for position, layer in enumerate(self.layers):
+            tf.summary.experimental.set_step(position)
+            with writer.as_default():
+                tf.summary.scalar("retention/relative_distance_by_depth", layer.relative or 0.0)
+        for position, values in enumerate(self.r2.values()):
+            if values["med"] is not None:
+                with writer.as_default(step=position):
+                    tf.summary.scalar("retention/median_r2_by_depth", values["med"])
+        writer.close()
+
+
+def retention_report(model, anchors, *, source=None, pretrained=None, title=None, crops=1):
+    """Measures what a fine-tuned model kept of its pre-training.
+
+    Args:
+        model: the fine-tuned model; a functional or Sequential one if `source` is given.
+        anchors: the `Anchors` that it started from.
+        source: the source task, as `evaluate` takes it, which can be read several times;
+            None leaves accuracies and R² out.
+        pretrained: the model that it started from; by default `pretrained_of(model, anchors)`.
+        title: of the report; by default the model's name.
+        crops: 1 or 10 of each source image, as in `evaluate`.
+
+    Returns:
+        A `RetentionReport`.
+
+    Raises:
+        InputError: the model shares no weights with the anchors, or the pre-trained model cannot be
+            had from the two.
+    """
+    layers, new = distances(model, anchors)
+    accuracies, r2 = None, {}
+    if source is not None:
+        pretrained = pretrained_of(model, anchors) if pretrained is None else pretrained
+        accuracies = retention(model, pretrained, source, crops=crops)
+        values = activation_r2(model, pretrained, _some_images(source, pretrained, crops), layers=_compared(model, pretrained))
+        r2 = {name: box(layer) for name, layer in values.items()}
+    name = source.name if isinstance(source, Task) else ""
+    return RetentionReport(title or model.name, {}, layers, new, accuracies, name, r2)
+
+
+def distances(model, anchors):
+    """||w - w0|| of each layer of a model that has anchors, and the keys of the weights that have none.
+
+    Raises:
+        InputError: the model shares no weights with the anchors, or it is not clear which of them.
+    """
+    weights = keyed_weights(model)
+    found = match(weights, anchors)
+    found.refuse()
+    matches = found.pairs
+    sums, new = {}, []
+    for key, weight in weights.items():
+        if isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS:
+            continue
+        if key not in matches:
+            new.append(key)
+            continue
+        w0 = anchors[matches[key]].astype("float64")
+        w = weight.variable.numpy().astype("float64")
+        added = np.array([w.size, np.sum((w - w0) ** 2), np.sum(w0**2)])
+        layer = key.rpartition("/")[0]
+        sums[layer] = sums.get(layer, 0) + added
+    if not sums:
+        raise InputError(
+            f"The model {model.name!r} shares no weights with the anchors ({', '.join(list(anchors)[:3])}, ...): "
+            "give the anchors of the model that it started from."
+        )
+    return [LayerDistance(layer, int(n), math.sqrt(d), math.sqrt(s)) for layer, (n, d, s) in sums.items()], new
+
+
+def pretrained_of(model, anchors):
+    """The classifier that a fine-tuned one started from: its layers at their anchors, and the head that the anchors hold.
+
+    Args:
+        model: a functional or Sequential model whose last layer is a new Dense one, or that has no new layer.
+        anchors: the `Anchors`.
+
+    Raises:
+        InputError: what is new in the model, or left over in the anchors, is more than one last Dense layer (or 1x1
+            convolution of features that are no image), or not clear.
+    """
+    copy = detached_copy(model)
+    weights = keyed_weights(copy)
+    found = match(weights, anchors)
+    found.refuse()
+    matches = found.pairs
+    assign(copy, {key: anchors[other] for key, other in matches.items()})
+    new = {key for key in weights if key not in matches}
+    left = {key.rpartition("/")[2]: anchors[key] for key in anchors if key not in matches.values()}
+    if not new and not left:
+        return copy
+    head = next((weights[key].layer for key in new), None)
+    if not new or not isinstance(head, keras.layers.Dense) or new != set(head_of(copy).keys) or not _fits(head, left):
+        raise InputError(
+            f"The pre-trained classifier cannot be had from {model.name!r} and its anchors, which differ in more than one last "
+            "Dense layer: give the model that it started from, too."
+        )
+    kernel = left["kernel"].reshape(-1, left["kernel"].shape[-1])
+    old = keras.layers.Dense(kernel.shape[1], use_bias="bias" in left, name="pretrained_head")
+    restored = keras.Model(inputs_of(copy), old(head.input), name=model.name)
+    old.kernel.assign(kernel)
+    if old.use_bias:
+        old.bias.assign(left["bias"])
+    return restored
+
+
+def _fits(head, left):
+    """Whether the left-over anchors are a kernel, and perhaps a bias, that stood where a Dense layer stands now."""
+    if set(left) not in ({"kernel"}, {"kernel", "bias"}) or left["kernel"].shape[-2:-1] != tuple(head.kernel.shape[:1]):
+        return False
+    is_pooled = head.input._keras_history.operation.name.startswith("new_pool")  # an activation may have stood before it
+    return left["kernel"].ndim == 2 or (set(left["kernel"].shape[:-2]) == {1} and not is_pooled)
+
+
+def report_of_run(folder):
+    """The report of a run that `train.py` left in a folder; its accuracies and R² are those of its record.
+
+    Raises:
+        InputError: the folder has no `run.json`, `model.keras` or `anchors.safetensors`, or its run diverged.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "run.json").is_file():
+        runs = sorted(path.parent.name for path in folder.glob("runs/*/run.json"))
+        hint = f"one of the runs under it, such as {folder / 'runs' / runs[0]}" if runs else "the folder of a finished run"
+        raise InputError(f"There is no run.json in {folder}: give {hint}.")
+    record = records.read_record(folder / "run.json")
+    layers, new = distances(zoo.load_model(records.model_file(folder)), Anchors.load(folder / "anchors.safetensors"))
+    settings, results = record["settings"], record["results"]
+    facts = {
+        "penalty": f"{settings['penalty']}, alpha {settings['alpha']:g}, beta {settings['beta']:g}",
+        "seed": str(settings["seed"]),
+        "target task": settings["target"],
+        "target accuracy": f"{results['accuracy']:.1%} of {results['total']} images",
+    }
+    title = f"{settings['penalty']} on {settings['target']}"
+    return RetentionReport(title, facts, layers, new, results.get("source"), settings["source"], results.get("r2", {}))
+
+
+def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=None, **given):
+    """The report of a `.keras` file and its anchors; source images are made as the file says.
+
+    Args:
+        model, anchors: the paths.
+        source: the source task as `data.load_dataset` takes it, or None.
+        pretrained: the path of the `.keras` file that it started from, where it cannot be had from the anchors.
+        data_dir: where TensorFlow Datasets keeps its sets.
+        given: where the file does not say it, how images are made, as `interfaces.interface_at` takes it.
+
+    Raises:
+        InputError: a file is missing or damaged, or they do not fit.
+    """
+    tuned, w0 = zoo.load_model(model), Anchors.load(anchors)
+    task, crops = None, 1
+    if source is not None:
+        interface = interface_at(model, tuned, **given)
+        dataset, crops = load_dataset(source, data_dir=data_dir), interface.crops
+        # not the mean in the file, which may be that of the target's images, but one that is chosen as that was
+        mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
+        task = prepare(dataset, preprocessing_for(interface), mean=mean)
+    start = None if pretrained is None else zoo.load_model(pretrained)
+    return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)
+
+
+def _compared(model, pretrained):
+    """The layers whose activations are compared: its units, else all with weights that both have."""
+    try:
+        return [unit[-1].name for unit in units(pretrained)]
+    except InputError:
+        both = {layer.name for layer in pretrained.layers} & {layer.name for layer in model.layers if layer.weights}
+        names = [layer.name for layer in pretrained.layers if layer.name in both]
+        return [name for name in names if model.get_layer(name).output.shape == pretrained.get_layer(name).output.shape]
+
+
+def _some_images(source, pretrained, crops):
+    """Batches of at most `R2_IMAGES` source images; of ten crops the central one."""
+    if isinstance(source, Task):
+        order = np.random.default_rng(0).permutation(len(source.test))[:R2_IMAGES]
+        batches = test_batches(source.test, source.preprocessing, source.mean, batch_size=R2_BATCH, order=order)
+    else:
+        batches = labelled_batches(source, pretrained, size=R2_BATCH, crops=crops)
+    count = 0
+    for batch in batches:
+        x = batch[0] if crops == 1 or isinstance(source, Task) else batch[0][:, 4]
+        for start in range(0, len(x), R2_BATCH):
+            if count < R2_IMAGES:
+                part = x[start : start + R2_BATCH]
+                yield part
+                count += len(part)

@@ -1,0 +1,1 @@
+"""Many runs: plans, cross-validation, and one record for each run."""

@@ -1,0 +1,116 @@
+"""What can be known to be wrong with some plans before anything is trained or decoded."""
+
+import tempfile
+
+from l2sp_tf.data.datasets import load_dataset
+from l2sp_tf.experiments.selection import check_folds
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models import zoo
+from l2sp_tf.models.units import unit_count
+
+SMALL = 75  # pixels; no backbone asks for larger images
+
+
+def check_plans(plans):
+    """Checks the files, backbones, data sets and folders of some plans against each other.
+
+    Args:
+        plans: a list of `Plan`.
+
+    Raises:
+        InputError: the first mistake that was found.
+    """
+    for workdir in {plan.workdir for plan in plans}:
+        _check_writable(workdir)
+    for plan in {plan.start_key(): plan for plan in plans}.values():
+        _check_weights(plan)
+    built = {}
+    for plan in plans:
+        if not plan.weights.endswith(".keras") and (plan.recipe.crop < SMALL or max(plan.frozen or (0,))):
+            key = (plan.backbone, plan.recipe.crop, plan.widths, plan.depths, plan.block)
+            if key not in built:
+                built[key] = _units_of(plan)
+            plan.check_frozen(built[key])
+    found = {}
+    for plan in plans:
+        _check_data(plan, found)
+
+
+def _check_writable(workdir):
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise InputError(f"The workdir {workdir} cannot be written ({error}): give another --workdir.") from error
+
+
+def _check_weights(plan):
+    """Checks that the weights are there, say how they see pixels, and take the images of the recipe."""
+    if plan.backbone not in zoo.BACKBONES:
+        raise InputError(f"The backbone {plan.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
+    zoo.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
+    shape = zoo.input_shape(plan.weights) if plan.weights.endswith(".keras") else None
+    if shape is None:
+        return
+    *sides, channels = shape
+    crop = plan.recipe.crop
+    if channels not in (None, 3):
+        raise InputError(f"{plan.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
+    if any(side not in (None, crop) for side in sides):
+        raise InputError(
+            f"{plan.weights} takes images of {'x'.join(str(side or 'any') for side in sides)} pixels, but crop is {crop}: "
+            "leave --crop out, or give a model of that size."
+        )
+
+
+def _units_of(plan):
+    """How many units the plan's backbone has; 0 if they cannot be told."""
+    try:
+        shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+        model = zoo.backbone(plan.backbone, 2, **shape)
+    except InputError:
+        raise
+    except ValueError as error:  # of Keras, which says how large they must be, or that a layer has nothing left to see
+        raise InputError(
+            f"Images of {plan.recipe.crop} pixels are too small for the backbone {plan.backbone} ({_first_line(error)}): "
+            "give a larger --crop."
+        ) from error
+    return unit_count(model)
+
+
+def _first_line(error):
+    return str(error).partition("\n")[0].rstrip(".")[:200]
+
+
+def _check_data(plan, found):
+    """Checks the data sets of a plan, kept in `found`, against its folds and weights."""
+    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
+
+    def load(spec, **options):
+        key = (spec, *places.values(), *options.values())
+        if key not in found:
+            found[key] = load_dataset(spec, **places, **options)
+        return found[key]
+
+    target = load(plan.target, per_class=plan.per_class, seed=plan.subset_seed)
+    if plan.folds and not plan.skip_bad_images:
+        check_folds(plan.folds, target)
+    source = None if plan.source is None else load(plan.source)
+    classes = None if plan.weights in ("none", "imagenet") else zoo.head_classes(plan.weights)
+    classes = 1000 if plan.weights == "imagenet" else classes
+    if source is not None and classes is not None:
+        check_classes(classes, source)
+
+
+def check_classes(count, source):
+    """Checks the number of classes of a pre-trained model against its source data.
+
+    Raises:
+        InputError: they differ.
+    """
+    if count != len(source.classes):
+        raise InputError(
+            f"The pre-trained model has {count} classes, but {source.name} has {len(source.classes)}: "
+            "give the source data it was trained on, or no --source."
+        )

@@ -1,0 +1,355 @@
+"""The settings of a command as plain values: the plans that they describe, and the TOML file that repeats a run.
+
+Each value has the name of a flag of train.py. A value that is missing or None is by default what the flag says it is.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from l2sp_tf.data.datasets import load_dataset
+from l2sp_tf.experiments.plans import FisherPlan, Plan, study
+from l2sp_tf.experiments.selection import LEARNING_RATES
+from l2sp_tf.files import fields
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.zoo import input_shape
+from l2sp_tf.training.recipe import Recipe
+
+DEFAULT_FOLDS = 5  # of an experiment
+DIGITS = ("digits/source", "digits/target")
+SWEPT = ("alpha", "beta", "learning_rate")  # fields of a recipe that a command gives as lists
+PLAIN = ("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every")
+PLAIN += ("deterministic", "distribute", "backbone")  # fields of a plan whose flags have their name and value
+JIT = {"auto": "auto", "on": True, "off": False}
+OF_BACKBONE = ("backbone", "widths", "depths", "block")
+
+
+def plans_of(values):
+    """The plans that some settings describe: one for each source and target, or those of an experiment.
+
+    Args:
+        values: a dict from the name of a flag to its value.
+
+    Raises:
+        InputError: a value is wrong, or two contradict each other.
+    """
+    for name in ("target", "weights", "penalty"):
+        if values.get(name) is not None and not any(values[name]):
+            raise InputError(f"--{name} is empty: give a value, or leave it out.")
+    sources = _whole_paths("source", values.get("source") or [None])
+    weights = _whole_paths("weights", values.get("weights") or ["none"])
+    targets = _whole_paths("target", values.get("target") or [DIGITS[1]])
+    if len(weights) not in (1, len(sources)):
+        raise InputError(
+            f"There are {len(sources)} sources but {len(weights)} weights: give one for each source, or one for all."
+        )
+    pairs = zip(sources, weights * (len(sources) if len(weights) == 1 else 1), strict=True)
+    plans = [_plan(values, source, weight, target, targets) for source, weight in pairs for target in targets]
+    if values.get("experiment") is None:
+        return plans
+    parts = [part for plan in plans for part in study(values["experiment"], plan)]
+    for symbol in plans[0].strengths:
+        if not any(symbol in part.penalties for part in parts):
+            raise InputError(f"--penalty gives strengths of {symbol}, which the experiment {values['experiment']} does not run.")
+    return parts
+
+
+def default_workdir(targets):
+    """The folder of a task that was given none: runs/ and the name of its data set."""
+    names = []
+    for target in targets:
+        path = pathlib.PurePath(_counted(target)[0])
+        name = "digits" if str(path) == DIGITS[1] else path.name.removesuffix(".zip")
+        names.append(name or "task")
+    return pathlib.Path("runs") / "+".join(dict.fromkeys(names))
+
+
+def _counted(target):
+    """A target's name, and the number of training images a class behind its @ or None."""
+    name, _, count = target.rpartition("@")
+    return (name, int(count)) if name and count.isascii() and count.isdigit() else (target, None)
+
+
+def _plan(values, source, weights, target, targets):
+    """The plan of one pair of tasks."""
+    target, per_class = _counted(target)
+    per_class = values.get("per_class") if per_class is None else per_class
+    is_digits = target == DIGITS[1]
+    if weights == "none" and source is None and not is_digits:  # no source is then the mistake, if there is such a target
+        load_dataset(target, per_class=per_class, protocol=values.get("protocol") or "paper", data_dir=values.get("data_dir"))
+    recipe, source_recipe = recipes_of(values, weights, is_digits)
+    penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
+    folds = values.get("folds")
+    folds = (DEFAULT_FOLDS if values.get("experiment") is not None else 0) if folds is None else folds
+    plain = {name: values[name] for name in PLAIN if values.get(name) is not None}
+    if weights.endswith(".keras"):
+        values, plain = ({name: value for name, value in given.items() if name not in OF_BACKBONE} for given in (values, plain))
+    return Plan(
+        **{"backbone": "small", **plain},
+        workdir=pathlib.Path(values.get("workdir") or default_workdir(targets)),
+        source=source or (DIGITS[0] if is_digits else None),
+        target=target,
+        weights=weights,
+        penalties=penalties,
+        strengths=strengths,
+        alphas=_numbers(values, "alpha", float),
+        betas=_numbers(values, "beta", float),
+        learning_rates=_numbers(values, "learning_rate", float) or (LEARNING_RATES if folds else ()),
+        frozen=_frozen(values),
+        folds=folds,
+        seeds=_numbers(values, "seeds", int),
+        recipe=recipe,
+        source_recipe=source_recipe,
+        widths=_numbers(values, "widths", int) or Plan.widths,
+        depths=_numbers(values, "depths", int) or Plan.depths,
+        per_class=25 if is_digits and per_class is None else per_class,
+        jit_compile=JIT[values.get("jit_compile") or "auto"],
+        fisher=_fisher(values),
+    )
+
+
+def recipes_of(values, weights, is_digits):
+    """The recipes of fine-tuning and of training a source model, for weights given as to `--weights`."""
+    recipe = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
+    recipe = Recipe.digits(recipe) if is_digits else recipe
+    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in SWEPT]
+    given = {name: values[name] for name in names if values.get(name) is not None}
+    if "crop" not in given and (side := _side_of(weights)) is not None:
+        # the paper resizes to 256 for crops of 224: another size keeps that ratio
+        given = {"resize": max(side, round(recipe.resize * side / recipe.crop)), **given, "crop": side}
+    if "mean" in given:
+        given["mean"] = given["mean"][0] if len(given["mean"]) == 1 else tuple(given["mean"])
+    if "blur_sigma" in given:
+        given["blur_sigma"] = _numbers(values, "blur_sigma", float)
+    if "iterations" in given:
+        given.setdefault("decay_at", None)
+    recipe = recipe.replace(**given)
+    changes = {}
+    if values.get("source_iterations") is not None:
+        changes["iterations"] = fields.whole("source_iterations", values["source_iterations"])
+    if values.get("source_learning_rate") is not None:
+        changes["learning_rate"] = fields.number("source_learning_rate", values["source_learning_rate"], above=0)
+    return recipe, Recipe.source(recipe).replace(**changes)
+
+
+def _side_of(weights):
+    """The side of the square images that a `.keras` file takes; None for other weights, or if it takes any."""
+    if not weights.endswith(".keras"):
+        return None
+    height, width, _ = input_shape(weights) or (None, None, None)
+    if height != width:
+        raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
+    return height
+
+
+def _frozen(values):
+    """The numbers of frozen units; None for all."""
+    given = [str(value) for value in values.get("frozen") or []]
+    if "all" not in given:
+        return _numbers(values, "frozen", int) or (0,)
+    if given != ["all"]:
+        raise InputError(f"--frozen={','.join(given)} is not understood: give all alone, or numbers with commas between.")
+    return None
+
+
+def _penalties(given, experiment):
+    """The symbols, and the strengths by symbol, of penalties such as l2_sp or l2_sp:0.1:1."""
+    strengths, symbols = {}, []
+    for text in given:
+        symbol, *numbers = text.split(":")
+        symbols.append(symbol)
+        try:
+            own = tuple(float(number) for number in numbers)
+        except ValueError:
+            raise InputError(
+                f"--penalty={text} is not understood: give a penalty and its strengths, as in --penalty=l2:1e-4,l2_sp:0.1:1."
+            ) from None
+        if own:
+            strengths[symbol] = (*strengths.get(symbol, ()), *own)
+    if experiment is None:
+        bare = next((text for text in given if text in strengths), None)
+        if bare is not None:
+            raise InputError(f"--penalty has {bare} both with and without a strength: give all its strengths, or none.")
+    return tuple(dict.fromkeys(symbols)), strengths
+
+
+def _fisher(values):
+    names = ("mode", "samples", "images", "batch", "tolerance")
+    given = {name: values[f"fisher_{name}"] for name in names if values.get(f"fisher_{name}") is not None}
+    if given.get("mode") == "exact":
+        given.pop("samples", None)  # `unused` says so
+    texts = [text for text in values.get("fisher_transforms") or [] if text]
+    if not texts:
+        return FisherPlan(**given)
+    if texts == ["none"]:
+        return FisherPlan(**given, transforms=())
+    if "none" in texts:
+        raise InputError(f"--fisher_transforms={','.join(texts)} is not understood: give none alone, or leave it out.")
+    try:
+        pairs = [text.partition("=") for text in texts]
+        return FisherPlan(**given, transforms=tuple((name, float(value) if equals else None) for name, equals, value in pairs))
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(
+            f"--fisher_transforms={','.join(texts)} is not understood: give clip=MAX, epsilon=VALUE or normalise, or none alone."
+        ) from None
+
+
+def _numbers(values, name, kind):
+    given = values.get(name) or []
+    try:
+        return tuple(kind(value) for value in given if value != "")
+    except ValueError:
+        kinds = "whole numbers" if kind is int else "numbers"
+        raise InputError(f"--{name}={','.join(map(str, given))} is no list of {kinds}: give them with commas between.") from None
+
+
+def _whole_paths(name, given):
+    """Puts a path with commas together again that a flag was split at.
+
+    Raises:
+        InputError: its parts are paths too, so that both could be meant.
+    """
+    paths = list(given)
+    for first in range(len(paths)):
+        for last in range(len(paths), first + 1, -1):
+            joined = ",".join(map(str, paths[first:last]))
+            if _lies_there(joined):
+                if any(map(_lies_there, paths[first:last])) or len(paths) > last - first:
+                    quoted = f"--{name}='\"{joined}\"'"
+                    raise InputError(f"--{name} was split at a comma, but there is {joined}: write {quoted} if you mean that.")
+                return [joined]
+    return paths
+
+
+def _lies_there(text):
+    """Whether a text names a file, a folder or a part of a zip, with or without a number of images behind it."""
+    path = pathlib.Path(_counted(text)[0])
+    return path.exists() or any(parent.suffix.lower() == ".zip" and parent.is_file() for parent in path.parents)
+
+
+def unused(values, given, plans):
+    """Pairs of a flag that was given and why it has no effect.
+
+    Args:
+        values: as in `plans_of`.
+        given: the names of the flags that were given.
+        plans: what `plans_of` makes of the values.
+    """
+    reasons = {}
+    if all(plan.weights.endswith(".keras") for plan in plans):
+        reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file is a whole model, and that is what is fine-tuned")
+    elif plans[0].backbone != "small":
+        reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it is of the backbone small, not of {plans[0].backbone}")
+    if not any(plan.needs_fisher for plan in plans):
+        names = [f"fisher_{field.name}" for field in dataclasses.fields(FisherPlan)]
+        reasons |= dict.fromkeys(names, "no penalty needs a Fisher diagonal")
+    if not any(plan.weights == "none" for plan in plans):
+        reasons |= dict.fromkeys(
+            ("source_iterations", "source_learning_rate"), "no source model is trained, as weights are given"
+        )
+    reasons |= plans[0].recipe.idle(tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.penalties)))
+    if plans[0].fisher.mode == "exact":
+        reasons.setdefault("fisher_samples", "the mode exact draws nothing")
+    if all(plan.penalties and set(plan.penalties) <= set(plan.strengths) for plan in plans):
+        reasons["alpha"] = "every penalty has strengths of its own"
+    if all(_counted(target)[1] is not None for target in values.get("target") or []) and values.get("target"):
+        reasons["per_class"] = "every target says its number behind @"
+    if all(plan.per_class is None for plan in plans):
+        reasons["subset_seed"] = "all training images are taken"
+    if values.get("engine") == "local":
+        reasons |= dict.fromkeys(("run_cpus", "run_gpus"), "the engine is local")
+    return [(name, reason) for name, reason in {**reasons, **_fixed(values)}.items() if name in given]
+
+
+def _fixed(values):
+    """What an experiment does not take from its flags, and why."""
+    experiment = values.get("experiment")
+    if experiment is None:
+        return {}
+    fixed = {}
+    if not all(":" in text for text in values.get("penalty") or []):
+        fixed["penalty"] = f"the experiment {experiment} has its own; give strengths for them, as in --penalty=l2:1e-4"
+    if experiment not in ("figure_3", "all"):
+        fixed["frozen"] = f"the experiment {experiment} freezes nothing"
+    if experiment == "figure_1":
+        fixed["folds"] = "the experiment figure_1 runs its whole grid"
+        if len(values.get("learning_rate") or []) > 1:
+            fixed["learning_rate"] = "the experiment figure_1 has one rate, and takes the recipe's"
+    return fixed
+
+
+def values_of(plan, setting):
+    """The settings that repeat one run of a plan; of a run on a fold, that repeat all folds of its setting.
+
+    Args:
+        plan: a `Plan`.
+        setting: a `Setting` of it.
+
+    Returns:
+        A dict from the name of a flag to its value.
+    """
+    recipe, fisher = plan.recipe, plan.fisher
+    values = {"workdir": str(plan.workdir), "source": plan.source and [plan.source], "target": [plan.target]}
+    values |= {"weights": [plan.weights], "per_class": plan.per_class}
+    values |= {name: getattr(plan, name) for name in PLAIN}
+    values |= {name: list(getattr(plan, name)) for name in ("widths", "depths")}
+    values |= {"penalty": [f"{setting.symbol}:{setting.alpha!r}"], "beta": [setting.beta]}
+    values |= {"learning_rate": [setting.learning_rate], "frozen": [setting.frozen]}
+    values |= {"seeds": [setting.seed] if setting.fold is None else list(plan.seeds[:1])}
+    values |= {"folds": 0 if setting.fold is None else plan.folds}
+    values |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe) if field.name not in SWEPT}
+    values |= {
+        "mean": [recipe.mean] if isinstance(recipe.mean, str) else list(recipe.mean),
+        "blur_sigma": list(recipe.blur_sigma),
+    }
+    source = plan.source_recipe
+    values |= {"source_iterations": source.iterations, "source_learning_rate": source.learning_rate}
+    values |= {"jit_compile": next(name for name, value in JIT.items() if value is plan.jit_compile or value == plan.jit_compile)}
+    values |= {f"fisher_{name}": getattr(fisher, name) for name in ("mode", "samples", "images", "batch", "tolerance")}
+    transforms = [name if value is None else f"{name}={value!r}" for name, value in fisher.transforms]
+    values |= {"fisher_transforms": transforms or ["none"]}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def text_of(plan, setting):
+    """The TOML file that `train.py --config` takes to repeat a run; it says so itself where it cannot."""
+    values = values_of(plan, setting)
+    plans = plans_of(values)
+    idle = {name for name, _ in unused(values, set(values), plans)}
+    fewer = {name: value for name, value in values.items() if name not in idle}
+    if plans_of(fewer) == plans:  # else they tell the run from others all the same
+        values = fewer
+    lines = [f"# Repeats {setting}: python train.py --config=FILE"]
+    if setting.fold is not None:
+        lines = [f"# Repeats the {plan.folds} folds of {setting}: python train.py --config=FILE"]
+    if differing := _unsaid(plan, setting, values):
+        lines.append(f"# It was started from Python, and no flag says its {', '.join(differing)}: those are not repeated.")
+    return "\n".join([*lines, *(f"{name} = {_toml(value)}" for name, value in values.items())]) + "\n"
+
+
+def _unsaid(plan, setting, values):
+    """The fields of a plan that its values do not give back."""
+    (again,) = plans_of(values)
+    made = {"penalties": (setting.symbol,), "strengths": {setting.symbol: (setting.alpha,)}, "alphas": ()}
+    made |= {"betas": (setting.beta,), "learning_rates": (setting.learning_rate,), "frozen": (setting.frozen,)}
+    swept = {"beta": again.recipe.beta, "learning_rate": again.recipe.learning_rate}  # each run has its own
+    made |= {"recipe": plan.recipe.replace(**swept), "folds": again.folds, "seeds": again.seeds}
+    expected = dataclasses.replace(plan, **made)
+    differs = lambda name: getattr(again, name) != getattr(expected, name)  # noqa: E731
+    names = [field.name for field in dataclasses.fields(Plan) if differs(field.name)]
+    idle = OF_BACKBONE if plan.weights.endswith(".keras") else ()
+    return [name for name in names if name not in idle]
+
+
+def _toml(value):
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    text = json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
+    return text.encode("utf-8", "replace").decode()

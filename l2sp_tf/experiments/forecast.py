@@ -1,0 +1,324 @@
+"""What plans will take, told before they run: the disk that they fill, and the time of it all."""
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import math
+import shutil
+import statistics
+import time
+import types
+
+import keras
+import numpy as np
+
+from l2sp_tf.data.decoding import MEMORY_LIMIT_BYTES, Images, decode, decoded_bytes
+from l2sp_tf.data.pipeline import Task
+from l2sp_tf.data.store import PixelStore
+from l2sp_tf.experiments import records
+from l2sp_tf.experiments.plans import needs_fisher
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties.formulas import PENALTIES
+from l2sp_tf.training.devices import make_strategy
+from l2sp_tf.training.trainer import finetune, preprocessing_of
+
+TIMED_STEPS = 12
+FIRST_STEPS = 3  # slower than those after them
+ENOUGH_SECONDS = 10  # of steps, where a step takes long
+TIMED_IMAGES = 32
+FORWARD = 1 / 3  # of the time of a training step, by the operations
+FISHER_PASS = 1.5  # gradients a draw, see benchmarks/RESULTS.md
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is left to do from one start.
+
+    Attributes:
+        made: its `Outline`.
+        left: the settings of all runs that have no record.
+        trains: whether the source model is trained for it, and not for another one.
+    """
+
+    made: object
+    left: tuple
+    trains: bool
+
+    @property
+    def needs_fisher(self):
+        """Whether F_jj is needed."""
+        return any(setting.needs_fisher for setting in self.left)
+
+    @property
+    def steps(self):
+        """Training steps, with those of the source model if it is trained first."""
+        plan = self.made.plan
+        return len(self.left) * plan.recipe.iterations + self.trains * plan.source_recipe.iterations
+
+    @property
+    def measured(self):
+        """How many times an image goes through the network when the runs, and the source model before, are measured."""
+        plan, target, source = self.made.plan, self.made.target, self.made.source
+        kept = 0 if source is None else len(source.test)
+        crops, r2 = plan.recipe.crops, len(target.train) * (self.made.units > 0)
+        folds = sum(setting.fold is not None for setting in self.left)
+        whole = len(self.left) - folds
+        return whole * (crops * (len(target.test) + 2 * kept) + r2) + crops * (
+            folds * len(target.train) // max(plan.folds, 1) + kept
+        )
+
+    @property
+    def gradients(self):
+        """How many gradients of an image the pass for F_jj takes."""
+        if not self.needs_fisher:
+            return 0
+        f, source = self.made.plan.fisher, self.made.source
+        return f.count(len(source.train)) * (len(source.classes) if f.mode == "exact" else FISHER_PASS * f.samples)
+
+
+class Forecast:
+    """The disk and the time of some `Work`, by what is there already.
+
+    Args:
+        works: a list of `Work`, one for each start.
+    """
+
+    def __init__(self, works):
+        self.works = works
+        self.images, self.pixels_bytes, self._examples = 0, 0, []
+        uses = {}
+        for work in works:
+            for split, recipe in work.made.uses(work.needs_fisher):
+                how = (recipe.resize, recipe.resize_mode, recipe.resize_filter)
+                uses.setdefault((work.made.plan.workdir / "cache", how), []).append(split)
+        for (folder, how), splits in uses.items():
+            self._add_decoding(PixelStore(folder, how), how, splits)
+
+    def _add_decoding(self, store, how, splits):
+        """Counts the images that are still to be decoded in one way, each once, and their bytes on disk."""
+        seen = set()
+        for split in splits:
+            size = decoded_bytes(split, *how[:2])
+            # contents are read where some may be stored already; before that names tell images apart
+            new = set(split.names) if store.is_empty or size <= MEMORY_LIMIT_BYTES else set(store.lacks(split.keys))
+            new -= seen
+            seen |= new
+            self.images += len(new)
+            self.pixels_bytes += size * len(new) // len(split) if size > MEMORY_LIMIT_BYTES else 0
+            if new:
+                self._examples.append((split, how))
+
+    @property
+    def models_bytes(self):
+        """Of the models, anchors, source models and Fisher diagonals that will be written."""
+        total = 0
+        for work in self.works:
+            saved = sum(setting.fold is None for setting in work.left) * work.made.plan.save_models
+            total += _bytes(work.made.network) * (saved + 1 + work.trains + work.needs_fisher)
+        return total
+
+    @property
+    def checkpoint_bytes(self):
+        """Of the checkpoints of one run while it trains, which are removed when it ends."""
+        most = 0
+        for plan, network in ((work.made.plan, work.made.network) for work in self.works if work.steps):
+            written = 1 + (plan.recipe.iterations - 1) // plan.checkpoint_every if plan.checkpoint_every else 1
+            slots = {"sgd": 1, "adam": 2}[plan.recipe.solver]
+            most = max(most, min(written, 3) * (1 + slots) * _bytes(network))  # two are kept while a third is written
+        return most
+
+    def disk(self):
+        """One line on the disk."""
+        workdir = self.works[0].made.plan.workdir
+        total, free = self.pixels_bytes + self.models_bytes, shutil.disk_usage(workdir).free
+        line = (
+            f"disk: about {_size(total)} will be written to {workdir} ({_size(self.pixels_bytes)} of decoded pixels, "
+            f"{_size(self.models_bytes)} of models), and {_size(self.checkpoint_bytes)} for the checkpoints of a running run; "
+            f"{_size(free)} are free"
+        )
+        return line + (", which is not enough" if total + self.checkpoint_bytes > free else "")
+
+    def time(self, seconds, decoding=0.0):
+        """One line on the time, by that of a training step of each `Work` and of the decoding of one image."""
+        pairs = list(zip(seconds, self.works, strict=True))
+        parts = {"training": sum(step * work.steps for step, work in pairs)}
+        measuring = "measuring and F_jj" if any(work.gradients for work in self.works) else "measuring"
+        parts[measuring] = sum(
+            step / work.made.plan.recipe.batch_size * (FORWARD * work.measured + work.gradients) for step, work in pairs
+        )
+        parts |= {"decoding": decoding * self.images} if decoding else {}
+        listed = ", ".join(f"{_length(value)} of {name}" for name, value in parts.items())
+        return f"time: about {_length(sum(parts.values()))} on this machine, one run after the other ({listed})"
+
+    def measured_time(self):
+        """`time`, measured here: some steps on made-up images, with random weights where no other are known, and some images."""
+        times = {}
+        for work in self.works:
+            times.setdefault(_network_of(work), 0.0)
+            if work.steps and not times[_network_of(work)]:
+                times[_network_of(work)] = seconds_per_step(work.made, work.left)
+        return self.time([times[_network_of(work)] for work in self.works], self._seconds_per_image())
+
+    def _seconds_per_image(self):
+        """The mean time of decoding one of the images that are to be decoded; the first few start it up."""
+        spent = []
+        for split, how in self._examples:
+            for part in np.array_split(np.linspace(0, len(split) - 1, 2 * TIMED_IMAGES).astype(int), 2):
+                start = time.perf_counter()
+                with contextlib.suppress(InputError):  # a bad image is told when all are decoded
+                    decode(split.take(part), how[0], mode=how[1], filter=how[2], memory_limit_bytes=math.inf, every_class=False)
+                last = time.perf_counter() - start
+            spent.append(last / TIMED_IMAGES)
+        return statistics.fmean(spent) if spent else 0.0
+
+
+def recorded_in(workdir):
+    """All records under a workdir, of folds too; one that is damaged is told when its run comes."""
+    found = []
+    for pattern in ("selections/*/selection.json", "folds/*/run.json", "runs/*/run.json"):
+        for path in workdir.glob(pattern):
+            with contextlib.suppress(InputError):
+                found.append(records.read_record(path))
+    return found
+
+
+class Recorded:
+    """The records of runs from one start, looked up by all that is known of a run before its data are decoded.
+
+    Args:
+        plan: a `Plan`.
+        made: its `Outline`.
+        found: the records of its workdir, of `recorded_in`.
+        settings_of: of (plan, start, setting, task, recipe, fisher), what a record says a run's settings are.
+    """
+
+    UNKNOWN = {"pixels", "source_mean", "source_mean_of", "skipped", "fisher"}
+
+    def __init__(self, plan, made, found, settings_of):
+        self._plan, self._made, self._settings_of, self._records = plan, made, settings_of, {}
+        self._selections = records.selections_of(found)
+        for record in records.runs_of(found):
+            self._records.setdefault(record["settings"]["seed"], []).append(record)
+
+    def has(self, setting):
+        """Whether a run of this setting is recorded; with folds, one of any strength that cross-validation chose."""
+        found = self._records.get(setting.seed, ())
+        if not found or self._made.trains_source:
+            return False
+        if not self._plan.folds or setting.fold is not None:
+            return any(self._is_of(record, setting) for record in found)
+        chosen = [r for r in found if any(records.is_chosen(selection, r["settings"]) for selection in self._selections)]
+        return any(self._is_of(record, _with_strengths(setting, record["settings"])) for record in chosen)
+
+    def _is_of(self, record, setting):
+        return self._told(record["settings"]) == self._known(setting) and (not setting.needs_fisher or self._has_fisher(record))
+
+    @functools.cache  # noqa: B019  lives no longer than the plan is said
+    def _known(self, setting):
+        made, images = self._made, types.SimpleNamespace(skipped=())
+        sides = {"train": images, "test": images, "pixels": made.pixels, "mean": np.zeros(3)}
+        names = {name: getattr(made, name) for name in ("target", "source") if getattr(made, name) is not None}
+        tasks = {name: types.SimpleNamespace(name=data.name, digest=data.digest, **sides) for name, data in names.items()}
+        anchors = types.SimpleNamespace(digest=made.anchors_digest)
+        network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
+        start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
+        recipe = self._plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+        return self._told(records.plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
+
+    def _told(self, settings):
+        """What of the identity of a run can be told before its data are decoded."""
+        found = records.identity_of_run(settings)
+        return {name: value for name, value in found.items() if name.partition(".")[0] not in self.UNKNOWN}
+
+    def _has_fisher(self, record):
+        """Whether the F_jj of a record was estimated as the plan says."""
+        f, found = self._plan.fisher, record.get("fisher", {})
+        transforms = [(t["name"], None if t["name"] == "normalise" else t["value"]) for t in found.get("transforms", ())]
+        count = f.count(len(self._made.source.train))
+        same = [found.get("mode") == f.mode, transforms == list(f.transforms), found.get("images", 0) <= count]
+        same.append(f.mode == "exact" or found.get("samples") == f.samples)
+        return all(same) and (f.tolerance is not None or self._plan.skip_bad_images or found["images"] == count)
+
+
+def _with_strengths(setting, settings):
+    """A setting with the strengths and the rate of a record, which a search may have chosen beyond the plan's grid."""
+    rate = settings["recipe"]["learning_rate"]
+    return dataclasses.replace(setting, alpha=settings["alpha"], beta=settings["beta"], learning_rate=rate)
+
+
+class FirstSteps(keras.callbacks.Callback):
+    """Tells the time of a training step once, from the first steps of whichever training comes first.
+
+    Args:
+        tell: called with the seconds of a step.
+    """
+
+    may_stop = False
+
+    def __init__(self, tell):
+        super().__init__()
+        self._tell, self._times = tell, []
+
+    def on_train_begin(self, logs=None):
+        self._times = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._tell is None:
+            return
+        self._times.append(time.perf_counter())
+        steps = self._times[FIRST_STEPS - 1 :]
+        if len(self._times) >= TIMED_STEPS or (len(steps) > 2 and steps[-1] - steps[0] > ENOUGH_SECONDS):
+            tell, self._tell = self._tell, None
+            tell(statistics.median(b - a for a, b in zip(steps, steps[1:], strict=False)))
+
+
+def seconds_per_step(made, left):
+    """The median time of a training step here, after the first ones, on made-up images.
+
+    Args:
+        made: an `Outline`.
+        left: the settings of its runs; the first one's penalty is taken, or L2-SP for those that need F_jj.
+    """
+    plan, times = made.plan, []
+    recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # which cannot diverge
+    classes, rng = made.target.classes, np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (min(recipe.batch_size, 64), recipe.resize, recipe.resize, 3), np.uint8)
+    images = Images(pixels, np.arange(len(pixels), dtype=np.int32) % len(classes))
+    preprocessing = dataclasses.replace(preprocessing_of(recipe, made.pixels), resize_mode="squash")
+    task = Task("made up", classes, "", images, images, np.zeros(3, np.float32), preprocessing)
+    symbol = left[0].symbol if left else "l2"
+    penalty = PENALTIES["l2_sp" if needs_fisher(symbol) else symbol](1.0)
+
+    def note(seconds):
+        times.append(seconds)
+        clock.model.stop_training = True
+
+    clock = FirstSteps(note)
+    strategy = make_strategy(plan.distribute)
+    options = {"callbacks": [clock], "verbose": 0, "strategy": strategy, "jit_compile": plan.jit_compile}
+    finetune(made.network, task, penalty, recipe, **options)
+    return times[0]
+
+
+def _network_of(work):
+    """What the time of a step depends on."""
+    plan = work.made.plan
+    return plan.backbone, plan.weights, plan.widths, plan.depths, plan.block, repr(plan.recipe)
+
+
+def _bytes(network):
+    return sum(math.prod(variable.shape) * np.dtype(variable.dtype).itemsize for variable in network.variables)
+
+
+def _size(count):
+    """A number of bytes in words."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"
+
+
+def _length(seconds):
+    """A time in words: hours, minutes and seconds."""
+    return str(datetime.timedelta(seconds=round(seconds)))

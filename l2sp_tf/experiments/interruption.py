@@ -1,0 +1,39 @@
+"""What a command that was stopped leaves, read from the disk."""
+
+from l2sp_tf.training.checkpoints import Checkpoints
+
+CLOCK = 1.0  # seconds by which the clock of a disk may be behind
+
+
+def kept(plans, since):
+    """Lines that say which runs are finished, and at which step those that were under way are saved.
+
+    Args:
+        plans: the plans that were run.
+        since: when the command began, by `time.time()`.
+    """
+    lines = []
+    lengths = {"sources": {plan.source_recipe.iterations for plan in plans}}
+    lengths |= dict.fromkeys(("folds", "runs"), {plan.recipe.iterations for plan in plans})
+    for workdir in dict.fromkeys(plan.workdir for plan in plans):
+        finished = [path for kind in ("folds", "runs") for path in sorted(workdir.glob(f"{kind}/*/run.json"))]
+        new = [path.parent.name for path in finished if path.stat().st_mtime >= since - CLOCK]
+        named = f", of this command {', '.join(new)}" if new else ""
+        lines.append(f"finished in {workdir}: {len(finished)} runs{named}")
+        for kind, result in (("sources", "weights.safetensors"), ("folds", "run.json"), ("runs", "run.json")):
+            for folder in sorted(workdir.glob(f"{kind}/*/")):
+                if not (folder / result).exists() and _touched(folder) >= since - CLOCK:
+                    lines.append(_state(folder, lengths[kind]))
+    return lines
+
+
+def _touched(folder):
+    """When anything in a folder was last written."""
+    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+
+
+def _state(folder, lengths):
+    step = Checkpoints(folder / "checkpoints").newest
+    of = f" of {next(iter(lengths))}" if len(lengths) == 1 else ""
+    where = f"saved after step {step}{of}" if step else "not saved yet, and begins anew"
+    return f"under way: {folder.parent.name}/{folder.name}, {where}"

@@ -1,0 +1,316 @@
+"""Plans: what to run for a pair of tasks, and for each table and figure of the paper."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+
+from l2sp_tf.experiments.records import plain
+from l2sp_tf.files import fields
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.fisher.estimator import MODES
+from l2sp_tf.optimizers.decoupled import Decoupled
+from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
+from l2sp_tf.training.recipe import Recipe
+
+STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
+PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}
+FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
+MOST_FROZEN = 8
+MOST_SEEDS = 2**32
+LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
+PROTOCOLS = ("paper", "authors")
+RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
+RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile", "strengths")
+
+
+def sample_size(available):
+    """How many of so many training images of a source are looked at where all of them need not be."""
+    return available if available <= LARGE else LARGE_SAMPLE
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherPlan:
+    """How the Fisher diagonal is estimated, on central crops of the source's training images in random order.
+
+    Attributes:
+        mode, samples, tolerance: as `fisher_diagonal` takes them.
+        images: how many images; None for all, and for LARGE_SAMPLE of a source with more than LARGE.
+        batch: images a batch.
+        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None; by default F_jj is
+            divided by its mean, as the grids of the Fisher penalties are for an F_jj of mean 1. Empty for the raw one.
+
+    Raises:
+        InputError: a value is of another type or out of its range.
+    """
+
+    mode: str = "rademacher"
+    samples: int = 1
+    images: int | None = None
+    batch: int = 64
+    tolerance: float | None = None
+    transforms: tuple = (("normalise", None),)
+
+    def __post_init__(self):
+        fields.choice("fisher_mode", self.mode, MODES)
+        fields.whole("fisher_samples", self.samples)
+        if self.mode == "exact" and self.samples != 1:
+            raise InputError(f"fisher_samples is {self.samples}, but the mode exact draws nothing: leave it at 1.")
+        fields.whole("fisher_batch", self.batch)
+        if self.images is not None:
+            fields.whole("fisher_images", self.images)
+        if self.tolerance is not None:
+            fields.number("fisher_tolerance", self.tolerance, above=0)
+        for name, value in self.transforms:
+            if name not in ("clip", "epsilon", "normalise"):
+                raise InputError(f"The Fisher transform {name!r} is unknown: give clip=MAX, epsilon=VALUE or normalise.")
+            if name == "normalise" and value is not None:
+                raise InputError(f"The Fisher transform normalise takes no value, but has {value}: give normalise alone.")
+            if name != "normalise" and value is None:
+                raise InputError(f"The Fisher transform {name} has no value: give one, as in {name}=0.01.")
+            if value is not None:
+                fields.number(f"The Fisher transform {name}", value, above=0)
+
+    def count(self, available):
+        """How many of so many training images are taken."""
+        return min(sample_size(available) if self.images is None else self.images, available)
+
+
+def needs_fisher(symbol):
+    """Whether the penalty of this symbol needs F_jj."""
+    return issubclass(PENALTIES[symbol], FisherPenalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One run: a penalty's symbol and strengths, the learning rate, how many units are frozen, the seed, and the fold or None."""
+
+    symbol: str
+    alpha: float
+    beta: float
+    learning_rate: float
+    frozen: int = 0
+    seed: int = 0
+    fold: int | None = None
+
+    @property
+    def penalty(self):
+        """The penalty itself."""
+        return PENALTIES[self.symbol](self.alpha)
+
+    @property
+    def needs_fisher(self):
+        """Whether the penalty needs F_jj."""
+        return needs_fisher(self.symbol)
+
+    def __str__(self):
+        where = f"fold {self.fold}" if self.fold is not None else f"seed {self.seed}"
+        frozen = f", {self.frozen} units frozen" if self.frozen else ""
+        return f"{self.penalty}, beta {self.beta:g}, rate {self.learning_rate:g}{frozen}, {where}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: the product of penalties, strengths and seeds on one pair of tasks.
+
+    Attributes:
+        workdir: the folder that gets anchors/, sources/ and runs/.
+        source, target: data sets, as `load_dataset` takes them; source may be None if the
+            weights come from elsewhere, and then nothing is measured on the source task.
+        backbone: as `models.backbone` takes it, with widths, depths and block.
+        weights: "none" to train the source model from scratch, "imagenet", or a file.
+        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
+        penalties: symbols of PENALTIES.
+        alphas: strengths of the penalties that `strengths` does not name; empty for the recipe's own of each penalty
+            (with folds: its grid).
+        seeds: one run for each.
+        recipe, source_recipe: of fine-tuning and of training from scratch.
+        per_class: training images a class of the target; None for all.
+        subset_seed: draws them at random; None as `load_dataset` takes it.
+        protocol: whose splits: "paper" or "authors".
+        data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
+        skip_bad_images: leave out images that cannot be decoded.
+        save_models: keep each fine-tuned model beside its record.
+        jit_compile: whether XLA compiles the training steps, as in `finetune`; not part of what tells runs apart.
+        fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
+        betas, learning_rates: more values than the recipe's one; empty for that.
+        frozen: how many of the first units are frozen, a run for each number; None for up to 8
+            numbers spread over all units but the last (Fig. 3).
+        folds: with 2 or more, cross-validation on the target's training images chooses one of the
+            alphas, betas and learning rates for each penalty, and only that one is run.
+        checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
+        deterministic: whether TensorFlow's operations are made to repeat to the bit.
+        distribute: the devices that each training is spread over, a kind of `distribution.make_strategy`.
+        strengths: by symbol the strengths of a penalty that has its own.
+
+    Raises:
+        InputError: a value is of another type or out of its range, or two of them contradict each other.
+    """
+
+    workdir: pathlib.Path
+    source: str | None
+    target: str
+    backbone: str
+    weights: str
+    penalties: tuple
+    alphas: tuple
+    seeds: tuple
+    recipe: Recipe
+    source_recipe: Recipe
+    pixels: str | None = None
+    widths: tuple = (16, 32, 64)
+    depths: tuple = (1, 1, 1)
+    block: str = "basic"
+    per_class: int | None = None
+    subset_seed: int | None = None
+    protocol: str = "paper"
+    data_dir: str | None = None
+    skip_bad_images: bool = False
+    save_models: bool = True
+    jit_compile: bool | str = "auto"
+    fisher: FisherPlan = FisherPlan()
+    betas: tuple = ()
+    learning_rates: tuple = ()
+    frozen: tuple | None = (0,)
+    folds: int = 0
+    checkpoint_every: int = 500
+    deterministic: bool = False
+    distribute: str = "none"
+    strengths: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        self._check_values()
+        self._check_penalties()
+        if not self.penalties or not self.seeds:
+            raise InputError("There is nothing to run: give at least one penalty and one seed.")
+        if self.weights == "none" and self.source is None:
+            raise InputError("weights=none trains a source model from scratch: give its data with --source.")
+        if self.weights == "none" and self.recipe.mean == "weights":
+            raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
+
+    def _check_values(self):
+        for name, above in (("alphas", None), ("betas", None), ("learning_rates", 0)):
+            object.__setattr__(self, name, fields.each_number(name[:-1], getattr(self, name), above=above))
+        for name, least in (("folds", 0), ("checkpoint_every", 0)):
+            fields.whole(name, getattr(self, name), least)
+        if self.folds == 1:
+            raise InputError("folds is 1: give at least 2, or 0 for no cross-validation.")
+        for name, least in (("per_class", 1), ("subset_seed", 0)):
+            if getattr(self, name) is not None:
+                fields.whole(name, getattr(self, name), least)
+        for name, least in (("seeds", 0), ("frozen", 0), ("widths", 1), ("depths", 1)):
+            for value in getattr(self, name) or ():
+                fields.whole(name, value, least)
+        if any(seed >= MOST_SEEDS for seed in self.seeds):
+            raise InputError(f"seeds has {max(self.seeds)}: give numbers below {MOST_SEEDS}, as NumPy takes no larger ones.")
+        twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
+        if twice is not None:
+            raise InputError(f"seeds has {twice} twice, which is one run and not two: give each seed once.")
+        if self.frozen == ():
+            raise InputError("frozen is empty: give 0 for nothing frozen.")
+        if len(self.widths) != len(self.depths):
+            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage.")
+        fields.choice("protocol", self.protocol, PROTOCOLS)
+
+    def _check_penalties(self):
+        for symbol in self.penalties:
+            if symbol not in PENALTIES:
+                like = fields.nearest(symbol, PENALTIES)
+                did_you_mean = f" Did you mean {like}?" if like else ""
+                raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.{did_you_mean}")
+            if needs_fisher(symbol) and self.source is None:
+                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
+            if self.recipe.penalty_step == "decoupled":
+                Decoupled.check(PENALTIES[symbol](1.0))
+        for symbol in self.strengths:
+            if symbol not in self.penalties:
+                raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
+        strengths = {symbol: fields.each_number(f"alpha of {symbol}", values) for symbol, values in self.strengths.items()}
+        object.__setattr__(self, "strengths", strengths)
+        for symbol in self.penalties:
+            self.axes(symbol)  # raises where nobody gives its alphas
+
+    @property
+    def needs_fisher(self):
+        """Whether any penalty needs F_jj."""
+        return any(map(needs_fisher, self.penalties))
+
+    def check_frozen(self, units):
+        """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.
+
+        Raises:
+            InputError: more are to be frozen than can be.
+        """
+        most = max(units - 1, 0)
+        if max(self.frozen or (0,)) > most:
+            raise InputError(f"frozen is {max(self.frozen)}, but of this backbone's units at most {most} can be frozen.")
+
+    def start_key(self):
+        """Equal for plans whose runs start from the same data and model."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in RUN_FIELDS}
+        return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
+
+    def axes(self, symbol):
+        """The alphas, betas and learning rates of a penalty, by name, each once."""
+        published = self.recipe.grid_for if self.folds else lambda symbol: (self.recipe.alpha_for(symbol),)
+        alphas = self.strengths.get(symbol) or self.alphas or published(symbol)
+        rates = self.learning_rates or (self.recipe.learning_rate,)
+        axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta_for(symbol),), "learning_rate": rates}
+        return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
+
+    def grid(self, symbol):
+        """The settings of a penalty: the product of alphas, betas and learning rates, in that order."""
+        return [Setting(symbol, *combination) for combination in itertools.product(*self.axes(symbol).values())]
+
+    def trials(self):
+        """What cross-validation runs: every setting of every penalty on every fold."""
+        settings = (setting for symbol in dict.fromkeys(self.penalties) for setting in self.grid(symbol))
+        return [dataclasses.replace(s, seed=fold, fold=fold) for s in settings for fold in range(self.folds)]
+
+    def runs(self, units=0, chosen=None):
+        """What is run on all training images.
+
+        Args:
+            units: how many units the backbone has; needed where `frozen` is None.
+            chosen: the setting of each penalty that cross-validation chose, by symbol; of penalties without one nothing is run.
+        """
+        frozen = self.frozen if self.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
+        for symbol in dict.fromkeys(self.penalties):
+            for setting in self.grid(symbol) if chosen is None else filter(None, [chosen.get(symbol)]):
+                for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(self.seeds)):
+                    yield dataclasses.replace(setting, frozen=n, seed=seed)
+
+
+def spread(last, most):
+    """The whole numbers from 0 to `last`, or `most` of them evenly spread."""
+    count = min(most, last + 1)
+    return tuple(round(i * last / max(count - 1, 1)) for i in range(count))
+
+
+def study(name, plan):
+    """The plans that a table or a figure of the paper needs, made from one for its data, weights and recipe.
+
+    Tables 2 and 3 and Fig. 4 compare L2, L2-SP and L2-SP-Fisher, Fig. 2 all penalties, under settings that
+    cross-validation chose. Fig. 3 freezes the first units under L2 and L2-SP. Fig. 1 runs L2-SP over alpha and beta.
+
+    Args:
+        name: one of STUDIES.
+        plan: a `Plan`; its penalties do not count, and its strengths, alphas, betas and learning rates are searched.
+            Fig. 1 has one seed, the first, and one learning rate: the plan's where it has one, or the recipe's.
+
+    Raises:
+        InputError: the name is unknown, or the Fisher penalties lack source images.
+    """
+    if name not in STUDIES:
+        raise InputError(f"The experiment {name!r} is unknown: give one of {', '.join(STUDIES)}.")
+    if name == "all":
+        return [part for each in ("figure_2", "figure_3", "figure_1") for part in study(each, plan)]
+    penalties = PENALTIES_OF.get(name, ("l2", "l2_sp", "l2_sp_fisher"))
+    changes = {"penalties": penalties, "strengths": {symbol: v for symbol, v in plan.strengths.items() if symbol in penalties}}
+    if name == "figure_1":
+        rates = plan.learning_rates if len(plan.learning_rates) == 1 else ()
+        alphas = plan.strengths.get("l2_sp") or plan.alphas or plan.recipe.grid_for("l2_sp")
+        changes |= {"strengths": {}, "alphas": alphas, "betas": plan.betas or FIGURE_1_BETAS, "learning_rates": rates}
+        return [dataclasses.replace(plan, **changes, seeds=plan.seeds[:1], folds=0, frozen=(0,))]
+    frozen = plan.frozen if plan.frozen is None or any(plan.frozen) else None
+    return [dataclasses.replace(plan, **changes, frozen=frozen if name == "figure_3" else (0,))]

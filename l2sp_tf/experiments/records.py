@@ -1,0 +1,227 @@
+"""run.json and selection.json: what was run and what was chosen, the only things that tables and figures read."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import re
+import warnings
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import read_json
+from l2sp_tf.files.writing import write_text
+
+FORMAT = "l2sp_tf.run.v2"
+FIRST_FORMAT = "l2sp_tf.run.v1"  # does not say by which code it was made
+SELECTION = "l2sp_tf.experiments.selection.v1"
+SETTINGS = {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int}
+REQUIRED = {"settings": SETTINGS, "coverage": {"digest": str}, "anchors": {"digest": str}, "versions": {}}
+ACCURACY = {"accuracy": float, "correct": int, "total": int}
+BOX = ("whislo", "q1", "med", "q3", "whishi")  # of R², None where no feature varies
+CHOICE = {"alpha": "alpha", "beta": "beta", "recipe.beta": "beta", "recipe.learning_rate": "learning_rate"}
+WITHOUT_EFFECT = ("recipe.alpha", "recipe.log_every")  # strengths that other penalties would have had, and how often is logged
+
+
+def run_key(settings):
+    """Sixteen hexadecimal digits that name a run: equal settings, equal key."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plain(value):
+    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
+    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
+
+
+def identity(settings):
+    """What tells a row from others: all that its runs' results depend on but the seed, as a flat dict.
+
+    Settings within the recipe and other dicts are called by both names, as in "recipe.iterations".
+    """
+    return {name: value for name, value in flat(settings, WITHOUT_EFFECT) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
+
+
+def identity_of_run(settings):
+    """What tells a run from others: its row's identity, its seed, and its fold if it is on one."""
+    return identity(settings) | {name: settings[name] for name in ("seed", "fold") if name in settings}
+
+
+def flat(value, whole=(), prefix=""):
+    """The leaves of nested dicts with their dotted names, ("recipe.momentum", 0.9); dicts named in `whole` are leaves too."""
+    if not isinstance(value, dict) or prefix in whole:
+        yield prefix, value
+        return
+    for name, part in value.items():
+        yield from flat(part, whole, f"{prefix}.{name}".lstrip("."))
+
+
+def question(settings):
+    """What a selection decides for a run of these settings: its identity without strengths, rate and frozen units."""
+    return {name: value for name, value in identity(settings).items() if name not in (*CHOICE, "frozen")}
+
+
+def is_chosen(selection, settings):
+    """Whether a selection is about runs of these settings (True where it chose them, False where others), None if it is not."""
+    if selection["question"] != question(settings):
+        return None
+    own, chosen = identity(settings), selection["chosen"]
+    return chosen is not None and all(own[name] == chosen[value] for name, value in CHOICE.items() if name in own)
+
+
+def write_record(path, record):
+    """Writes one record, atomically.
+
+    Raises:
+        InputError: a field is missing or of the wrong type, or a number is not finite.
+        OSError: the file cannot be written.
+    """
+    record = {"format": FORMAT, **record}
+    check_record(record, path)
+    write_text(path, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+
+def read_record(path):
+    """Reads one record and checks it.
+
+    Raises:
+        InputError: it is no JSON, of another format, or a field is missing or of the wrong type.
+    """
+    record = read_json(path, f"{path} is no record")
+    check_record(record, path)
+    return record
+
+
+def read_records(*workdirs):
+    """Reads every run and every selection under some folders; damaged records are left out with a warning.
+
+    Raises:
+        InputError: a folder is missing, or holds no run.
+    """
+    records = []
+    for workdir in map(pathlib.Path, workdirs):
+        if not workdir.is_dir():
+            raise InputError(f"There is no folder {workdir}: give the --workdir of a finished train.py.")
+        runs = _readable(workdir.glob("runs/*/run.json"))
+        if not runs:
+            raise InputError(f"There is no finished run under {workdir}: run train.py --workdir={workdir} first.")
+        records += runs + _readable(workdir.glob("selections/*/selection.json"))
+    return records
+
+
+def _readable(paths):
+    found = []
+    for path in sorted(paths):
+        try:
+            found.append(read_record(path))
+        except InputError as error:
+            warnings.warn(str(error), stacklevel=3)
+    return found
+
+
+def runs_of(records):
+    """Of records those of runs."""
+    return [record for record in records if record.get("format") != SELECTION]
+
+
+def selections_of(records):
+    """Of records those of selections."""
+    return [record for record in records if record.get("format") == SELECTION]
+
+
+def check_record(record, path):
+    """Checks the format of a record and the presence and type of the fields that reports need.
+
+    Raises:
+        InputError: names the first field that is wrong.
+    """
+    if not isinstance(record, dict) or record.get("format") not in (FORMAT, FIRST_FORMAT, SELECTION):
+        raise InputError(f"{path} is no record of the format {FORMAT}: remove it and run its run again.")
+    if record["format"] == SELECTION:
+        _check_selection(record, path)
+        return
+    for section, fields in REQUIRED.items():
+        _check_fields(record, section, fields, path)
+    if record["format"] == FORMAT:
+        _check_fields(record, "code", {"version": str, "results": int, "digest": str}, path)
+    settings, results = record["settings"], record.get("results")
+    known = {"frozen": int, "anchors": str}  # not in every record of the first format
+    _check_fields(record, "settings", {name: kind for name, kind in known.items() if name in settings}, path)
+    if "recipe" in settings:
+        _check_fields(settings, "recipe", {}, path)
+        rate = {"learning_rate": float} if "learning_rate" in settings["recipe"] else {}
+        _check_fields(settings, "recipe", rate, path)
+    if "fisher" in record:
+        _check_fields(record, "fisher", {}, path)
+        steps = record["fisher"].get("transforms", [])
+        if not isinstance(steps, list) or not all(isinstance(step, dict) and {"name", "value"} <= set(step) for step in steps):
+            raise InputError(f"{path} has fisher.transforms that are no steps: remove it and run its run again.")
+    if "machine" in record:
+        _check_fields(record, "machine", {}, path)
+    _check_fields(record, "results", {"diverged": str} if diverged(record) else ACCURACY, path)
+    if "source" in results:
+        for measured in ("before", "target_statistics", "source_statistics"):
+            _check_fields(results["source"], measured, ACCURACY, path)
+    r2, right = results.get("r2", {}), results.get("right", "")
+    boxes = list(r2.values()) if isinstance(r2, dict) else [r2]
+    if not all(isinstance(box, dict) and all(box.get(n) is None or _is(box[n], float) for n in BOX) for box in boxes):
+        raise InputError(f"{path} has results.r2 that are no boxes: remove it and run its run again.")
+    if not isinstance(right, str) or not re.fullmatch(r"([0-9a-f]{2})*", right):
+        raise InputError(f"{path} has results.right that are no bytes: remove it and run its run again.")
+
+
+def diverged(record):
+    """Whether a run diverged, so that it has no accuracy."""
+    return isinstance(record.get("results"), dict) and "diverged" in record["results"]
+
+
+def model_file(folder):
+    """The path of the model in the folder of a run.
+
+    Raises:
+        InputError: there is none; the sentence says why, or names a run that lies below.
+    """
+    path = pathlib.Path(folder) / "model.keras"
+    if path.is_file():
+        return path
+    if (path.parent / "run.json").is_file():
+        record = read_record(path.parent / "run.json")
+        if diverged(record):
+            reason = str(record["results"]["diverged"]).rstrip(".")
+            raise InputError(f"The run in {folder} diverged and left no model ({reason}): give the folder of another run.")
+        raise InputError(f"The run in {folder} kept no model.keras: run it with --save_models, in another --workdir.")
+    runs = sorted(path.parent.glob("runs/*/model.keras"))
+    hint = f"one of the runs under it, such as {runs[0].parent}" if runs else "the folder of a run with its model"
+    raise InputError(f"There is no model.keras in {folder}: give {hint}.")
+
+
+def _check_selection(record, path):
+    """Raises InputError unless a selection has its question, its candidates and its choice."""
+    candidate = {"alpha": float, "beta": float, "learning_rate": float}
+    _check_fields(record, "question", {"source": str, "target": str, "penalty": str}, path)
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise InputError(f"{path} has no candidates: remove it and run the cross-validation again.")
+    for number, found in enumerate(candidates):
+        _check_fields({f"candidates[{number}]": found}, f"candidates[{number}]", candidate, path)
+        scores = found.get("accuracies")
+        if not isinstance(scores, list) or not all(score is None or _is(score, float) for score in scores):
+            raise InputError(f"{path} has candidates[{number}].accuracies that are no numbers: remove it and run it again.")
+    if record.get("chosen") is not None:
+        _check_fields(record, "chosen", candidate, path)
+
+
+def _check_fields(parent, section, fields, path):
+    """Raises InputError unless `parent` has a dict of that name whose fields are of these kinds."""
+    found = parent.get(section) if isinstance(parent, dict) else None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} has no section {section!r}: remove it and run its run again.")
+    for field, kind in fields.items():
+        if not _is(found.get(field), kind):
+            value = repr(found.get(field))[:100]
+            raise InputError(f"{path} has {section}.{field} = {value}, not a {kind.__name__}: remove it and run its run again.")
+
+
+def _is(value, kind):
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool)

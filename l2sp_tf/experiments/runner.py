@@ -1,0 +1,318 @@
+"""From plans to records: every setting is run once, and each run leaves a run.json."""
+
+import collections
+import dataclasses
+import functools
+
+import keras
+import numpy as np
+
+from l2sp_tf.data.datasets import drawing_seed
+from l2sp_tf.data.pipeline import test_batches
+from l2sp_tf.evaluation.accuracy import evaluate, retention
+from l2sp_tf.evaluation.activations import activation_r2, box
+from l2sp_tf.experiments import configuration, records
+from l2sp_tf.experiments.checks import check_plans
+from l2sp_tf.experiments.engines import run_jobs
+from l2sp_tf.experiments.forecast import FirstSteps, Forecast, Recorded, Work, recorded_in
+from l2sp_tf.experiments.plans import Setting
+from l2sp_tf.experiments.runs import folder_of, run_record, settings_of
+from l2sp_tf.experiments.selection import MOST_EXTENSIONS, Search, accuracy_of, fold_tasks, write_selection
+from l2sp_tf.experiments.starts import exactness, outline, prepare_start, short_name
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.writing import link_or_copy, write_text
+from l2sp_tf.penalties.formulas import PENALTIES
+from l2sp_tf.training import devices
+from l2sp_tf.training.checkpoints import Checkpoints
+
+
+def run_plan(plan, **options):
+    """Runs what of one plan is not yet recorded; as `run_plans`."""
+    return run_plans([plan], **options)
+
+
+def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=False, say=print, verbose=0):
+    """Runs what of some plans is not yet recorded, and returns all records of runs on all training images.
+
+    First come the folds of cross-validation, then the runs under what it chose. Each leaves a record under the plan's
+    workdir, so that the same call goes on where another was cut off.
+
+    Args:
+        plans: a list of `Plan`.
+        engine, cpus, gpus: where the runs are computed, as in `engines.run_jobs`.
+        estimate: whether the time is measured on made-up images before anything else; otherwise it is told by the first
+            steps of the first training.
+        dry_run: whether to stop after that.
+        say: called with a line of text for each step of the work.
+        verbose: of Keras `fit`.
+
+    Returns:
+        A list of records, in the order of the plans, each once.
+
+    Raises:
+        InputError: bad data, weights or settings; finished runs stay.
+        OSError: a workdir cannot be written.
+    """
+    for plan in plans:
+        say, verbose = _share(plan, engine, say, verbose)
+    check_plans(plans)
+    made = _outlines(plans, say)
+    forecast = _say_plan(plans, made, say)
+    if dry_run or estimate or engine != "local":
+        say(forecast.measured_time())
+    if dry_run:
+        return []
+    tell = lambda seconds: say(forecast.time([seconds] * len(forecast.works)))  # noqa: E731
+    clock = () if estimate or engine != "local" else (FirstSteps(tell),)
+    try:
+        return _run_all(plans, made, clock, verbose, {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say})
+    finally:
+        _NEEDED.clear()
+        _STARTS.clear()
+        _folds.cache_clear()
+
+
+def _outlines(plans, say):
+    """The `Outline` of each start, by its key."""
+    made = {}
+    for plan in plans:
+        key = plan.start_key()
+        if key not in made:
+            made[key] = outline(plan, say=say)
+        plan.check_frozen(made[key].units)
+    return made
+
+
+def _run_all(plans, made, clock, verbose, options):
+    """Decodes, trains what the plans start from, and runs what has no record."""
+    say, units = options["say"], {key: start.units for key, start in made.items()}
+    for start in made.values():
+        start.tasks  # noqa: B018  a bad image is told before anything is trained
+    _NEEDED.update(plan.start_key() for plan in plans)  # until all runs are known
+    questions = {}
+    for i, plan in enumerate(plans):
+        start = _start_of(plan, say, verbose, made=made.pop(plan.start_key(), None), callbacks=clock)
+        if plan.needs_fisher:
+            start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
+        questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.penalties if plan.folds}
+    if options["engine"] != "local":
+        _STARTS.clear()  # each worker prepares its own
+    work = functools.partial(_run_job, say, verbose)
+
+    def run(jobs):
+        if options["engine"] == "local":
+            _NEEDED.update(job[0].start_key() for job in jobs)
+        return run_jobs(work, jobs, **options)
+
+    choices = _cross_validate(plans, questions, run, say)
+    pairs = zip(plans, choices, strict=True)
+    jobs = _jobs((plan, setting) for plan, chosen in pairs for setting in plan.runs(units[plan.start_key()], chosen))
+    _NEEDED.subtract(plan.start_key() for plan in plans)
+    found = run(jobs)
+    selected = {path: None for plan in plans for path in sorted(plan.workdir.glob("selections/*/selection.json"))}
+    return found + [records.read_record(path) for path in selected]
+
+
+def _share(plan, engine, say, verbose):
+    """Makes the strategy of a plan and tells what it cannot share; returns what this worker says and shows."""
+    strategy = devices.make_strategy(plan.distribute)
+    if engine != "local" and plan.distribute == "multiworker":
+        raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
+    for recipe in (plan.recipe, plan.source_recipe):
+        devices.check_batch_size(strategy, recipe.batch_size)
+        devices.check_optimizer(strategy, recipe.optimizer(), plan.jit_compile is True)
+    devices.check_shared(strategy, plan.workdir)
+    return (say, verbose) if devices.is_chief(strategy) else (lambda text: None, 0)
+
+
+def _jobs(pairs):
+    """Numbered jobs (plan, setting, title), those that would leave the same record only once."""
+    unique = list({(plan.start_key(), setting): (plan, setting) for plan, setting in pairs}.values())
+    return [(*pair, f"[{number}/{len(unique)}] {pair[1]}") for number, pair in enumerate(unique, start=1)]
+
+
+def _run_job(say, verbose, job):
+    plan, setting, title = job
+    record = _run(_start_of(plan, say, verbose), plan, setting, lambda text: say(f"{title}: {text}"), verbose)
+    _NEEDED.subtract([plan.start_key()])
+    if _NEEDED[plan.start_key()] == 0:
+        _STARTS.pop(plan.start_key(), None)
+    return record
+
+
+_STARTS = {}
+_NEEDED = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
+
+
+def _start_of(plan, say, verbose, **options):
+    """What a plan starts from, held until the last job that needs it; where none is known to come, until another is asked for."""
+    key = plan.start_key()
+    if key not in _STARTS:
+        for other in [other for other in _STARTS if _NEEDED[other] <= 0]:
+            del _STARTS[other]
+        _STARTS[key] = prepare_start(plan, say=say, verbose=verbose, **options)
+    return _STARTS[key]
+
+
+def _run(start, plan, setting, say, verbose):
+    """One fine-tuning with its evaluation, or its record if it has one."""
+    fisher = start.fisher if setting.needs_fisher else None
+    recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    is_fold = setting.fold is not None
+    task = _folds(start.target, plan.folds)[setting.fold] if is_fold else start.target
+    settings = _settings(plan, start, setting, task, recipe, fisher)
+    path = folder_of(plan.workdir, setting, settings) / "run.json"
+    strategy = devices.make_strategy(plan.distribute)
+    if devices.chief_says(strategy, path.exists):
+        record = records.read_record(path)
+        say(f"already finished, {_outcome(record, is_fold)}")
+        return record
+    checkpoints = Checkpoints(path.parent / "checkpoints")
+    say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
+    options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
+    options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "save": plan.save_models and not is_fold}
+    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": start.callbacks}
+    options |= {} if is_fold else {"measure": lambda run: _measure(run, start, recipe)}
+    if devices.is_chief(strategy):
+        link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
+        write_text(path.parent / "config.toml", configuration.text_of(plan, setting))
+    record = run_record(start.pretrained, task, setting, recipe, settings, **options)
+    record["anchors"] |= start.anchors_origin
+    if fisher is not None:
+        record["fisher"] = _without_weights(fisher.provenance)
+    if devices.is_chief(strategy):
+        records.write_record(path, record)
+        checkpoints.remove()
+    devices.wait_for_chief(strategy)
+    say(f"{_outcome(record, is_fold)} ({record['seconds']:.1f} s)")
+    keras.utils.clear_session(free_memory=True)
+    return records.read_record(path)
+
+
+_folds = functools.lru_cache(maxsize=1)(fold_tasks)  # their means are sums over all pixels
+
+
+def _outcome(record, is_fold):
+    """What came of a run, in words."""
+    if records.diverged(record):
+        return f"diverged: {record['results']['diverged']}"
+    text = f"accuracy {record['results']['accuracy']:.1%}" + (" on the fold" if is_fold else "")
+    source = record["results"].get("source")
+    return text + (f", source {source['target_statistics']['accuracy']:.1%}" if source else "")
+
+
+def _without_weights(provenance):
+    """The provenance of a Fisher diagonal without the hash of each weight, which its `model` sums up."""
+    return {name: value for name, value in provenance.items() if name != "weights"}
+
+
+def _measure(run, start, recipe):
+    """What a run on all training images is measured by: target accuracy, source accuracy, and R² of activations."""
+    results = evaluate(run.model, start.target, crops=recipe.crops, answers=True)
+    results["right"] = np.packbits(results["right"]).tobytes().hex()
+    if start.source is not None:
+        results["source"] = retention(run.model, start.pretrained, start.source, before=start.before, crops=recipe.crops)
+    if start.units:
+        target = start.target
+        batches = test_batches(target.train, target.preprocessing, target.mean, batch_size=recipe.batch_size)
+        results["r2"] = {name: box(values) for name, values in activation_r2(run.model, start.pretrained, batches).items()}
+    return results
+
+
+def _cross_validate(plans, questions, run, say):
+    """For each plan with folds the chosen setting of each penalty, by symbol, and a record of each selection; else None.
+
+    The penalties whose every setting diverged are left out. All searches go on side by side, so that `run` gets many jobs.
+    """
+    searches = {(i, symbol): Search(plan.axes(symbol)) for i, plan in enumerate(plans) if plan.folds for symbol in plan.penalties}
+    while pending := {place: values for place, search in searches.items() if (values := search.pending())}:
+        settings = {place: [Setting(place[1], *values) for values in found] for place, found in pending.items()}
+        jobs = _jobs(
+            (plans[i], dataclasses.replace(setting, seed=fold, fold=fold))
+            for (i, _), found in settings.items()
+            for setting in found
+            for fold in range(plans[i].folds)
+        )
+        scores = {(job[0].start_key(), job[1]): accuracy_of(made) for job, made in zip(jobs, run(jobs), strict=True)}
+        for (i, symbol), found in settings.items():
+            plan = plans[i]
+            key = lambda s, fold, plan=plan: (plan.start_key(), dataclasses.replace(s, seed=fold, fold=fold))  # noqa: E731
+            told = {(s.alpha, s.beta, s.learning_rate): [scores[key(s, fold)] for fold in range(plan.folds)] for s in found}
+            searches[i, symbol].tell(told)
+    choices = [{} if plan.folds else None for plan in plans]
+    for (i, symbol), search in searches.items():
+        choices[i] |= _choice(plans[i], questions[i, symbol], symbol, search, say)
+    return choices
+
+
+def _question(plan, start, symbol):
+    """What a selection of a penalty's setting answers."""
+    setting = plan.grid(symbol)[0]
+    fisher = start.fisher if setting.needs_fisher else None
+    return records.question(_settings(plan, start, setting, start.target, plan.recipe, fisher))
+
+
+def _choice(plan, question, symbol, search, say):
+    """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
+    selection = search.selection(PENALTIES[symbol], plan.recipe)
+    if devices.is_chief(devices.make_strategy(plan.distribute)):
+        write_selection(plan.workdir, selection.record(question, plan.folds))
+    if selection.best is None:
+        say(f"{plan.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")
+        return {}
+    best = Setting(symbol, selection.best.alpha, selection.best.beta, selection.best.learning_rate)
+    edge = f", at the edge of what was tried ({', '.join(selection.edges)})" if selection.edges else ""
+    say(f"{plan.target}: cross-validation chose {best.penalty}, beta {best.beta:g}, rate {best.learning_rate:g}{edge}")
+    return {symbol: best}
+
+
+def _say_plan(plans, made, say):
+    """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
+    counted, left = set(), {key: [] for key in made}
+    found = {workdir: recorded_in(workdir) for workdir in {plan.workdir for plan in plans}}
+    for plan in plans:
+        key = plan.start_key()
+        recorded = Recorded(plan, made[key], found[plan.workdir], _settings)
+        for setting in (*plan.trials(), *plan.runs(made[key].units, _guess(plan))):
+            if (key, setting) not in counted and not recorded.has(setting):
+                left[key].append(setting)
+            counted.add((key, setting))
+    trials = sum(setting.fold is not None for _, setting in counted)
+    count = sum(map(len, left.values()))
+    grows = any(
+        len(values) > 1 for plan in plans if plan.folds for symbol in plan.penalties for values in plan.axes(symbol).values()
+    )
+    more = f" and up to {MOST_EXTENSIONS} values beyond the end of a grid at which its best lies" if grows else ""
+    say(f"plan: {trials} runs on folds{more}, then {len(counted) - trials} runs; {count} are left")
+    first = {start.trained_path: key for key, start in reversed(made.items()) if start.trains_source}
+    forecast = Forecast([Work(start, tuple(left[key]), key in first.values()) for key, start in made.items()])
+    say(forecast.disk())
+    return forecast
+
+
+def _guess(plan):
+    """Any setting of each penalty in place of what cross-validation will choose: the number of runs is the same."""
+    return {symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None
+
+
+def _settings(plan, start, setting, task, recipe, fisher):
+    """What a run's result depends on; the key of the run is made of it."""
+    source = start.source
+    settings = {
+        "source": short_name(source.name if source is not None else plan.weights),
+        "target": short_name(start.target.name),
+        "source_digest": source.digest if source is not None else None,
+        "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
+        "per_class": plan.per_class,
+        "subset_seed": drawing_seed(plan.target, plan.per_class, plan.subset_seed, plan.protocol),
+        "protocol": plan.protocol,
+        "weights": start.origin,
+        "backbone": start.backbone,
+        "source_mean": source.mean.tolist() if source is not None else None,
+        **exactness(plan),
+    }
+    if start.mean_of is not None:
+        settings["source_mean_of"] = start.mean_of
+    if setting.fold is not None:
+        settings["fold"] = [setting.fold, plan.folds]
+    return settings_of(setting, task, recipe, start.anchors, fisher, **settings)

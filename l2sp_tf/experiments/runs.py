@@ -1,0 +1,91 @@
+"""One run and its record: what its result depends on, and what came of it, a divergence too."""
+
+import hashlib
+import math
+
+from l2sp_tf.evaluation.accuracy import evaluate
+from l2sp_tf.experiments import records
+from l2sp_tf.files.provenance import RESULTS_VERSION, provenance
+from l2sp_tf.optimizers.proximal import frozen_share
+from l2sp_tf.penalties.anchors import digest_of_arrays
+from l2sp_tf.training.trainer import finetune
+
+
+def settings_of(setting, task, recipe, anchors, fisher=None, **more):
+    """What the result of a run depends on; the key of its `records.identity_of_run` names the run.
+
+    Args:
+        setting: a `plans.Setting`.
+        task: the target `Task`, of a fold too.
+        recipe: whose beta and learning rate the setting's take the place of.
+        anchors: an `Anchors`.
+        fisher: a `Fisher` or a mapping, for the Fisher penalties.
+        more: settings of the plan, such as "source", "weights" and "backbone".
+    """
+    recipe = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    if setting.frozen:
+        recipe = recipe.replace(moving_statistics="source")  # `finetune` makes none fresh then
+    settings = {
+        **more,
+        "target_digest": task.digest,
+        "anchors": digest_of_arrays(anchors),
+        "pixels": records.plain(task.pixels),
+        "penalty": setting.symbol,
+        "alpha": float(setting.alpha),
+        "beta": float(setting.beta),
+        "seed": setting.seed,
+        "frozen": setting.frozen,
+        "recipe": records.plain(recipe.record(setting.symbol)),
+        "code": RESULTS_VERSION,
+    }
+    return settings if fisher is None else {**settings, "fisher": digest_of_arrays(fisher)}
+
+
+def folder_of(workdir, setting, settings):
+    """The folder of a run, under folds/ or runs/ of a workdir."""
+    kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
+    return workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(records.identity_of_run(settings))}"
+
+
+def run_record(pretrained, task, setting, recipe, settings, measure=None, **options):
+    """Fine-tunes, measures, and returns the record. A run that diverges has "results" that say so and nothing else.
+
+    Args:
+        pretrained, task, recipe: as in `finetune`.
+        setting: a `plans.Setting`.
+        settings: of `settings_of`.
+        measure: called with the `Run`; returns its results. By default the accuracy on the test images of the task.
+        options: more of `finetune`'s; anchors among them.
+    """
+    record = {"settings": settings, **provenance(), "anchors": {"digest": digest_of_arrays(options["anchors"])}}
+
+    def diverged(reason, coverage="", seconds=0.0):
+        return {**record, "coverage": {"digest": coverage}, "results": {"diverged": reason}, "seconds": seconds}
+
+    try:
+        run = finetune(pretrained, task, setting.penalty, recipe, **options)
+    except FloatingPointError as error:
+        return diverged(str(error))
+    last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
+    endless = next((name for name, value in last.items() if not math.isfinite(value)), None)
+    if endless is not None:  # the last step, whose loss nobody computed
+        reason = f"The {endless} is {last[endless]} after step {run.history[-1]['step']}."
+        return diverged(reason, run.coverage.digest, run.seconds)
+    results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
+    if results.get("nan") == results["total"]:
+        return diverged(f"The outputs are NaN on all {results['total']} test images.", run.coverage.digest, run.seconds)
+    if "frozen" in run.history[-1]:
+        last["frozen"] = frozen_share(run.model)
+    if run.stopped_at is not None:
+        last["stopped_at"] = run.stopped_at
+    counts = {name: list(counts) for name, counts in run.coverage.counts.items()}
+    record["coverage"] = {"digest": run.coverage.digest, "counts": counts}
+    record["anchors"]["file"] = "anchors.safetensors"
+    results = {**results, **last, "test_digest": test_digest(task)}
+    return {**record, "results": results, "seconds": run.seconds, "classes": list(run.interface.classes)}
+
+
+def test_digest(task):
+    """Sixteen hexadecimal digits: equal for the same test images in the same order."""
+    sha = hashlib.sha256(repr((task.digest, task.test.skipped, len(task.test))).encode() + task.test.labels.tobytes())
+    return sha.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What lies on disk: untrusted files are read, files are written whole, and arrays are verified."""

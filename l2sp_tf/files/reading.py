@@ -1,0 +1,226 @@
+"""Reading files that anyone may have made: nothing runs, nothing is taken for granted, and memory follows what is there."""
+
+import contextlib
+import errno
+import json
+import math
+import re
+import stat
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+
+from l2sp_tf.files.errors import InputError
+
+MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
+MAX_IMAGE_BYTES = 2**28  # of an image file
+SPARE_BYTES = 2**28  # that a file may unpack to, or a model take, whatever the size of the file
+MAX_JSON_BYTES = 2**26
+MAX_JSON_DEPTH = 100
+BFLOAT16 = np.dtype("V2")  # as Keras writes it to HDF5
+MAX_DIGITS = 100  # of a whole number in JSON: more would overflow a float
+
+
+@contextlib.contextmanager
+def refusing(what, advice="use another copy"):
+    """Turns whatever the block raises for content that it cannot take into one InputError; errors of the disk pass.
+
+    Args:
+        what: how the sentence begins, such as "a.keras is damaged or no model".
+        advice: how it ends.
+
+    Raises:
+        InputError: the block raised anything else than an OSError of the system.
+    """
+    try:
+        yield
+    except Exception as error:  # readers of damaged files raise exceptions of any kind
+        of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # a seek to a negative place
+        if isinstance(error, InputError) or of_the_system:
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{what} ({reason}): {advice}.") from error
+
+
+def unpacked_limit(size):
+    """How many bytes a file of `size` bytes may unpack to: a hundred times its size, and 256 MiB."""
+    return 100 * size + SPARE_BYTES
+
+
+def parse_json(text, what, *, finite=True):
+    """Reads JSON strictly.
+
+    Args:
+        text: str, or bytes in UTF-8.
+        what: how the sentence of an error begins, such as "a.json is no record".
+        finite: whether NaN and infinities are refused.
+
+    Returns:
+        The value, at most 100 levels deep.
+
+    Raises:
+        InputError: it is something else; holds a name twice in one object, a whole number of more than
+            100 digits or one that is not finite; is nested deeper; or takes more than 64 MiB.
+    """
+
+    def constant(name):
+        if finite:
+            raise ValueError(f"{name} is no number")
+        return float(name)
+
+    def real(digits):
+        return constant("Infinity") if math.isinf(float(digits)) else float(digits)
+
+    with refusing(what):
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"it has {len(text):,} bytes, more than the {MAX_JSON_BYTES:,} allowed")
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        hooks = {"object_pairs_hook": _without_repeats, "parse_int": _whole, "parse_float": real, "parse_constant": constant}
+        value = json.loads(text, **hooks)
+        _check_depth(value)
+        return value
+
+
+def _without_repeats(pairs):
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return found
+
+
+def _whole(digits):
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+def _check_depth(value):
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        nested = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, (dict, list)))
+        level = [inner for values in nested for inner in values]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+
+
+def read_json(path, what):
+    """Reads a JSON file as `parse_json` does.
+
+    Raises:
+        InputError: as in `parse_json`.
+        OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1), what)
+
+
+@contextlib.contextmanager
+def open_zip(path):
+    """Opens a zip for reading, after checking its list of members.
+
+    Args:
+        path: the file, a `pathlib.Path`.
+
+    Yields:
+        A `zipfile.ZipFile`.
+
+    Raises:
+        InputError: the zip is damaged; a member could be written outside of a folder, is a link or a device, is
+            encrypted or packed by a rare method, or stands twice; or all would unpack to more than `unpacked_limit`.
+    """
+    with refusing(f"{path} is damaged or not a zip file", "copy it again"):
+        archive = zipfile.ZipFile(path)
+    with archive:
+        check_members(archive.infolist(), path)
+        yield archive
+
+
+def check_members(members, path):
+    """Raises the InputErrors of `open_zip` for a list of `zipfile.ZipInfo`."""
+    names = set()
+    for member in members:
+        name, parts = member.filename, re.split(r"[/\\]", member.filename)
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was made on a system without modes
+        if ".." in parts or parts[0] == "" or ":" in parts[0]:
+            raise InputError(f"{path} holds {name[:300]!r}, which leads out of the folder it is unpacked to")
+        if "\\" in name or name in names or any(len(part.encode()) > 200 for part in parts):
+            raise InputError(f"{path} holds {name[:300]!r}, which is there twice, has a backslash or is too long: pack it again")
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(f"{path} holds {name!r}, which is a link or a device: only files are unpacked")
+        if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise InputError(f"{path} cannot be unpacked: pack it again without encryption, by the method deflate")
+        names.add(name)
+    size, limit = sum(member.file_size for member in members), unpacked_limit(path.stat().st_size)
+    if size > limit:
+        raise InputError(f"{path} would unpack to {size:,} bytes, more than the {limit:,} allowed for its size")
+
+
+def h5_shapes(file, size):
+    """The shapes of all arrays in an HDF5 file, by name; no array is read.
+
+    Args:
+        file: an open `h5py.File`.
+        size: its bytes.
+
+    Raises:
+        ValueError: it has a link, an array that lies in another file or holds no numbers, or
+            arrays that would unpack to more than `unpacked_limit`.
+    """
+    shapes, claimed = {}, 0
+
+    def wrong_with(name, item):  # what a visitor returns ends the visit; h5py loses what it raises
+        nonlocal claimed
+        if not isinstance(item, h5py.Dataset):
+            return None
+        no_numbers = item.shape is None or not (item.dtype.kind in "fiub" or item.dtype == BFLOAT16)
+        if item.is_virtual or item.external or no_numbers:
+            return f"{name!r} lies in another file or holds no numbers"
+        claimed += item.dtype.itemsize * max(math.prod(item.shape), math.prod(item.chunks or ()))
+        claimed += sum(item.attrs.get_id(key).get_storage_size() for key in item.attrs)
+        if claimed > unpacked_limit(size):
+            return f"its arrays would unpack to more than the {unpacked_limit(size):,} bytes allowed for its size"
+        shapes[name] = item.shape
+        return None
+
+    wrong = file.visititems_links(lambda name, link: None if isinstance(link, h5py.HardLink) else f"{name!r} is a link")
+    wrong = wrong or file.visititems(wrong_with)
+    if wrong:
+        raise ValueError(wrong)
+    return shapes
+
+
+@contextlib.contextmanager
+def variables_within(limit, what):
+    """Refuses the models built inside the block whose variables take more than `limit` bytes, before they take them.
+
+    Args:
+        limit: in bytes; infinite for none.
+        what: how the sentence of the error begins.
+
+    Raises:
+        InputError: there are more.
+    """
+    if limit == math.inf or keras.backend.backend() != "tensorflow":
+        yield
+        return
+    import tensorflow as tf  # here alone, so that all else works on Keras' other backends
+
+    taken, last = 0, None
+
+    def creator(make, **options):
+        nonlocal taken, last
+        value = options["initial_value"]
+        if value is not last:  # TensorFlow asks twice for one variable
+            last = value
+            with tf.Graph().as_default():  # the shape without the numbers
+                tensor = tf.convert_to_tensor(value() if callable(value) else value, options["dtype"])
+            taken += tensor.shape.num_elements() * tensor.dtype.size
+        if taken > limit:
+            raise InputError(f"{what} more numbers than a file of its size can hold: use another copy.")
+        return make(**options)
+
+    with tf.variable_creator_scope(creator):
+        yield

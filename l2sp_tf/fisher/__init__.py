@@ -1,0 +1,1 @@
+"""F_jj, the diagonal of the Fisher information (section 3)."""

@@ -1,0 +1,92 @@
+"""Batch norm: its moving statistics, and its training by one operation of TensorFlow, where Keras 3 composes it of ten."""
+
+import types
+
+import keras
+from keras.layers import BatchNormalization
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties.weights import forget_traced_steps
+
+
+def fuse_batch_norm(model):
+    """Lets the batch norm of a model train by TensorFlow's fused operation, in place; it computes the same, up to rounding.
+
+        y = gamma (x - mean) / sqrt(variance + epsilon) + beta, with the mean and the variance of the batch.
+
+    Keras 3 composes this of operations that read and write the whole tensor of images each; fused, it is two passes forward
+    and two backward. The layers stay Keras' own: files and clones of the model do not know of it, so it is to be called
+    again on a model that was loaded or cloned. Where the fused operation cannot serve (inference, frozen layers, other axes
+    than the last of four, float64, masks, renormalisation, statistics synchronized over replicas), and in subclasses with a
+    `call` of their own, Keras' is kept.
+
+    Args:
+        model: a Keras model.
+
+    Returns:
+        The number of layers that are fused now: 0 on Keras' other backends.
+
+    Raises:
+        InputError: `model` is no Keras model.
+    """
+    if not isinstance(model, keras.Model):
+        raise InputError(f"The model is a {type(model).__name__}: give a Keras model.")
+    if keras.backend.backend() != "tensorflow":
+        return 0
+    known = [layer for layer in model._flatten_layers() if getattr(type(layer), "call", None) is BatchNormalization.call]
+    for layer in known:
+        object.__setattr__(layer, "call", types.MethodType(_call, layer))  # behind the back of Keras' tracking
+    if known:
+        forget_traced_steps(model)
+    return len(known)
+
+
+def set_moving_statistics(model, *, fresh=False, decay=None):
+    """Sets what batch norm knows of its inputs beside the batch, in place, as a recipe asks for it.
+
+        moving = decay moving + (1 - decay) statistics of the batch
+
+    Args:
+        model: a Keras model.
+        fresh: whether the moving means become 0 and the moving variances 1, as in a new layer.
+        decay: of the moving statistics; None for each layer's own momentum.
+    """
+    for layer in model._flatten_layers():
+        if not isinstance(layer, BatchNormalization):
+            continue
+        if fresh:
+            layer.moving_mean.assign(keras.ops.zeros_like(layer.moving_mean))
+            layer.moving_variance.assign(keras.ops.ones_like(layer.moving_variance))
+        if decay is not None:
+            layer.momentum = float(decay)
+
+
+def _call(self, inputs, training=None, mask=None):
+    """`BatchNormalization.call`, fused where it can be."""
+    if not (training and self.trainable and mask is None and _can_be_fused(self, inputs)):
+        return BatchNormalization.call(self, inputs, training=training, mask=mask)
+    import tensorflow as tf
+
+    x = tf.cast(inputs, tf.float32)
+    ones = tf.ones(x.shape[-1])
+    y, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
+        x=x,
+        scale=tf.cast(self.gamma, tf.float32) if self.scale else ones,
+        offset=tf.cast(self.beta, tf.float32) if self.center else tf.zeros_like(ones),
+        mean=[],
+        variance=[],
+        epsilon=self.epsilon,
+        is_training=True,
+    )
+    count = tf.cast(tf.size(x) // x.shape[-1], tf.float32)
+    variance *= (count - 1) / count  # the operation divides by count - 1, Keras by count
+    for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
+        before = tf.cast(moving, tf.float32)
+        moving.assign(before * self.momentum + value * (1 - self.momentum))
+    return tf.cast(y, self.compute_dtype)
+
+
+def _can_be_fused(layer, inputs):
+    is_image = len(inputs.shape) == 4 and layer.axis in (-1, 3)
+    is_float32 = keras.backend.result_type(inputs.dtype, "float32") == "float32"
+    return is_image and is_float32 and not layer.synchronized and not layer.renorm

@@ -1,0 +1,205 @@
+"""Weights of TF-slim and PyTorch ResNets become a weights file of this project: `python -m l2sp_tf.models.convert --help`."""
+
+import argparse
+import glob
+import math
+import pathlib
+import re
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import SPARE_BYTES, refusing, variables_within
+from l2sp_tf.files.writing import sha256_of_file
+from l2sp_tf.models.pixels import PIXELS, named_pixels, three_numbers
+from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet
+from l2sp_tf.models.torch_files import read_state_dict
+from l2sp_tf.penalties.anchors import Anchors
+from l2sp_tf.penalties.weights import keyed_weights
+
+SLIM_WEIGHTS = {"kernel": "weights", "bias": "biases"}  # the names of batch norm are those of Keras
+TORCH_WEIGHTS = {
+    "kernel": "weight",
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_variance": "running_var",
+}
+
+
+def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
+    """Reads a checkpoint of TF-slim's resnet_v1, such as `resnet_v1_101.ckpt`.
+
+    Args:
+        path: the checkpoint, of one file (V1), or the common beginning of its files (V2).
+        backbone: one of `resnets.SLIM`.
+        classes: how many the head must have; None for as many as it has.
+        pixels: a `PixelFormat` or its name; None for RGB with the mean in the checkpoint, if
+            there is one.
+
+    Returns:
+        Anchors with pixel format and provenance, which `models.load_weights` reads once saved.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or its weights are not those of the backbone;
+            both sides are listed.
+    """
+    _check_backbone(backbone, SLIM)
+    pixels = None if pixels is None else named_pixels(pixels)
+    path = pathlib.Path(path)
+    parts = [file for pattern in ("index", "data-*") for file in sorted(path.parent.glob(f"{glob.escape(path.name)}.{pattern}"))]
+    files = [path] if path.is_file() else parts
+    if not files:
+        raise InputError(
+            f"There is no checkpoint {path}: give the path of a .ckpt file, or what its .index and .data files share."
+        )
+    arrays = _read_checkpoint(path, files)
+    scope = next((name.split("/")[0] for name in arrays if "/" in name), "")
+    mean = arrays.pop(f"{scope}/mean_rgb", None)
+    pixels = pixels or PIXELS["rgb"].with_mean(mean)
+    head = f"{scope}/logits/weights"  # a convolution of 1x1
+    if head in arrays and arrays[head].shape[:2] == (1, 1):
+        arrays[head] = arrays[head][0, 0]
+    found = _match(arrays, backbone, lambda *place: _slim_name(scope, *place), f"{scope}/logits/biases", classes, path)
+    return Anchors(found, pixels, _provenance("tf_slim", backbone, files))
+
+
+def convert_torch(path, backbone, *, classes=None, pixels=None):
+    """Reads a state dict of a torchvision ResNet, such as `resnet50_places365.pth.tar`, as `read_state_dict` does.
+
+    Args:
+        path: the file.
+        backbone: one of `resnets.TORCH`.
+        classes: how many the head must have; None for as many as it has.
+        pixels: a `PixelFormat` or its name; None for torchvision's.
+
+    Returns:
+        Anchors with pixel format and provenance, which `models.load_weights` reads once saved.
+
+    Raises:
+        InputError: as in `read_state_dict`, or the weights are not those of the backbone; both
+            sides are listed.
+    """
+    _check_backbone(backbone, TORCH)
+    pixels = named_pixels(pixels or "torch")
+    arrays = {name: a for name, a in read_state_dict(path).items() if not name.endswith("num_batches_tracked")}
+    turns = {2: (1, 0), 4: (2, 3, 1, 0)}  # [out, in, ...] becomes [..., in, out]
+    arrays = {name: a.transpose(turns.get(a.ndim, range(a.ndim))) for name, a in arrays.items()}
+    found = _match(arrays, backbone, _torch_name, "fc.bias", classes, path)
+    return Anchors(found, pixels, _provenance("torch", backbone, [pathlib.Path(path)]))
+
+
+def _check_backbone(backbone, known):
+    if backbone not in known:
+        raise InputError(f"The backbone {backbone!r} is none that this file can become: give one of {', '.join(known)}.")
+
+
+def _is_slot(name):
+    """Whether a variable of a checkpoint belongs to the training and not to the model."""
+    return name == "global_step" or name.endswith(("/Momentum", "/ExponentialMovingAverage"))
+
+
+def _slim_name(scope, layer, weight):
+    """The name in TF-slim of a weight of ours."""
+    if layer == "predictions":
+        return f"{scope}/logits/{SLIM_WEIGHTS[weight]}"
+    place, kind = layer.rsplit("_", 1)
+    if block := re.fullmatch(r"conv(\d+)_block(\d+)_(\d)", place):
+        stage, unit, number = map(int, block.groups())
+        place = f"block{stage - 1}/unit_{unit}/bottleneck_v1/{f'conv{number}' if number else 'shortcut'}"
+    return f"{scope}/{place}/{'BatchNorm/' if kind == 'bn' else ''}{SLIM_WEIGHTS.get(weight, weight)}"
+
+
+def _torch_name(layer, weight):
+    """The name in torchvision of a weight of ours."""
+    weight = TORCH_WEIGHTS.get(weight, weight)
+    if layer == "predictions":
+        return f"fc.{weight}"
+    place, kind = layer.rsplit("_", 1)
+    block = re.fullmatch(r"conv(\d+)_block(\d+)_(\d)", place)
+    if not block:
+        return f"{kind}1.{weight}"
+    stage, unit, number = map(int, block.groups())
+    name = f"{kind}{number}" if number else f"downsample.{0 if kind == 'conv' else 1}"
+    return f"layer{stage - 1}.{unit - 1}.{name}.{weight}"
+
+
+def _match(arrays, backbone, name_of, bias, classes, path):
+    """The arrays of a file under our keys, every one of them used once and of the shape that the backbone has."""
+    if bias in arrays and classes is not None and classes != arrays[bias].size:
+        raise InputError(f"{path} has a head of {arrays[bias].size} classes, not {classes}: give --classes={arrays[bias].size}.")
+    found = arrays[bias].size if bias in arrays else classes or 1
+    limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single
+    with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
+        model = imagenet_resnet(backbone, found, image_size=32)
+    names = {key: name_of(*key.split("/")) for key in keyed_weights(model)}
+    shapes = {names[key]: tuple(weight.variable.shape) for key, weight in keyed_weights(model).items()}
+    wrong = [
+        f"{name} {shapes.get(name, 'missing')} / {arrays[name].shape if name in arrays else 'missing'}"
+        for name in dict.fromkeys([*shapes, *arrays])
+        if name not in shapes or name not in arrays or shapes[name] != arrays[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(
+            f"{path} does not hold the weights of {backbone} (expected / found: {'; '.join(wrong[:5])}{more}): "
+            "give the --backbone that it was made with."
+        )
+    return {key: np.asarray(arrays[name], np.float32) for key, name in names.items()}
+
+
+def _read_checkpoint(path, files):
+    """The variables of a TensorFlow checkpoint that belong to the model, as a dict from name to array."""
+    with refusing(f"{path} is damaged or no checkpoint"):  # TensorFlow raises errors of many kinds for it
+        reader = tf.train.load_checkpoint(str(path))
+        shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+        shapes = {name: shape for name, shape in shapes.items() if not _is_slot(name)}
+        claimed = sum(math.prod(shape) * dtypes[name].size for name, shape in shapes.items())
+        if claimed > _bytes_of(files):
+            raise ValueError("it claims more numbers than it has bytes for")
+        if not all(dtypes[name].is_floating for name in shapes):
+            raise ValueError("it holds variables that are no real numbers")
+        return {name: reader.get_tensor(name) for name in shapes}
+
+
+def _bytes_of(files):
+    return sum(file.stat().st_size for file in files)
+
+
+def _provenance(origin, backbone, files):
+    """Where the weights come from: the kind of file, the architecture, and the sha256 of each file."""
+    digests = {file.name: sha256_of_file(file) for file in files}
+    return {"origin": origin, "backbone": backbone, "files": digests}
+
+
+def main(argv=None):
+    """Converts one file as the command line says, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
+    parser = argparse.ArgumentParser(prog="python -m l2sp_tf.models.convert", description=__doc__)
+    parser.add_argument("source", help="TF-slim checkpoint (.ckpt) or PyTorch state dict (.pth, .pth.tar, .safetensors)")
+    parser.add_argument("output", help="the .safetensors file to write")
+    parser.add_argument("--backbone", required=True, help=f"one of {', '.join(SLIM + TORCH)}")
+    parser.add_argument("--classes", type=int, help="how many the head must have; by default as many as it has")
+    parser.add_argument("--pixels", help=f"how the weights see pixels: {', '.join(PIXELS)}; by default as their framework has it")
+    parser.add_argument("--mean", help="R,G,B from 0 to 255: the mean of the images that the weights were trained on")
+    options = parser.parse_args(argv)
+    try:
+        if pathlib.Path(options.output).suffix != ".safetensors":
+            raise InputError(f"The output {options.output} is no .safetensors file: give it that ending.")
+        mean = None if options.mean is None else three_numbers("mean", options.mean.split(","))
+        convert = convert_tf_slim if options.backbone in SLIM else convert_torch
+        anchors = convert(options.source, options.backbone, classes=options.classes, pixels=options.pixels)
+        if mean is not None:
+            anchors.pixels = anchors.pixels.with_mean(mean)
+        anchors.save(options.output)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    classes = anchors["predictions/bias"].size
+    print(f"wrote {options.output}: {options.backbone}, {classes} classes, pixels {anchors.pixels}; {anchors}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

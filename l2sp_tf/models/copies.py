@@ -1,0 +1,454 @@
+"""Copies of models and values put into models, with all the state that layers derive or keep beside their weights."""
+
+import inspect
+import re
+import tempfile
+import warnings
+
+import keras
+import numpy as np
+from keras.src.saving.serialization_lib import SafeModeScope  # a live Lambda is no stranger's file
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties.formulas import Penalty
+from l2sp_tf.penalties.weights import keyed_weights, set_regularizer
+
+TOLERANCE = 1e-5  # of the largest entry
+SETTINGS = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
+LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+
+
+def detached_copy(model):
+    """A copy that computes the same as a functional or Sequential model, shares nothing with it, and has no penalties of ours.
+
+    The copy has the weights, the adapted state, the `trainable` flags and the call arguments of the original; its random
+    layers draw from seeds of their own, and it is not compiled. Both are compared on one made-up example.
+
+    Raises:
+        InputError: a layer cannot be made again from its configuration, its state cannot be carried over, or the outputs
+            differ; the layer is named.
+    """
+    copy = copy_of(model)
+    for weight in keyed_weights(copy).values() if copy.weights else ():
+        set_regularizer(weight, None, only=Penalty)
+    return copy
+
+
+def copy_of(model, *, scope=None, seeds=False):
+    """A copy as `detached_copy` makes it, but with the regularizers that the layers' configurations name.
+
+    Args:
+        model: a functional or Sequential model.
+        scope: a context in which its variables are made; none by default.
+        seeds: whether its random layers draw the original's numbers.
+
+    Raises:
+        InputError: as in `detached_copy`.
+    """
+    if not model.built:
+        raise InputError(f"The model {model.name!r} is not built: call it on an input before it is copied.")
+    made = {}
+    if scope is None:
+        copy = _rebuilt(model, made)
+    else:
+        with scope:
+            copy = _rebuilt(model, made)
+    pairs = _pairs(made)
+    for one, two in pairs:
+        _carry(one, two)
+        if seeds:
+            for a, b in zip(one._seed_generators, two._seed_generators, strict=True):
+                b.state.assign(a.state.numpy())
+    for one, two in pairs:  # a setter would reach into the layers inside
+        two._trainable = one._trainable
+    for one, two in pairs:
+        for a, b in _own_pairs(one, two):
+            b.trainable = a.trainable
+    check_same(model, copy)
+    return copy
+
+
+def assign(model, values):
+    """Gives weights of a model new values, and lets their layers derive from them what they compute with.
+
+    Args:
+        model: a built model.
+        values: a mapping from keys of `keyed_weights(model)` to arrays of the same shapes.
+
+    Raises:
+        InputError: a layer cannot derive its state from the values; it is named.
+    """
+    weights = keyed_weights(model)
+    for key, value in values.items():
+        weights[key].variable.assign(value)
+    finish({id(weights[key].layer): weights[key].layer for key in values}.values())
+
+
+def copy_variables(source, target):
+    """Gives `target` the values of all variables of `source`, seeds too, a model of the same architecture.
+
+    Raises:
+        InputError: a layer cannot derive its state from the values; it is named.
+    """
+    for one, two in zip(_state(source), _state(target), strict=True):
+        two.assign(one.numpy())
+    finish(target._flatten_layers())
+
+
+def carry_tables(source, target):
+    """Gives lookup layers of `target` the vocabularies that those of `source`, a model of the same architecture, have.
+
+    Raises:
+        InputError: the models have different numbers of lookup layers.
+    """
+    ones, twos = ([layer for layer in model._flatten_layers() if isinstance(layer, LOOKUPS)] for model in (source, target))
+    if len(ones) != len(twos):
+        raise InputError(f"The model {target.name!r} has {len(twos)} lookup layers, but that of the values has {len(ones)}.")
+    for one, two in zip(ones, twos, strict=True):
+        _carry_vocabulary(one, two)
+
+
+def finish(layers):
+    """Lets layers whose weights were just assigned derive again what they compute with, such as Normalization its constants.
+
+    Raises:
+        InputError: a layer cannot; it is named.
+    """
+    for layer in layers:
+        if _own(layer):
+            try:
+                _finish(layer)
+            except Exception as error:  # whatever a stranger's layer raises
+                raise InputError(
+                    f"The layer {_title(layer)} cannot derive its state from its weights: {_said_by(error)}."
+                ) from error
+
+
+def _finish(layer):
+    if _is_custom(layer, "load_own_variables") and not _is_merged(layer):
+        store = {}
+        layer.save_own_variables(store)
+        layer.load_own_variables({name: np.asarray(value) for name, value in store.items()})
+    if callable(getattr(layer, "finalize_state", None)):
+        layer.finalize_state()
+
+
+def _rebuilt(operation, made):
+    """A layer, model or operation made again with new weights, once however often it is met."""
+    if id(operation) not in made:
+        if _is_graph(operation):
+            copy = _graph_rebuilt(operation, made)
+        elif isinstance(operation, keras.Sequential):
+            copy = keras.Sequential([_rebuilt(layer, made) for layer in operation._layers], name=operation.name)
+        elif isinstance(operation, keras.layers.InputLayer):
+            copy = _input_rebuilt(operation)
+        else:
+            copy = _layer_rebuilt(operation)
+        made[id(operation)] = operation, copy
+    return made[id(operation)][1]
+
+
+def _is_graph(operation):
+    """Whether this is a functional model that computes what its graph says."""
+    if not isinstance(operation, keras.Model) or not hasattr(operation, "_run_through_graph"):
+        return False
+    return type(operation).call.__module__.startswith("keras.")
+
+
+def _graph_rebuilt(model, made):
+    def call(copy, *args, **kwargs):
+        try:
+            return copy(*args, **kwargs)
+        except Exception as error:  # whatever a stranger's layer raises
+            raise InputError(f"The layer {_title(copy)} cannot be called again in a copy: {_said_by(error)}.") from error
+
+    inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
+    outputs = model._run_through_graph(inputs, operation_fn=lambda operation: _rebuilt(operation, made), call_fn=call)
+    parameters = list(inspect.signature(type(model).__init__).parameters)[1:3]
+    cls = type(model) if parameters == ["inputs", "outputs"] else keras.Model
+    return cls(inputs, outputs, name=model.name)
+
+
+def _input_rebuilt(layer):
+    options = {name: getattr(layer, name) for name in ("batch_shape", "dtype", "sparse", "ragged", "optional", "name")}
+    return keras.layers.InputLayer(**options)
+
+
+def _layer_rebuilt(layer):
+    parts = layer._flatten_layers() if isinstance(layer, keras.Layer) else [layer]
+    try:
+        with keras.saving.custom_object_scope(_objects_of(parts)), SafeModeScope(False), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
+            copy = type(layer).from_config(_config_of(layer))
+    except Exception as error:  # whatever a stranger's layer raises
+        raise InputError(
+            f"The layer {_title(layer)} cannot be made again from its configuration: {_said_by(error)}; give it a get_config "
+            "with all arguments of its constructor."
+        ) from error
+    for one, two in zip(parts, copy._flatten_layers() if isinstance(layer, keras.Layer) else [copy], strict=False):
+        for name, value in _functions_of(one).items():
+            if inspect.isfunction(getattr(two, name, None)):
+                setattr(two, name, value)  # a lambda that was written out and read again has lost its module's names
+    return copy
+
+
+def _config_of(layer):
+    """The configuration of a layer, with its lambdas as they are, which Keras writes out as it cannot read them."""
+    lambdas = {name: value for name, value in _functions_of(layer).items() if value.__name__ == "<lambda>"}
+    config = layer.get_config()
+    if not isinstance(layer, keras.layers.Lambda):  # it reads its own
+        config |= {name: value for name, value in lambdas.items() if name in config}
+    return config
+
+
+def _functions_of(layer):
+    """The functions of others that a layer was given, such as activations, by the attribute; methods are none."""
+    return {
+        name: value
+        for name, value in vars(layer).items()
+        if inspect.isfunction(value) and not hasattr(type(layer), name) and not str(value.__module__).startswith("keras.")
+    }
+
+
+def _objects_of(parts):
+    """The classes and functions that the configuration of a layer may name, by their names."""
+    found = {}
+    for part in parts:
+        found[type(part).__name__] = type(part)
+        found |= {value.__name__: value for value in _functions_of(part).values()}
+        found |= {type(value).__name__: type(value) for value in vars(part).values() if isinstance(value, SETTINGS)}
+    return found
+
+
+def _pairs(made):
+    """Each layer of the original, those inside others too, with that of the copy: outer ones first."""
+    found = {}
+    for one, two in reversed(made.values()):  # a model is made after what it consists of
+        if isinstance(one, keras.Layer):
+            if not two.built and one.built:
+                two.build_from_config(one.get_build_config())
+            ones, twos = one._flatten_layers(), two._flatten_layers()
+            if len(ones) != len(twos):
+                raise InputError(f"The layer {_title(one)} cannot be copied: the copy has other layers inside.")
+            for pair in zip(ones, twos, strict=True):
+                found.setdefault(id(pair[0]), pair)
+    return list(found.values())
+
+
+def _carry(one, two):
+    """Gives a layer the weights of another, without those of the layers inside, and what else it keeps."""
+    for a, b in _own_pairs(one, two):
+        b.assign(a.numpy())
+    try:
+        for a, b in zip(_unlisted(one), _unlisted(two), strict=True):
+            b.assign(a.numpy())
+        if isinstance(one, LOOKUPS):
+            _carry_vocabulary(one, two)
+        else:
+            _carry_kept(one, two)
+    except Exception as error:  # whatever a stranger's layer raises
+        raise InputError(
+            f"The layer {_title(one)} cannot be copied, as its state cannot be carried over: {_said_by(error)}."
+        ) from error
+    finish([two])
+
+
+def _carry_kept(one, two):
+    """Carries over what layers of others' making keep, by the methods that Keras saves and loads them with."""
+    if _is_custom(one, "load_own_variables") and not _is_merged(one):
+        store = {}
+        one.save_own_variables(store)
+        two.load_own_variables({name: np.asarray(value) for name, value in store.items()})
+    if _is_custom(one, "save_assets") and _is_custom(one, "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            one.save_assets(folder)
+            two.load_assets(folder)
+
+
+def _carry_vocabulary(one, two):
+    """Carries over the table of a lookup layer; a file of it would break words at line ends."""
+    vocabulary = one.get_vocabulary()
+    if one.lookup_table.size() == 0:
+        return
+    idf = one.idf_weights_const.numpy()[: len(vocabulary)] if one.output_mode == "tf_idf" else None
+    if vocabulary != two.get_vocabulary() or idf is not None:
+        two._frozen_vocab_size = None  # it belongs to the table that goes
+        two.set_vocabulary(vocabulary, idf_weights=idf)
+
+
+def _own(layer):
+    """The weights of a layer without those of the layers inside it."""
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _own_pairs(one, two):
+    """The weights of a layer with those of its copy: in order, or by name where they were made in another order."""
+    ones, twos = _own(one), _own(two)
+    named = {variable.name: variable for variable in twos}
+    if [v.name for v in ones] != [v.name for v in twos] and {v.name for v in ones} == set(named) and len(named) == len(ones):
+        twos = [named[variable.name] for variable in ones]
+    if [v.shape for v in ones] != [v.shape for v in twos]:
+        raise InputError(
+            f"The layer {_title(one)} cannot be copied: its configuration makes weights of shapes "
+            f"{[tuple(v.shape) for v in twos]}, but it has {[tuple(v.shape) for v in ones]}."
+        )
+    return list(zip(ones, twos, strict=True))
+
+
+def _unlisted(layer):
+    """Variables that a layer holds where Keras does not look for weights, such as the states of a stateful LSTM."""
+    listed = {id(variable) for variable in layer.variables}
+    held = [
+        v for name, v in vars(layer).items() if not name.startswith("_") and isinstance(v, (keras.Variable, list, tuple, dict))
+    ]
+    leaves = {id(leaf): leaf for leaf in keras.tree.flatten(held) if isinstance(leaf, keras.Variable)}
+    return [leaf for key, leaf in leaves.items() if key not in listed]
+
+
+def _state(model):
+    return [*model.variables, *(variable for layer in model._flatten_layers() for variable in _unlisted(layer))]
+
+
+def _is_custom(layer, method):
+    """Whether a layer has a method that is neither Keras' nor missing."""
+    found = getattr(type(layer), method, None)
+    return found is not None and not found.__module__.startswith("keras.")
+
+
+def _is_merged(layer):
+    """Whether what Keras saves of a layer is not its weights: it merges LoRA's and dequantizes."""
+    return getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None
+
+
+def _said_by(error):
+    """The line of an error that says what happened, without what Keras puts around it."""
+    lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in str(error).splitlines()]
+    telling = [line for line in lines if line and not line.startswith(("Exception encountered", "Error when deserializing"))]
+    return (telling or [type(error).__name__])[0].split(". ")[0].rstrip(".")
+
+
+def _title(layer):
+    return f"{layer.name!r} of class {type(layer).__name__}"
+
+
+def check_same(model, copy):
+    """Compares a model with its copy on one made-up example, in inference mode; neither changes.
+
+    Raises:
+        InputError: the outputs differ; the first layer whose output does is named.
+    """
+    for inputs in probes(model):
+        try:
+            expected = infer(model, inputs)
+        except Exception:  # whatever the model raises for an input that nobody meant for it
+            continue
+        try:
+            found = infer(copy, inputs, like=model)
+        except Exception as error:
+            raise InputError(f"The copy of the model {model.name!r} does not compute: {_said_by(error)}.") from error
+        if not _are_close(expected, found):
+            raise InputError(_difference(model, copy, inputs))
+        return
+    warnings.warn(
+        f"The copy of the model {model.name!r} could not be compared with it, because the model takes no made-up input.",
+        stacklevel=4,
+    )
+
+
+def infer(model, inputs, *, like=None):
+    """The outputs of a model in inference mode, as arrays, without any change of its state.
+
+    Args:
+        model: a built model.
+        inputs: arrays or tensors in the structure that it takes.
+        like: a model of the same architecture whose random numbers are to be drawn.
+    """
+    with _stateless(model, like):
+        return [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(inputs, training=False))]
+
+
+def _stateless(model, like):
+    """A scope in which no variable changes, with the seeds of another model."""
+    seeds = zip(_seeds(model), _seeds(like or model), strict=True)
+    return keras.StatelessScope(state_mapping=[(own, other.value) for own, other in seeds])
+
+
+def _seeds(model):
+    return [generator.state for layer in model._flatten_layers() for generator in layer._seed_generators]
+
+
+def probes(model):
+    """Made-up inputs of one example, in the structure that a model takes: with unknown sides, of one size after the other."""
+    specs = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
+    if specs is None:
+        return
+    words = [word for layer in model._flatten_layers() if isinstance(layer, LOOKUPS) for word in layer.get_vocabulary()[-3:]]
+    is_fixed = all(None not in spec.shape[1:] for spec in keras.tree.flatten(specs))
+    for scale in (1,) if is_fixed else (1, 2, 4):
+        rng = np.random.default_rng(0)
+        yield keras.tree.map_structure(lambda spec: _made_up(spec, scale, words, rng), specs)  # noqa: B023 (used at once)
+
+
+def _made_up(spec, scale, words, rng):
+    side = scale * (32 if len(spec.shape) > 3 else 8)
+    shape = (spec.shape[0] or 1, *(length or side for length in spec.shape[1:]))
+    if spec.dtype == "string":
+        words = [str(word) for word in words] or ["a", "b"]
+        return np.resize(np.array([" ".join(words), *words], object), shape)
+    if keras.backend.is_float_dtype(spec.dtype):
+        return keras.ops.convert_to_tensor(rng.normal(size=shape), dtype=spec.dtype)
+    numbers = rng.integers(0, 2, shape)
+    numbers.flat[0] = 1  # a mask hides not all
+    return keras.ops.convert_to_tensor(numbers, dtype=spec.dtype)
+
+
+def _are_close(expected, found):
+    return len(expected) == len(found) and all(_is_close(a, b) for a, b in zip(expected, found, strict=True))
+
+
+def _is_close(a, b):
+    """Whether two arrays differ by rounding only: by 1e-5 of the largest finite entry; NaN equals NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.kind not in "fcV" or not a.size:  # bfloat16 is of kind V
+        return bool(np.array_equal(a, b))
+    a, b = (x if x.dtype.kind == "c" else x.astype("float64") for x in (a, b))
+    if not np.array_equal(np.isnan(a), np.isnan(b)) or not np.array_equal(np.isinf(a), np.isinf(b)):
+        return False
+    is_finite = np.isfinite(a)
+    a, b = a[is_finite], b[is_finite]
+    return not a.size or bool(np.abs(a - b).max() <= TOLERANCE * np.abs(a).max())
+
+
+def _difference(model, copy, inputs):
+    """The sentence that names the first layer whose output is another in the copy."""
+    trails = [], []
+    for one, like, trail in zip((model, copy), (model, model), trails, strict=True):
+        with _stateless(one, like):
+            _trace(one, inputs, trail)
+    for (layer, a), (_, b) in zip(*trails, strict=True):
+        if not _are_close(*([keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(out)] for out in (a, b))):
+            return (
+                f"The layer {_title(layer)} computes something else in a copy of the model {model.name!r}: let its "
+                "save_own_variables and load_own_variables, or its get_config, carry the state that it keeps."
+            )
+    return f"A copy of the model {model.name!r} computes something else than the model: give a functional or Sequential one."
+
+
+def _trace(model, inputs, trail):
+    """Runs through the graph of a model, and of those nested in it, and lists each operation with its output."""
+    graph = getattr(model, "_functional", None) or model
+    if not hasattr(graph, "_run_through_graph"):
+        return model(inputs, training=False)
+
+    def call(operation, *args, **kwargs):
+        if _is_graph(getattr(operation, "_functional", None) or operation):
+            output = _trace(operation, args[0], trail)
+        else:
+            if getattr(operation, "_call_has_training_arg", False):
+                kwargs["training"] = False
+            output = operation(*args, **kwargs)
+        trail.append((operation, output))
+        return output
+
+    return graph._run_through_graph(graph._standardize_inputs(inputs), operation_fn=lambda operation: operation, call_fn=call)

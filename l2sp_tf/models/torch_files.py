@@ -1,0 +1,247 @@
+"""State dicts of PyTorch files, read without PyTorch and without running anything that the file asks for."""
+
+import collections
+import io
+import math
+import pathlib
+import pickle
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import check_members, refusing
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6
+DTYPES = {
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("<i1"),
+    "ByteStorage": np.dtype("<u1"),
+    "BoolStorage": np.dtype("?"),
+}
+
+
+def read_state_dict(path):
+    """Reads the weights in a PyTorch file: those of `torch.save`, new or from before 1.6, or safetensors.
+
+    A state dict may lie under the entry "state_dict" of a training's checkpoint, and its
+    names may begin with the "module." of a model that was trained in parallel. Pickled
+    code is never run: besides containers and numbers, a file may only name what describes
+    tensors.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A dict from name to array.
+
+    Raises:
+        InputError: the file is missing, damaged, holds other things than a state dict, or
+            asks for a function or class that describes no tensor.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give the path of a PyTorch file.")
+    content = path.read_bytes()  # what the file claims of its sizes is checked against these bytes before memory is taken
+    with refusing(f"{path} is damaged or no state dict of PyTorch"):
+        if path.suffix == ".safetensors":
+            return safetensors.numpy.load(content)
+        found = _read_zip(path, content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
+        return _weights(found)
+
+
+def _weights(found):
+    """The state dict in what a file holds, its tensors as arrays, the "module." of parallel training taken off."""
+    state = found.contents
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise ValueError(f"it holds a {type(state).__name__}, not names and tensors")
+    others = [name for name, tensor in state.items() if not isinstance(tensor, _Tensor)]
+    if others or not state:
+        raise ValueError(f"it holds {', '.join(others[:5]) or 'nothing'} besides tensors")
+    parallel = all(name.startswith("module.") for name in state)
+    return {name.removeprefix("module.") if parallel else name: found.array(tensor) for name, tensor in state.items()}
+
+
+class _Storage(collections.namedtuple("_Storage", "key dtype count")):
+    """A run of numbers in the file, as the pickle names it."""
+
+    __slots__ = ()
+
+
+class _Tensor(collections.namedtuple("_Tensor", "storage offset shape strides")):
+    """A tensor as the pickle describes it: a view of a storage, counted in elements."""
+
+    __slots__ = ()
+
+
+class _DescribeTensor:
+    """Stands in for the functions that rebuild a tensor: it only keeps their arguments."""
+
+    __slots__ = ()
+
+    def __call__(self, storage, offset, shape, strides, *_):
+        return _Tensor(storage, offset, shape, strides)
+
+
+class _DescribeParameter:
+    """Stands in for the function that rebuilds a parameter: its tensor."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor, *_):
+        return tensor
+
+
+class _OrderedDict:
+    """Stands in for OrderedDict: keys may be texts and numbers only, as the hash of nested tuples takes for ever."""
+
+    __slots__ = ()
+
+    def __call__(self, pairs=()):
+        return collections.OrderedDict((_key(key), value) for key, value in pairs)
+
+
+def _key(key):
+    if type(key) not in (str, int):
+        raise pickle.UnpicklingError(f"a {type(key).__name__} is a name in it")
+    return key
+
+
+ALLOWED = {
+    ("collections", "OrderedDict"): _OrderedDict(),
+    ("torch._utils", "_rebuild_tensor"): _DescribeTensor(),
+    ("torch._utils", "_rebuild_tensor_v2"): _DescribeTensor(),
+    ("torch._utils", "_rebuild_parameter"): _DescribeParameter(),
+    **{("torch", name): dtype.name for name, dtype in DTYPES.items()},  # a text, which cannot be called
+}
+
+
+# What no state dict needs: BYTEARRAY8 takes memory for any length that a file claims, others hash or make any object.
+REFUSED = (
+    "BYTEARRAY8",
+    "DICT",
+    "EMPTY_SET",
+    "ADDITEMS",
+    "FROZENSET",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+)
+
+
+# The unpickler written in Python: that in C takes memory for any index that a file puts into its memo.
+class _Unpickler(pickle._Unpickler):
+    """Unpickles containers, texts, numbers and the descriptions of tensors; every other name is refused."""
+
+    def __init__(self, file):
+        super().__init__(file, encoding="latin1")  # some old files were written by Python 2
+        self.itemsizes = {}  # of the storages met, by their key
+
+    def find_class(self, module, name):
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no state dict needs")
+        return ALLOWED[module, name]
+
+    def load_setitem(self):
+        _key(self.stack[-2])
+        super().load_setitem()
+
+    def load_setitems(self):
+        for key in self.stack[::2]:
+            _key(key)
+        super().load_setitems()
+
+    def load_refused(self):
+        raise pickle.UnpicklingError("it makes objects that no state dict needs")
+
+    refused = dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused)
+    own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    dispatch = pickle._Unpickler.dispatch | refused | own
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _location, count, *view = pid
+        known = type(kind) is type(dtype) is str and kind == "storage" and dtype in {d.name for d in DTYPES.values()}
+        if not known or any(v is not None for v in view):
+            raise pickle.UnpicklingError("it refers to something else than a storage of numbers")
+        storage = _Storage(str(_key(key)), np.dtype(getattr(ml_dtypes, dtype, dtype)), count)
+        self.itemsizes[storage.key] = storage.dtype.itemsize
+        return storage
+
+
+class _Found:
+    """What a file holds: the unpickled contents, and the bytes of each storage by its key."""
+
+    def __init__(self, contents, storages):
+        self.contents, self._storages = contents, storages
+
+    def array(self, tensor):
+        """The array of a tensor, a view of the file's bytes."""
+        storage, offset, shape, strides = tensor
+        numbers = (storage.count, offset, *shape, *strides)
+        if len(shape) != len(strides) or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
+            raise ValueError("a tensor has sizes that no tensor has")
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        count = math.prod(shape)
+        if count and (last >= storage.count or count > storage.count):
+            raise ValueError("a tensor reaches beyond its storage")
+        raw, dtype = self._storages[storage.key], storage.dtype
+        if len(raw) != storage.count * dtype.itemsize:
+            raise ValueError(f"the storage {storage.key} has {len(raw)} bytes, not {storage.count} times {dtype.itemsize}")
+        flat = np.frombuffer(raw, dtype)[offset:]
+        return np.lib.stride_tricks.as_strided(flat, shape, [dtype.itemsize * s for s in strides], writeable=False)
+
+
+def _read_zip(path, content):
+    """The format since PyTorch 1.6: a zip of data.pkl and one uncompressed file for each storage."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        check_members(archive.infolist(), path)
+        members = {info.filename: info for info in archive.infolist()}
+        sizes = [info.file_size for info in archive.infolist()]
+        if sum(sizes) > len(content) or any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            raise ValueError("its members are compressed or overlap")
+        pickles = [name for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise ValueError("it has no data.pkl")
+        prefix = pickles[0].removesuffix("data.pkl")
+        if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
+            raise ValueError("its numbers are big-endian")
+        contents = _Unpickler(io.BytesIO(archive.read(pickles[0]))).load()
+        folder = f"{prefix}data/"
+        storages = {name.removeprefix(folder): archive.read(name) for name in members if name.startswith(folder)}
+    return _Found(contents, storages)
+
+
+def _read_legacy(content):
+    """The format before PyTorch 1.6: pickles of a magic number, version, system, contents and storage keys, then the storages."""
+    file = io.BytesIO(content)
+    if _Unpickler(file).load() != MAGIC:
+        raise ValueError("it begins with no magic number of PyTorch")
+    _Unpickler(file).load()  # the version
+    if not _Unpickler(file).load()["little_endian"]:
+        raise ValueError("its numbers are big-endian")
+    unpickler = _Unpickler(file)
+    contents, keys = unpickler.load(), _Unpickler(file).load()
+    place, storages = file.tell(), {}
+    for key in [str(_key(key)) for key in keys]:
+        (count,) = struct.unpack_from("<q", content, place)
+        end = place + 8 + count * unpickler.itemsizes[key]
+        if count < 0 or end > len(content):
+            raise ValueError(f"the storage {key} reaches beyond the end of the file")
+        storages[key] = memoryview(content)[place + 8 : end]
+        place = end
+    return _Found(contents, storages)

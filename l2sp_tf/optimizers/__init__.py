@@ -1,0 +1,1 @@
+"""The penalties' own steps, around the step of another Keras optimizer."""

@@ -1,0 +1,206 @@
+"""Optimizers that take the step of the penalties themselves, around the step of another Keras optimizer."""
+
+import contextlib
+import functools
+import warnings
+
+import keras
+from keras import ops
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties import effect
+from l2sp_tf.penalties.formulas import Penalty
+from l2sp_tf.penalties.weights import forget_traced_steps
+
+
+def _of_inner(name):
+    """A property that is the inner optimizer's; Keras' constructor sets it before there is one."""
+
+    def set_on_inner(self, value):
+        if "inner_optimizer" in vars(self):
+            setattr(self.inner_optimizer, name, value)
+
+    return property(lambda self: getattr(self.inner_optimizer, name), set_on_inner)
+
+
+class Stepping(keras.optimizers.Optimizer):
+    """An optimizer that steps the penalties of Eq. (3) apart from the gradient of the loss.
+
+    It wraps another Keras optimizer, whose learning rate, clipping, gradient accumulation, moving averages and state
+    go on as they are; only what its `update_step` does to one weight is surrounded by the step of the weight's penalty.
+    Subclasses say what that step is. Use `of`, which keeps the penalties out of the gradient in the model's `train_step`
+    while the model is compiled with the optimizer. In a training loop of your own leave `model.losses` out of the loss.
+
+    Args:
+        optimizer: a Keras optimizer or the name of one; it belongs to this one from then on.
+        name: of this optimizer.
+
+    Raises:
+        InputError: it is no optimizer, or none whose steps of single weights can be surrounded.
+    """
+
+    penalties = ()  # the classes that can be stepped
+
+    def __init__(self, optimizer, name=None):
+        optimizer = _checked(optimizer)
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = optimizer
+        optimizer.update_step = functools.partial(self._update, optimizer.update_step)
+
+    @classmethod
+    def of(cls, optimizer, model):
+        """Wraps `optimizer`, and lets `model` keep its penalties out of the gradient in each step that this optimizer takes.
+
+        Their values stay in the loss that Keras reports, and in `model.losses`. Compiled with another optimizer, the model
+        trains with the penalties in the gradient, as before.
+
+        Args:
+            optimizer: a Keras optimizer or the name of one. If it is of this class already, as that of a loaded model
+                is, it is returned.
+            model: the model that is compiled with the optimizer and fitted; call this after `attach`.
+
+        Raises:
+            InputError: as the class; Keras runs on another backend than TensorFlow; or the model carries no penalty, or
+                one that cannot be stepped.
+        """
+        if keras.backend.backend() != "tensorflow":
+            raise InputError(f"{cls.__name__} needs Keras' TensorFlow backend, but this is {keras.backend.backend()}.")
+        penalties = [v.regularizer for v in model.trainable_variables if isinstance(v.regularizer, Penalty)]
+        if not penalties:
+            raise InputError(f"The model {model.name!r} carries no penalty to step: call l2sp_tf.attach(model, ...) first.")
+        for penalty in penalties:
+            cls.check(penalty)
+        optimizer = optimizer if isinstance(unscaled(optimizer), cls) else cls(optimizer)
+        _step_apart(model)
+        forget_traced_steps(model)
+        return optimizer
+
+    @classmethod
+    def check(cls, penalty):
+        """Raises an InputError if the penalty is none that can be stepped."""
+        if not isinstance(penalty, cls.penalties):
+            names = ", ".join(kind.__name__ for kind in cls.penalties)
+            raise InputError(f"{cls.__name__} cannot step {penalty}: it can step {names}.")
+
+    def step(self, update, penalty, variable, learning_rate):
+        """Takes the step of one penalised weight.
+
+        Args:
+            update: called without arguments, takes the inner optimizer's step of the weight.
+            penalty: the `Penalty` on the weight.
+            variable: the weight, as the backend's variable.
+            learning_rate: that of this step.
+        """
+        raise NotImplementedError
+
+    def _update(self, update, gradient, variable, learning_rate):
+        """What stands in the place of the inner optimizer's `update_step`."""
+        penalty = self._penalty_on(self._trainable_variables[self._get_variable_index(variable)])
+        if penalty is None:
+            update(gradient, variable, learning_rate)
+        else:
+            self.step(functools.partial(update, gradient, variable, learning_rate), penalty, variable, learning_rate)
+
+    def _penalty_on(self, variable):
+        penalty = getattr(variable, "regularizer", None)
+        if not isinstance(penalty, Penalty):
+            return None
+        self.check(penalty)
+        return penalty
+
+    def build(self, variables):
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(list(trainable_variables))
+        variables = self._trainable_variables if trainable_variables is None else list(trainable_variables)
+        penalties = [self._penalty_on(variable) for variable in variables]
+        penalised = [penalty is not None for penalty in penalties]
+        if not any(penalised):
+            raise InputError(
+                f"{type(self).__name__} finds no penalty on the weights, so that training would run un-anchored: call "
+                "l2sp_tf.attach(model, ...) with the saved anchors, or compile the model with a plain optimizer."
+            )
+        if twice := effect.pop_in_gradient().intersection(penalties):
+            penalty = next(iter(twice))
+            raise InputError(
+                f"{penalty} on {penalty.key or 'a weight'} is in the gradient of the loss and would count twice: call "
+                f"l2sp_tf.{type(self).__name__}.of(model.optimizer, model) first, or leave model.losses out of your own loss."
+            )
+        for penalty in filter(None, penalties):
+            effect.took_part(penalty)
+        # a weight that the loss does not reach is still pulled by its penalty
+        missing = [g is None and p for g, p in zip(grads, penalised, strict=True)]
+        grads = [ops.zeros_like(v) if m else g for g, v, m in zip(grads, variables, missing, strict=True)]
+        self.inner_optimizer.apply(grads, variables)
+
+    learning_rate = _of_inner("learning_rate")
+    iterations = _of_inner("iterations")
+    loss_scale_factor = _of_inner("loss_scale_factor")
+
+    @property
+    def variables(self):
+        return self.inner_optimizer.variables
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self):
+        return {"name": self.name, "optimizer": keras.saving.serialize_keras_object(self.inner_optimizer)}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizer = keras.saving.deserialize_keras_object(config["optimizer"], custom_objects=custom_objects)
+        return cls(**{**config, "optimizer": optimizer})
+
+
+def _step_apart(model):
+    """Lets the `train_step` of a model keep the penalties out of the gradient while its optimizer steps them."""
+    take = model.train_step
+    if getattr(take, "is_apart", False):
+        return
+
+    @functools.wraps(take)
+    def train_step(*args, **kwargs):
+        steps_penalties = isinstance(unscaled(model.optimizer), Stepping)
+        with effect.apart() if steps_penalties else contextlib.nullcontext():
+            return take(*args, **kwargs)
+
+    train_step.is_apart = True
+    object.__setattr__(model, "train_step", train_step)  # behind the back of Keras' tracking
+
+
+def unscaled(optimizer):
+    """The optimizer inside Keras' LossScaleOptimizer, or the optimizer itself."""
+    return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
+
+
+def _checked(optimizer):
+    """The optimizer, made if it was named, that steps each weight by its `update_step`."""
+    try:
+        optimizer = keras.optimizers.get(optimizer)
+    except ValueError:
+        optimizer = None
+    if optimizer is None:
+        raise InputError('The optimizer to wrap is none that Keras knows: give one of keras.optimizers, or a name such as "sgd".')
+    name = type(optimizer).__name__
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise InputError(f"{name} goes outside: wrap its inner optimizer, and give the result to {name} or to compile.")
+    # these write a weight from state of their own, or leave the step to others: what is done to the weight would be lost
+    own = isinstance(optimizer, (keras.optimizers.Ftrl, keras.optimizers.ScheduleFreeAdamW))
+    if own or type(optimizer).apply is not keras.optimizers.Optimizer.apply:
+        raise InputError(f"{name} cannot be wrapped, as it does not step each weight by itself: give one such as SGD or AdamW.")
+    if "update_step" in vars(optimizer):
+        raise InputError(f"This {name} is wrapped already: give the wrapping optimizer, or a new {name}.")
+    if optimizer.weight_decay:
+        warnings.warn(
+            f"The optimizer {name} has weight_decay={optimizer.weight_decay:g}, which pulls to zero and away from the "
+            "anchors: set weight_decay=0 to let the penalty alone decide.",
+            stacklevel=4,
+        )
+    return optimizer

@@ -1,0 +1,383 @@
+"""The penalties of section 3 as Keras regularizers, one class for each equation.
+
+Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength,
+`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size.
+"""
+
+import copy
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.memory import shared_tensor
+from l2sp_tf.penalties import effect
+
+
+class UnboundPenaltyError(RuntimeError):
+    """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
+
+
+class Penalty(keras.regularizers.Regularizer):
+    """What the penalties share: a strength alpha, and the key of the weight they are bound to.
+
+    A penalty that comes back from a file has a key but is not bound: not all penalties of a model can be saved, so
+    that those that came back alone would train another objective. `attach` binds them all again.
+
+    Args:
+        alpha: strength, finite and not negative.
+        key: the key of the weight, set by `attach`.
+
+    Raises:
+        InputError: the strength is not a finite number that is at least 0.
+    """
+
+    symbol = ""
+
+    def __init__(self, alpha, *, key=None):
+        self.alpha = check_strength(alpha, "alpha")
+        self.key = key
+        self._is_attached = False
+
+    def __call__(self, w):
+        """The value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
+
+        Raises:
+            UnboundPenaltyError: it is not bound.
+        """
+        if not self.is_bound:
+            raise UnboundPenaltyError(self._unbound())
+        return effect.passed_on(self, self._value(w))
+
+    def _value(self, w):
+        raise NotImplementedError
+
+    @property
+    def is_bound(self):
+        """Whether the penalty has all it needs to be computed."""
+        return self._is_attached or self.key is None
+
+    def _unbound(self):
+        """The sentence for a penalty that is not bound."""
+        return (
+            f"{type(self).__name__} on {self.key or 'a weight'} came from a file or a clone and is not bound again: call "
+            "l2sp_tf.attach(model, ...) before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
+        )
+
+    def bind(self, key, **_):
+        """Returns a copy of this penalty for the weight named `key`."""
+        bound = type(self)(**{**self.get_config(), "key": key})
+        bound._is_attached = True
+        return bound
+
+    def get_config(self):
+        """The strength and the key: small enough to live in a `.keras` file."""
+        return {"alpha": self.alpha, "key": self.key}
+
+    def _weight(self, w):
+        """w in float32 at least."""
+        return ops.cast(w, keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32"))
+
+    def __repr__(self):
+        return f"{type(self).__name__}(alpha={self.alpha:g})"
+
+
+class AnchoredPenalty(Penalty):
+    """A penalty on w - w0.
+
+    Args:
+        alpha: strength, finite and not negative.
+        anchor: w0, an array of the weight's shape, copied by value. Without it the penalty
+            is a template for `attach`, and raises when its value is asked for.
+        key, digest: the weight's key and the digest of its anchors, set by `attach`.
+
+    Raises:
+        InputError: a bad strength, or an anchor that is not finite.
+    """
+
+    def __init__(self, alpha, anchor=None, *, key=None, digest=None):
+        super().__init__(alpha, key=key)
+        self.digest = digest
+        self._anchor = None if anchor is None else _constant(anchor, self._name_of("anchor"))
+
+    @property
+    def is_bound(self):
+        return self._anchor is not None
+
+    @property
+    def anchor(self):
+        """w0, a tensor, or None."""
+        return self._anchor
+
+    def bind(self, key, *, anchor, digest, **_):
+        """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
+        bound = super().bind(key)
+        bound.digest, bound._anchor = digest, _constant(anchor, bound._name_of("anchor"), share=True)
+        return bound
+
+    def _unbound(self):
+        of = f" of digest {self.digest[:12]}" if self.digest else ""
+        return (
+            f"{type(self).__name__} on {self.key or 'a weight'} is not bound to its anchors{of}: "
+            "call l2sp_tf.attach(model, ...) with the saved anchors "
+            "before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
+        )
+
+    def _name_of(self, what):
+        return f"the {what} of {self.key or type(self).__name__}"
+
+    def get_config(self):
+        return {**super().get_config(), "digest": self.digest}
+
+    def _difference(self, w):
+        """w - w0, in float32 at least."""
+        _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
+        w = self._weight(w)
+        return ops.subtract(w, ops.cast(self._anchor, w.dtype))
+
+
+class FisherPenalty(AnchoredPenalty):
+    """A penalty on w - w0 in the metric of the Fisher diagonal.
+
+    Args:
+        fisher: F_jj, finite and not negative, an array of the weight's shape.
+        fisher_digest: the digest of the Fisher diagonal, set by `attach`.
+
+    Raises:
+        InputError: an entry of `fisher` is negative or not finite, or its shape is not the
+            anchor's.
+    """
+
+    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, fisher_digest=None, **kwargs):
+        super().__init__(alpha, anchor, key=key, **kwargs)
+        self.fisher_digest, self._root_fisher = fisher_digest, None
+        if fisher is not None:
+            self._set_fisher(fisher)
+
+    @property
+    def is_bound(self):
+        return super().is_bound and self._root_fisher is not None
+
+    @property
+    def fisher(self):
+        """F_jj, a tensor, or None."""
+        return None if self._root_fisher is None else ops.square(self._root_fisher)
+
+    def bind(self, key, *, anchor, digest, fisher=None, fisher_digest=None, **_):
+        """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
+        bound = super().bind(key, anchor=anchor, digest=digest)
+        bound.fisher_digest = fisher_digest
+        if fisher is not None:
+            bound._set_fisher(fisher)
+        return bound
+
+    def get_config(self):
+        return {**super().get_config(), "fisher_digest": self.fisher_digest}
+
+    def _set_fisher(self, fisher):
+        fisher, what = ops.convert_to_numpy(fisher), self._name_of("Fisher diagonal")
+        if np.any(fisher < 0):
+            raise InputError(f"T{what[1:]} has negative entries, but it is a mean of squares: give one that is at least 0.")
+        self._root_fisher = _constant(np.sqrt(fisher), what)
+        if self._anchor is not None:
+            _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
+
+    def _weighted_difference(self, w):
+        """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
+        difference = self._difference(w)
+        return ops.multiply(ops.cast(self._root_fisher, difference.dtype), difference)
+
+
+class _Grouped:
+    """Groups of weights: the fan-in of each output channel (section 3, Group-Lasso-SP).
+
+    `group_axes` are the axes summed inside a group; the default is every axis but the last,
+    and `attach` sets those of depthwise and other kernels. `epsilon` is added inside the
+    root, which smooths the kink at w0 (the authors' code has 1e-16).
+    """
+
+    def __init__(self, *args, group_axes=None, epsilon=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.group_axes = None if group_axes is None else tuple(group_axes)
+        self.epsilon = check_strength(epsilon, "epsilon")
+
+    def bind(self, key, *, group_axes=None, **kwargs):
+        bound = super().bind(key, **kwargs)
+        if self.group_axes is None and group_axes is not None:
+            bound.group_axes = tuple(group_axes)
+        return bound
+
+    def get_config(self):
+        return {**super().get_config(), "group_axes": self.group_axes, "epsilon": self.epsilon}
+
+    def _group_norms(self, x):
+        """alpha * sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
+        axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
+        p_g = math.prod(x.shape[axis] for axis in axes)
+        if not axes and not self.epsilon:  # groups of one weight, such as the gammas of batch norm
+            return ops.multiply(self.alpha, ops.sum(ops.absolute(x)))
+        norms = _root(_sum_over(ops.square(x), axes), self.epsilon)
+        return ops.multiply(self.alpha * math.sqrt(p_g), ops.sum(norms))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2(Penalty):
+    """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
+
+    symbol = "l2"
+
+    def _value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self._weight(w)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2SP(AnchoredPenalty):
+    """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
+
+    symbol = "l2_sp"
+
+    def _value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self._difference(w)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L2SPFisher(FisherPenalty):
+    """Eq. (4): L2-SP-Fisher. alpha / 2 * sum_j F_jj (w_j - w0_j)^2."""
+
+    symbol = "l2_sp_fisher"
+
+    def _value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self._weighted_difference(w)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class L1SP(AnchoredPenalty):
+    """Eq. (5): L1-SP. alpha * sum_j |w_j - w0_j|, with the subgradient 0 at w0.
+
+    Args:
+        epsilon: replaces |x| by sqrt(x^2 + epsilon), which smooths the kink at w0 (the
+            authors' code has 1e-16); 0 by default.
+    """
+
+    symbol = "l1_sp"
+
+    def __init__(self, alpha, anchor=None, *, epsilon=0.0, **kwargs):
+        super().__init__(alpha, anchor, **kwargs)
+        self.epsilon = check_strength(epsilon, "epsilon")
+
+    def get_config(self):
+        return {**super().get_config(), "epsilon": self.epsilon}
+
+    def _value(self, w):
+        difference = self._difference(w)
+        if self.epsilon:
+            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(difference) + self.epsilon)))
+        return ops.multiply(self.alpha, ops.sum(ops.absolute(difference)))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class GroupLassoSP(_Grouped, AnchoredPenalty):
+    """Eq. (6): GL-SP. alpha * sum_g sqrt(p_g) ||w_g - w0_g||_2, with the subgradient 0 at w0."""
+
+    symbol = "gl_sp"
+
+    def _value(self, w):
+        return self._group_norms(self._difference(w))
+
+
+@keras.saving.register_keras_serializable(package="l2sp_tf")
+class GroupLassoSPFisher(_Grouped, FisherPenalty):
+    """Eq. (7): GL-SP-Fisher. alpha * sum_g sqrt(p_g) (sum_{j in g} F_jj (w_j - w0_j)^2)^(1/2)."""
+
+    symbol = "gl_sp_fisher"
+
+    def _value(self, w):
+        return self._group_norms(self._weighted_difference(w))
+
+
+def smoothed(penalty, epsilon):
+    """A penalty with epsilon inside its roots, Eqs. (5)-(7); as it is where it has none, or an epsilon of its own.
+
+    Raises:
+        InputError: epsilon is not a finite number that is at least 0.
+    """
+    epsilon = check_strength(epsilon, "epsilon")
+    if not epsilon or getattr(penalty, "epsilon", None) != 0:
+        return penalty
+    penalty = copy.copy(penalty)
+    penalty.epsilon = epsilon
+    return penalty
+
+
+PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
+
+
+def check_strength(value, name):
+    """Returns a strength as a float.
+
+    Raises:
+        InputError: it is not a finite number that is at least 0.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
+    return float(value)
+
+
+def _half_square_sum(x):
+    """1/2 sum_j x_j^2."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.nn.l2_loss(x)  # one pass over x, and its gradient is one more; by square and sum they are six
+    return ops.multiply(0.5, ops.sum(ops.square(x)))
+
+
+def _sum_over(x, axes):
+    """The sum over some axes; all but the last, the usual case, is a bias's gradient, which TensorFlow adds up faster."""
+    if not axes:
+        return x
+    if keras.backend.backend() == "tensorflow" and axes == tuple(range(len(x.shape) - 1)):
+        import tensorflow as tf
+
+        return tf.raw_ops.BiasAddGrad(out_backprop=x)
+    return ops.sum(x, axis=axes)
+
+
+def _root(x, epsilon):
+    """sqrt(x + epsilon) as x / sqrt(x), of sums of squares x.
+
+    Where x is 0, or so small that its root may be rounded to 0, it is x / 1: the gradient is 1 instead of infinite there, and
+    that of the square behind it makes it 0.
+    """
+    x = ops.add(x, epsilon) if epsilon else x
+    is_zero = ops.cast(ops.less(x, np.finfo(keras.backend.standardize_dtype(x.dtype)).tiny), x.dtype)
+    return ops.multiply(x, ops.rsqrt(ops.add(x, is_zero)))
+
+
+def _constant(value, what, share=False):
+    """A tensor that is captured, not embedded, by a traced function.
+
+    It holds a copy of `value`, or its memory if that may be shared, is read-only and lies where the model computes.
+    """
+    array = value if isinstance(value, np.ndarray) else ops.convert_to_numpy(value)
+    if not np.all(np.isfinite(array.astype("float32", copy=False))):
+        raise InputError(f"T{what[1:]} has entries that are not finite: give finite numbers.")
+    if keras.backend.backend() != "tensorflow":
+        return ops.convert_to_tensor(np.array(array))  # a copy, since the conversions may share memory
+    import tensorflow as tf
+
+    is_shared = share and not array.flags.writeable and not tf.config.list_logical_devices("GPU")
+    # Without the scope, a penalty made while a function is traced would hold a symbolic tensor.
+    with tf.init_scope():
+        return shared_tensor(array) if is_shared else ops.convert_to_tensor(np.array(array))
+
+
+def _check_shapes(penalty, **shapes):
+    (first, a), (second, b) = ((name, tuple(shape)) for name, shape in shapes.items())
+    if a != b:
+        on = f" on {penalty.key}" if penalty.key else ""
+        raise InputError(f"{type(penalty).__name__}{on}: the {first} has the shape {a}, but the {second} has {b}.")

@@ -1,0 +1,369 @@
+"""Which weight of a model is which known one: names are a hint, values and shapes are evidence."""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties.likeness import EQUAL, are_equal, doubts, related
+
+ANYTHING = ("functional", "sequential")  # names that Keras gives to any model: they say nothing about what is in it
+
+DEEPEST = 64  # levels of layers that are told apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Which weights are which known ones, and what speaks against it.
+
+    Attributes:
+        pairs: a dict from key to known key; the two have the same shape. A known key may serve several weights.
+        other_shape: a dict from key to the known key of the same name, where that has another shape.
+        conflicts: a dict from key to the known key that it has the values of, where its name says another of that shape.
+        ambiguous: a dict from key to the known keys that it may be, which differ; no such key is in `pairs`.
+        doubts: a dict from key to ||w - w0|| / ||w0||, for pairs whose values have nothing to do with each other.
+    """
+
+    pairs: dict
+    other_shape: dict
+    conflicts: dict
+    ambiguous: dict
+    doubts: dict
+
+    def refuse(self, keys=None):
+        """Raises InputError if one of the keys (by default any) is in conflict or ambiguous."""
+        for key in self.conflicts if keys is None else [key for key in keys if key in self.conflicts]:
+            raise InputError(
+                f"{key} has the values of {self.conflicts[key]}, but the name of {self.pairs[key]}, which has the same shape: "
+                "load the weights into the layers that they belong to, or name the layers as they were."
+            )
+        for key in self.ambiguous if keys is None else [key for key in keys if key in self.ambiguous]:
+            candidates = self.ambiguous[key]
+            more = f" and {len(candidates) - 3} more" if len(candidates) > 3 else ""
+            raise InputError(
+                f"{key} may be any of {', '.join(candidates[:3])}{more}, which differ: name its layer as it was, "
+                "or load the weights that it started from."
+            )
+
+    def warning(self, keys=None):
+        """One sentence that names the doubtful pairs among the keys (by default all), or None."""
+        doubtful = [key for key in self.doubts if keys is None or key in keys]
+        if not doubtful:
+            return None
+        named = [f"{key} (||w - w0|| = {self.doubts[key]:.2g} ||w0||)" for key in doubtful[:3]]
+        more = f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else ""
+        return (
+            f"The values of {', '.join(named)}{more} have nothing to do with their anchors: load the pre-trained weights, "
+            "or name the layers that are new in attach(new=...)."
+        )
+
+
+def match(weights, known, *, values=True):
+    """Finds for each weight of a model the known one that it is.
+
+    Evidence counts in this order:
+    - Values. A layer whose arrays are bit-equal to those of one known layer, or plainly descend from them, is that layer,
+      unless its name, and that is no counter, says another one of the same shape: that is a conflict.
+    - Names. Layers of the same path are the same. So are those of which one path ends with the other: the anchors of a
+      backbone fit a model in which it is nested, once or several times, and the other way round.
+    - Order. Names that end with a number ("conv2d_7", "functional_3") may be counters. They are matched as they are, by a
+      shift of all numbers, or by rank: by what gives most numbers in arrays of related values, then of the same shape. A
+      tie goes to the names as they are.
+
+    Args:
+        weights: a mapping from key to array, to shape or to `Weight`, such as `keyed_weights` returns.
+        known: the same of the anchors, or of another model.
+        values: whether values are evidence; False uses names and shapes alone, as for a model that is to be restored.
+
+    Returns:
+        A `Matching`.
+    """
+    if values:
+        weights, known = ({key: _array(value) for key, value in side.items()} for side in (weights, known))
+    names = _Names(weights, known, related(weights, known) if values else {})
+
+    def differ(keys):
+        return any(key != keys[0] and not (values and are_equal(known[key], known[keys[0]])) for key in keys)
+
+    found = Matching({}, {}, {}, {}, {})
+    for layer in names.root.walk():
+        _decide(layer, names, found, differ)
+    if values:
+        found.doubts.update(doubts({key: (weights[key], known[other]) for key, other in found.pairs.items()}))
+    ordered = ({key: part[key] for key in weights if key in part} for part in vars(found).values())
+    return Matching(*ordered)
+
+
+class _Layer:
+    """A layer in a tree of layers: its path, its weights (key by name), and its children by stem and number."""
+
+    def __init__(self, path):
+        self.path, self.weights, self.children, self.groups = path, {}, {}, {}
+
+    def counters(self):
+        """The stems of names of children that may be counters: those with a number somewhere."""
+        return [stem for stem, numbered in self.groups.items() if len(numbered) > 1 or max(numbered) > 0]
+
+    def walk(self):
+        """This layer and all below it."""
+        yield self
+        for child in self.children.values():
+            yield from child.walk()
+
+
+def _tree(keys):
+    """The root of a tree of the layers that keys name, whatever the order of the keys."""
+    root = _Layer(())
+    for key in sorted(keys, key=_natural):
+        *path, name = key.split("/")
+        name, mark, number = name.partition("#")
+        path[DEEPEST:] = ["/".join(path[DEEPEST:])] if len(path) > DEEPEST else []
+        if path:
+            path[-1] += mark + number  # "twin/kernel#2" is the kernel of a second layer called twin
+        layer = root
+        for part in path:
+            layer = layer.children.setdefault(part, _Layer((*layer.path, part)))
+        layer.weights[name if path else key] = key
+    for layer in root.walk():
+        for name, child in layer.children.items():
+            stem, number = _split(name)
+            numbered = layer.groups.setdefault(stem, {})
+            # "x" stands before "x_1"; and before "x_0" where there is one
+            numbered[-1 if number is None and f"{name}_0" in layer.children else number or 0] = child
+    return root
+
+
+def _split(name):
+    """The stem of a name and the number behind it, or None: "conv2d_7" is ("conv2d", 7)."""
+    match = re.fullmatch(r"(.*?)(?:_(0|[1-9][0-9]{0,17}))?(#[0-9]+)?", name, re.DOTALL)  # names may come from a stranger's file
+    return match[1] + (match[3] or ""), None if match[2] is None else int(match[2])
+
+
+def _natural(key):
+    """Sorts numbers within names as numbers."""
+    return [(bool(n), int(n or 0), text) for text, n in re.findall(r"([^0-9]+)|([0-9]{1,18})", key)]
+
+
+class _Names:
+    """What names, order and shapes say about two trees of layers; related values decide where they leave a choice."""
+
+    def __init__(self, weights, known, related):
+        self.shapes, self.known_shapes = ({key: _shape(value) for key, value in side.items()} for side in (weights, known))
+        self.root, self.known_root, self.related = _tree(weights), _tree(known), related
+        self.owner = {key: layer for layer in self.known_root.walk() for key in layer.weights.values()}
+        self._shapes, self._numbers, self._ties, self._aligned, self._most = {}, {}, {}, {}, {}
+        self._measure()
+        self._counters = {stem for root in (self.root, self.known_root) for layer in root.walk() for stem in layer.counters()}
+        self._candidates = {}
+        self._nest()
+        self._rename()
+
+    def of(self, layer):
+        """The known layer that has the name of a layer, or None, and others that have it as well."""
+        candidates = self._candidates.get(id(layer), [])
+        if not candidates:
+            return None, []
+        exact = [
+            other
+            for *_, other in candidates
+            if other.path == layer.path and self.is_explicit(layer, other) and self.own(layer, other)[1]
+        ]
+        if exact:
+            return exact[0], []
+        best = min(rank for rank, _, _ in candidates)
+        equals = [(is_rival, other) for rank, is_rival, other in candidates if rank == best]
+        named = next(other for is_rival, other in sorted(equals, key=lambda pair: pair[0]))
+        return named, [other for _, other in equals if other is not named]
+
+    def is_explicit(self, layer, other):
+        """Whether two layers have the same name, and no part of it is a counter."""
+        parts = list(zip(reversed(layer.path), reversed(other.path), strict=False))
+        return bool(parts) and all(a == b and _split(a)[0] not in self._counters for a, b in parts)
+
+    def own(self, layer, other):
+        """How related the own weights of two layers are, and how many numbers have the same name and shape."""
+        shapes = self._shapes[id(layer)], self._shapes[id(other)]
+        if shapes not in self._numbers:
+            self._numbers[shapes] = sum(math.prod(shape) for _, shape in shapes[0] & shapes[1])
+        return self._ties[id(layer)].get(id(other), 0), self._numbers[shapes]
+
+    def _measure(self):
+        """Notes of each layer the names and shapes of its weights, and how related it is to known layers."""
+        for root, shapes in ((self.root, self.shapes), (self.known_root, self.known_shapes)):
+            for layer in root.walk():
+                self._shapes[id(layer)] = frozenset((name, shapes[key]) for name, key in layer.weights.items())
+        for layer in self.root.walk():
+            ties = self._ties.setdefault(id(layer), {})
+            for name, key in layer.weights.items():
+                for known_key, strength in self.related.get(key, {}).items():
+                    other = self.owner[known_key]
+                    if other.weights.get(name) == known_key:
+                        ties[id(other)] = ties.get(id(other), 0) + self._score(key, strength)[0]
+
+    def _score(self, key, strength):
+        size = math.prod(self.shapes[key])
+        return round(1000 * size * min(strength, 1)), size
+
+    def _align(self, layer, other):
+        """The score of two layers with all below them, and for each group of children the ways to pair them that have it."""
+        if not layer.children or not other.children:
+            return self.own(layer, other), []
+        pair = id(layer), id(other)
+        if pair not in self._aligned:
+            score, groups = self.own(layer, other), []
+            for stem in layer.groups.keys() & other.groups.keys():
+                added, ways = self._by_number(layer.groups[stem], other.groups[stem])
+                score = _sum([score, added])
+                groups.append(ways)
+            self._aligned[pair] = score, groups
+        return self._aligned[pair]
+
+    def _by_number(self, numbered, others):
+        """The best score of two groups of numbered siblings, and the ways to pair them that have it, the preferred one first."""
+
+        def score(n, m):
+            return self._align(numbered[n], others[m])[0]
+
+        numbers, known_numbers = sorted(numbered), sorted(others)
+        same = [(n, n) for n in numbers if n in others]
+        total = _sum(score(n, n) for n, _ in same)
+        if total == _sum(self._best_below(numbered[n]) for n in numbers):
+            return total, [[(numbered[n], others[n]) for n, _ in same]]
+        scores = {(n, m): score(n, m) for n in numbers for m in known_numbers}
+        first = known_numbers[0] - numbers[0]
+        by_shift = {0: [], first: []}
+        for n, m in scores:
+            if scores[n, m][1]:
+                by_shift.setdefault(m - n, []).append((n, m))
+        order = sorted(by_shift, key=lambda shift: (shift != 0, abs(shift - first), shift))
+        ways = [by_shift[shift] for shift in order]
+        ways.append([pair for pair in zip(numbers, known_numbers, strict=False) if scores[pair][1]])
+        totals = [_sum(scores[pair] for pair in way) for way in ways]
+        best = max(totals)
+        ways = [way for way, total in zip(ways, totals, strict=True) if total == best]
+        if total == best or len(ways[0]) == len(numbers) == len(known_numbers):
+            ways = [same if total == best else ways[0]]  # exact names win ties, and so does the order of all
+        return best, [[(numbered[n], others[m]) for n, m in way] for way in ways]
+
+    def _best_below(self, layer):
+        """The best score that a layer with all below it can have."""
+        if id(layer) not in self._most:
+            own = [self._score(key, max(self.related.get(key, {}).values(), default=0)) for key in layer.weights.values()]
+            self._most[id(layer)] = _sum([*own, *(self._best_below(child) for child in layer.children.values())])
+        return self._most[id(layer)]
+
+    def _nest(self):
+        """Collects what two models say of which one is the other, or is nested in it."""
+        self._collect(self.root, self.known_root)
+        if self.root.children and self.known_root.children:  # a layer is no model
+            for layer in _nested(self.root):
+                self._collect(layer, self.known_root)
+            for other in _nested(self.known_root):
+                self._collect(self.root, other)
+
+    def _rename(self):
+        """Collects what nested models of other names say of layers that have no name yet: by values, or where Keras named one."""
+        named = {key for key, candidates in self._candidates.items() if any(not rank[0] for rank, _, _ in candidates)}
+        nameless = {id(layer) for layer in self.root.walk() if layer.weights} - named
+        for layer in _nested(self.root):
+            if any(id(below) in nameless for below in layer.walk()):
+                for other in _nested(self.known_root):
+                    related, numbers = self._align(layer, other)[0]
+                    is_auto = any(_split(each.path[-1])[0] in ANYTHING for each in (layer, other))
+                    if (related or is_auto) and 2 * numbers >= self._best_below(layer)[1]:
+                        self._collect(layer, other, only=nameless)
+
+    def _collect(self, layer, other, only=None):
+        score = self._align(layer, other)[0]
+        rank = -score[0], -score[1], len(layer.path) + len(other.path)
+        for below, candidate, is_rival in self._pairs_below(layer, other):
+            if only is None or id(below) in only:
+                misfit = self.own(below, candidate)[1] == 0
+                self._candidates.setdefault(id(below), []).append(((misfit, *rank), is_rival, candidate))
+
+    def _pairs_below(self, layer, other):
+        """All pairs of layers under an aligned pair, and whether another way to pair them comes first."""
+        yield layer, other, False
+        for ways in self._align(layer, other)[1]:
+            for number, way in enumerate(ways):
+                for a, b in way:
+                    for below, candidate, is_rival in self._pairs_below(a, b):
+                        yield below, candidate, is_rival or number > 0
+
+
+def _nested(root):
+    """The layers below the root that have layers below them."""
+    return [layer for layer in root.walk() if layer is not root and layer.children]
+
+
+def _sum(scores):
+    related, numbers = 0, 0
+    for score in scores:
+        related, numbers = related + score[0], numbers + score[1]
+    return related, numbers
+
+
+def _decide(layer, names, found, differ):
+    """Enters the weights of one layer into what was found."""
+    other, rivals = names.of(layer)
+    related, numbers = (0, 0) if other is None else names.own(layer, other)
+    same, is_equal = _descent(layer, names)
+    if same and (other in same or related and not is_equal):
+        rivals = [] if is_equal else [rival for rival in rivals if rival in same]
+    elif same and numbers and names.is_explicit(layer, other):
+        found.conflicts.update(_paired(layer, same[0], names)[0])
+    elif same:
+        other, rivals = same[0], ([] if is_equal else same[1:])
+    if other is None:
+        return
+    pairs, other_shape = _paired(layer, other, names)
+    found.other_shape.update(other_shape)
+    for key, known_key in pairs.items():
+        name = known_key.rpartition("/")[2].partition("#")[0]
+        keys = [known_key, *(rival.weights[name] for rival in rivals if name in rival.weights)]
+        keys = [other_key for other_key in keys if names.known_shapes[other_key] == names.shapes[key]]
+        if differ(keys):
+            found.ambiguous[key] = tuple(sorted(keys, key=_natural))
+        else:
+            found.pairs[key] = known_key
+
+
+def _paired(layer, other, names):
+    """The weights of two layers that have the same name: dicts from key to known key, of the same shape and of another."""
+    both = [(key, other.weights[name]) for name, key in layer.weights.items() if name in other.weights]
+    same = {key: known for key, known in both if names.shapes[key] == names.known_shapes[known]}
+    return same, {key: known for key, known in both if key not in same}
+
+
+def _descent(layer, names):
+    """The known layers that have the values of a layer, and whether they are bit-equal; most of its numbers must say so.
+
+    Of those that are not equal kernels alone tell: statistics of layers in a row are alike.
+    """
+    for is_equal in (True, False):
+        total, scores = 0, {}
+        for name, key in layer.weights.items():
+            if key in names.related and (is_equal or len(names.shapes[key]) >= 2):
+                size = math.prod(names.shapes[key])
+                total += size
+                for known_key, strength in names.related[key].items():
+                    other = names.owner[known_key]
+                    if other.weights.get(name) == known_key and (strength == EQUAL or not is_equal):
+                        scores[other] = scores.get(other, 0) + size * min(strength, 1)
+        best = max(scores.values(), default=0)
+        if best and 2 * best >= total:
+            worst = best if is_equal else best - (total - best)  # twice as far as the nearest is another one
+            near = [other for other, score in scores.items() if score >= worst]
+            return sorted(near, key=lambda other: (-scores[other], _natural("/".join(other.path)))), is_equal
+    return [], False
+
+
+def _shape(value):
+    value = getattr(value, "variable", value)
+    return tuple(getattr(value, "shape", value))
+
+
+def _array(value):
+    return value.variable.numpy() if hasattr(value, "variable") else np.asarray(value)

@@ -1,0 +1,1 @@
+"""One run: a model is fine-tuned by a recipe."""

@@ -1,0 +1,320 @@
+"""One run on several devices: those of one machine (MirroredStrategy) or of several (MultiWorkerMirroredStrategy).
+
+Every replica sees an equal share of each batch, the loss is the mean over the whole batch, and the penalty counts once:
+the gradient is the sum over r of d/dw (1/R mean_r(loss) + 1/R penalty), which on one device is that of mean(loss) + penalty.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import pathlib
+
+import keras
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.copies import copy_of, copy_variables
+from l2sp_tf.penalties.weights import keyed_weights, set_regularizer
+
+KINDS = ("none", "mirrored", "multiworker")
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError)
+
+
+@functools.cache  # a process can have one multi-worker strategy, and several mirrored ones may hang
+def make_strategy(kind):
+    """The strategy of a kind over all devices there are: one object a process.
+
+    Args:
+        kind: "none"; "mirrored" for all GPUs of this machine (without any, its CPU devices); "multiworker" for all
+            machines of the environment variable TF_CONFIG, before TensorFlow has computed anything.
+
+    Returns:
+        A `tf.distribute.Strategy`, or None for "none".
+
+    Raises:
+        InputError: the kind is unknown, there is one device only, TF_CONFIG is missing or wrong, or it is too late.
+    """
+    if kind not in KINDS:
+        raise InputError(f"distribute is {kind!r}: give one of {', '.join(KINDS)}.")
+    if kind == "none":
+        return None
+    return _mirrored() if kind == "mirrored" else _multiworker()
+
+
+def _mirrored():
+    gpus, cpus = (tf.config.list_logical_devices(name) for name in ("GPU", "CPU"))
+    devices = [device.name for device in gpus or cpus]
+    if len(devices) < 2:
+        raise InputError("distribute is mirrored, but this machine has one device only: leave --distribute out.")
+    reduction = None if gpus else tf.distribute.ReductionToOneDevice()  # collectives hang on virtual CPU devices
+    return tf.distribute.MirroredStrategy(devices, cross_device_ops=reduction)
+
+
+def _multiworker():
+    try:
+        config = json.loads(os.environ.get("TF_CONFIG", "{}"))
+        tasks = [(kind, number) for kind in ("chief", "worker") for number, _ in enumerate(config["cluster"].get(kind, []))]
+        found = (config["task"]["type"], int(config["task"]["index"])) in tasks
+    except (ValueError, KeyError, TypeError, AttributeError):
+        found, tasks = False, []
+    if not found or len(tasks) < 2 or set(config["cluster"]) - {"chief", "worker"}:
+        raise InputError(
+            "distribute is multiworker, but TF_CONFIG does not name two workers or more and which of them this is: set it to "
+            '{"cluster": {"worker": ["HOST:PORT", "HOST:PORT"]}, "task": {"type": "worker", "index": 0}} and so on.'
+        )
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy()
+    except RuntimeError as error:
+        raise InputError(f"The strategy multiworker has to be made before TensorFlow computes anything: {error}") from error
+
+
+def scope(strategy):
+    """A context in which an optimizer and metrics are made for a strategy; one without effect for None."""
+    return contextlib.nullcontext() if strategy is None else strategy.scope()
+
+
+def part_of(strategy):
+    """Which worker of how many this process is: (index, count), (0, 1) for all but several machines."""
+    if not _is_multiworker(strategy):
+        return 0, 1
+    resolver = strategy.cluster_resolver
+    spec = resolver.cluster_spec()
+    tasks = [(kind, i) for kind in ("chief", "worker") if kind in spec.jobs for i in spec.task_indices(kind)]
+    return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
+
+
+def is_chief(strategy):
+    """Whether this process is the one that writes."""
+    return part_of(strategy)[0] == 0
+
+
+def is_one_process(strategy):
+    """Whether this process trains by itself, on however many devices."""
+    return not _is_multiworker(strategy)
+
+
+def chief_says(strategy, question):
+    """The chief's answer to a question of yes or no, in every worker; the others do not ask it. Workers wait for each other.
+
+    Args:
+        strategy: what `make_strategy` returned.
+        question: a function without arguments.
+
+    Raises:
+        ConnectionError: a worker was lost.
+    """
+    if not _is_multiworker(strategy):
+        return bool(question())
+    return _sum(strategy, int(bool(question())) if is_chief(strategy) else 0) > 0
+
+
+def wait_for_chief(strategy):
+    """Waits until the chief has come here too, with what it wrote before."""
+    chief_says(strategy, lambda: True)
+
+
+def check_shared(strategy, folder):
+    """Raises an InputError unless all workers see what the chief writes in a folder, which is made."""
+    if not _is_multiworker(strategy):
+        return
+    path = pathlib.Path(folder) / ".seen-by-all-workers"
+    if is_chief(strategy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    wait_for_chief(strategy)
+    unseen = _sum(strategy, int(not path.exists()))
+    if is_chief(strategy):
+        path.unlink()
+    if unseen:
+        raise InputError(f"workdir is {folder}, which not all workers see: give a folder on a disk that the machines share.")
+
+
+def check_same_run(strategy, *identity):
+    """Compares what the workers are about to compute.
+
+    Raises:
+        InputError: the values `identity`, told by their `repr`, are not the same in all workers.
+        ConnectionError: a worker was lost.
+    """
+    if _is_multiworker(strategy):
+        own = int(hashlib.sha256(repr(identity).encode()).hexdigest()[:8], 16)
+        if _sum(strategy, own) != own * strategy.num_replicas_in_sync:
+            raise InputError("The workers are about to compute different runs: give all the same flags, data and --workdir.")
+
+
+def check_batch_size(strategy, batch_size):
+    """Raises an InputError unless every replica gets as many images of a batch."""
+    replicas = strategy.num_replicas_in_sync if strategy is not None else 1
+    if batch_size % replicas:
+        raise InputError(f"batch_size is {batch_size}, which {replicas} replicas cannot share equally: give a multiple.")
+
+
+def check_optimizer(strategy, optimizer, jit_compile=False):
+    """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
+
+    Args:
+        strategy: what `make_strategy` returned.
+        optimizer: a Keras optimizer.
+        jit_compile: whether XLA is to compile its step.
+
+    Raises:
+        InputError: the optimizer has such a setting.
+    """
+    clips = "clips each replica's share of the gradient instead of the whole"
+    found = {"jit_compile": "fails"} if jit_compile else {}
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
+    while optimizer is not None:
+        wrong = dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips)
+        wrong["gradient_accumulation_steps"] = "fails"
+        if optimizer.use_ema:
+            wrong["ema_overwrite_frequency"] = "fails"
+        found |= {name: what for name, what in wrong.items() if getattr(optimizer, name)}
+        optimizer = getattr(optimizer, "inner_optimizer", None)
+    _refuse(strategy, found)
+
+
+def check_compiled(model):
+    """Refuses what Keras gets wrong of a compiled model on the replicas that it was made on (each tried on Keras 3.15).
+
+    Raises:
+        InputError: the model or its optimizer has such a setting.
+    """
+    if any(variable.name == "seed_generator_state" for variable in model.variables):
+        _refuse(model.distribute_strategy, {"a random layer, such as Dropout,": "draws the same numbers on every replica"})
+    check_optimizer(model.distribute_strategy, model.optimizer, model.jit_compile)
+
+
+def _refuse(strategy, found):
+    if found and strategy is not None and strategy.num_replicas_in_sync > 1:
+        name, what = next(iter(found.items()))
+        raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
+
+
+def replicated(model, strategy):
+    """A copy of a functional or Sequential model on all replicas, with the same weights and penalties, or itself without any.
+
+    Batch norm takes its statistics over all replicas, so that it computes what it would on one device.
+
+    Raises:
+        InputError: the model cannot be copied.
+    """
+    if strategy is None:
+        return model
+    if not isinstance(model, keras.Sequential) and getattr(model, "inputs", None) is None:
+        raise InputError(f"A model of class {type(model).__name__} cannot be copied to several replicas: give a functional one.")
+    copy = copy_of(model, scope=scope(strategy), seeds=True)
+    for one, two in zip(keyed_weights(model).values(), keyed_weights(copy).values(), strict=True):
+        set_regularizer(two, one.variable.regularizer)
+    for layer in copy._flatten_layers():
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.synchronized = True
+    return copy
+
+
+def copy_weights(source, target):
+    """Gives `target` the values of all variables of `source`, a model of the same architecture; nothing if they are one."""
+    if source is not target:
+        copy_variables(source, target)
+
+
+def fit(model, batches, *, steps, callbacks=(), verbose=0):
+    """Trains a compiled model for one epoch of `steps` batches under the strategy that it was made in.
+
+    On one machine it is Keras' `fit`. On several, where that fails (Keras 3.15), it is a loop of our own over
+    `model.train_step` that calls the same callbacks in every worker; `on_train_batch_end` comes after each step with the
+    metrics, averaged over the replicas.
+
+    Args:
+        model: a compiled model, of `replicated` or of no strategy.
+        batches: a tf.data.Dataset of whole batches; on several machines of this worker's part of each, as
+            `training_batches` makes them.
+        steps: number of batches.
+        callbacks, verbose: as Keras' `fit` takes them.
+
+    Raises:
+        InputError: a setting of the model that Keras gets wrong on several replicas.
+        ConnectionError: a worker was lost.
+    """
+    strategy = model.distribute_strategy
+    check_compiled(model)
+    if not _is_multiworker(strategy):
+        model.fit(batches, epochs=1, steps_per_epoch=steps, callbacks=list(callbacks), shuffle=False, verbose=verbose)
+    else:
+        _fit_on_workers(model, strategy, batches, steps, callbacks, verbose)
+
+
+def _fit_on_workers(model, strategy, batches, steps, callbacks, verbose):
+    options = {"add_progbar": verbose != 0 and is_chief(strategy), "verbose": verbose, "epochs": 1, "steps": steps}
+    callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, **options)
+    train_step, step, logs = _step_of(model, strategy), 0, {}
+    model.stop_training = False
+    try:
+        iterator = iter(_shares(strategy, batches))
+        callbacks.on_train_begin()
+        callbacks.on_epoch_begin(0)
+        for step in range(steps):
+            callbacks.on_train_batch_begin(step)
+            logs = {name: float(value) for name, value in train_step(iterator).items()}
+            callbacks.on_train_batch_end(step, logs)
+            if _total(strategy, model.stop_training):  # one that stops alone would leave the others waiting
+                break
+    except LOST as error:
+        raise _lost(f"in step {step + 1}") from error
+    model.optimizer.finalize_variable_values(model.trainable_weights)
+    callbacks.on_epoch_end(0, logs)
+    callbacks.on_train_end(logs)
+
+
+def _step_of(model, strategy):
+    """A traced function that takes the next batch from an iterator and returns the metrics so far."""
+
+    @tf.autograph.experimental.do_not_convert
+    def step(iterator):
+        results = strategy.run(model.train_step, args=(next(iterator),))
+        return {name: strategy.reduce("MEAN", value, axis=None) for name, value in results.items()}
+
+    return tf.function(step)
+
+
+def _shares(strategy, batches):
+    """Distributes this worker's part of each batch over its replicas, in order."""
+    _, workers = part_of(strategy)
+    local = strategy.num_replicas_in_sync // workers
+
+    def shares(context):
+        size = batches.element_spec[0].shape[0]
+        return batches if local == 1 else batches.rebatch(size // local)
+
+    return strategy.distribute_datasets_from_function(shares)
+
+
+def _is_multiworker(strategy):
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
+def _sum(strategy, number):
+    """The sum of a number over all replicas."""
+    try:
+        return _total(strategy, number)
+    except LOST as error:
+        raise _lost("while the workers waited for each other") from error
+
+
+def _total(strategy, number):
+    return int(_summing(strategy)(tf.constant(int(number), tf.int64)))
+
+
+@functools.cache  # traced once
+def _summing(strategy):
+    @tf.autograph.experimental.do_not_convert
+    def total(value):
+        return strategy.reduce("SUM", strategy.run(tf.identity, args=(value,)), axis=None)
+
+    return tf.function(total)
+
+
+def _lost(when):
+    return ConnectionError(f"A worker of this run was lost {when}: start the same command on all machines again.")

@@ -1,0 +1,307 @@
+"""Section 4.2's numbers: one frozen dataclass, the schedule, and the two protocols."""
+
+import dataclasses
+import math
+
+import keras
+
+from l2sp_tf.files import fields
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.pixels import three_numbers
+
+# The authors' code publishes these; the paper chooses alpha by cross-validation.
+PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+SOLVERS = ("sgd", "adam")
+PENALTY_STEPS = ("gradient", "proximal", "decoupled")
+MEANS = ("training", "authors", "weights")
+CHOICES = {
+    "params": ("all", "kernels"),
+    "blur": ("gaussian", "authors", "none"),
+    "resize_mode": ("squash", "shorter_side"),
+    "resize_filter": ("area", "bilinear"),
+    "crops": (1, 10),
+    "solver": SOLVERS,
+    "penalty_step": PENALTY_STEPS,
+    "moving_statistics": ("source", "fresh"),
+}
+# What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
+ALPHA_GRIDS = {
+    "l2": (1e-5, 1e-4, 1e-3, 1e-2),
+    "l2_sp": (1e-3, 1e-2, 1e-1, 1.0),
+    "l2_sp_fisher": (1e-3, 1e-2, 1e-1, 1.0),
+    "l1_sp": (1e-5, 1e-4, 1e-3, 1e-2),
+    "gl_sp": (1e-5, 1e-4, 1e-3, 1e-2),
+    "gl_sp_fisher": (1e-5, 1e-4, 1e-3, 1e-2),
+}
+ROOTS = ("l1_sp", "gl_sp", "gl_sp_fisher")  # penalties with roots, Eqs. (5)-(7), that `smoothing` is added inside of
+# The authors' code publishes a mean for each data set, here by the data set's name.
+AUTHORS_MEANS = {
+    "mit_indoors67": (123.56, 110.05, 93.74),
+    "stanford_dogs": (120.40, 115.22, 98.46),
+    "caltech256": (140.48, 135.94, 127.61),
+    "places365_small": (115.60, 112.52, 102.82),
+    "imagenet2012": (123.68, 116.78, 103.94),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a fine-tuning runs; the defaults are section 4.2's.
+
+    Attributes:
+        iterations: number of SGD steps.
+        decay_at: the step after which the rate is divided by 10; None for two thirds of the
+            iterations (6000 of 9000).
+        learning_rate: the initial rate; the paper has 0.005, 0.01 or 0.02 by task.
+        momentum, batch_size: of SGD.
+        alpha: strengths by the penalty's symbol, for those that a run does not name itself.
+        beta: strength of L2 on the new layers: a number, or a dict of numbers by the penalty's symbol, 0.01 for others.
+        params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
+        resize, crop: pixels on a side.
+        resize_mode: "squash" (both sides become `resize`) or "shorter_side" (the aspect is kept).
+        resize_filter: "area" (smooth where it shrinks) or "bilinear" (as in the authors' code).
+        blur: "gaussian", "authors" (their colour distortion) or "none"; blur_kernel: pixels;
+            blur_sigma: range, in pixels.
+        mirror: whether images are mirrored at random.
+        crops: 1 (central) or 10 of each image when an accuracy is measured.
+        mean: what is subtracted from the images of both tasks: "training" for the mean of each one's own training
+            images (the paper), "authors" for the number that the authors' code has for each data set, "weights"
+            for the mean that the pre-trained weights carry, or three numbers in RGB order.
+        log_every: steps between two rows of the log; None for a twentieth of the iterations.
+        solver: "sgd" (the paper) or "adam" (with Keras' defaults; momentum is not its).
+        penalty_step: "gradient" (the paper: the penalty is in the loss), "proximal" (`l2sp_tf.Proximal`) or
+            "decoupled" (`l2sp_tf.Decoupled`).
+        head_bias: what the biases of the new head begin with.
+        smoothing: what is added inside the roots of Eqs. (5)-(7), as the penalties' own epsilon; proximal steps have none.
+        moving_statistics: "source" for those of batch norm in the pre-trained model, or "fresh": means of 0 and variances
+            of 1, unless units are frozen.
+        batch_norm_decay: of these statistics while training; None for each layer's own momentum.
+
+    Raises:
+        InputError: a value is of another type, out of its range, or none of its choices.
+    """
+
+    iterations: int = 9000
+    decay_at: int | None = None
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    batch_size: int = 64
+    alpha: dict = dataclasses.field(default_factory=lambda: dict(PUBLISHED_ALPHA))
+    beta: float | dict = 0.01
+    params: str = "all"
+    resize: int = 256
+    crop: int = 224
+    blur: str = "gaussian"
+    blur_kernel: int = 5
+    blur_sigma: tuple = (0.1, 2.0)
+    mirror: bool = True
+    resize_mode: str = "squash"
+    resize_filter: str = "area"
+    crops: int = 1
+    mean: str | tuple = "training"
+    log_every: int | None = None
+    solver: str = "sgd"
+    penalty_step: str = "gradient"
+    head_bias: float = 0.0
+    smoothing: float = 0.0
+    moving_statistics: str = "source"
+    batch_norm_decay: float | None = None
+
+    def __post_init__(self):
+        for name in ("iterations", "batch_size", "resize", "crop", "blur_kernel"):
+            self._set(name, fields.whole(name, getattr(self, name)))
+        for name in ("decay_at", "log_every"):
+            if getattr(self, name) is not None:
+                self._set(name, fields.whole(name, getattr(self, name)))
+        self._set("learning_rate", fields.number("learning_rate", self.learning_rate, above=0))
+        self._set("momentum", fields.number("momentum", self.momentum, below=1))
+        self._check_beta()
+        self._set("head_bias", fields.number("head_bias", self.head_bias, least=-math.inf))
+        self._set("smoothing", fields.number("smoothing", self.smoothing))
+        if self.batch_norm_decay is not None:
+            self._set("batch_norm_decay", fields.number("batch_norm_decay", self.batch_norm_decay, below=1))
+        fields.yes_or_no("mirror", self.mirror)
+        for name, choices in CHOICES.items():
+            fields.choice(name, getattr(self, name), choices)
+        self._check_alpha()
+        self._check_images()
+        if self.decay_at is not None and self.decay_at > self.iterations:
+            raise InputError(
+                f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most that many, which keeps "
+                "the rate to the end, or nothing for two thirds of them."
+            )
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def _check_alpha(self):
+        if not isinstance(self.alpha, dict):
+            raise InputError(f"alpha is {self.alpha!r}: give strengths by the penalty's symbol, as in {PUBLISHED_ALPHA}.")
+        for symbol in self.alpha:
+            fields.choice("a key of alpha", symbol, tuple(ALPHA_GRIDS))
+        self._set("alpha", {symbol: fields.number(f"alpha of {symbol}", value) for symbol, value in self.alpha.items()})
+
+    def _check_beta(self):
+        if not isinstance(self.beta, dict):
+            self._set("beta", fields.number("beta", self.beta))
+            return
+        for symbol in self.beta:
+            fields.choice("a key of beta", symbol, tuple(ALPHA_GRIDS))
+        self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
+
+    def _check_images(self):
+        if self.crop > self.resize:
+            raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}: give a smaller crop or a larger resize.")
+        if self.blur_kernel % 2 == 0:
+            raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
+        if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least and the largest, in pixels.")
+        low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
+        if low > high:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least first.")
+        self._set("blur_sigma", (low, high))
+        if isinstance(self.mean, str) and self.mean in MEANS:
+            return
+        if isinstance(self.mean, str):
+            raise InputError(f"mean is {self.mean!r}: give {', '.join(MEANS)}, or three numbers for red, green, blue.")
+        self._set("mean", three_numbers("mean", self.mean))
+        if not all(0 <= value <= 255 for value in self.mean):
+            raise InputError(f"mean is {self.mean}: give three numbers from 0 to 255, for red, green and blue.")
+
+    @property
+    def decay_step(self):
+        """The number of steps taken at the initial rate."""
+        return self.decay_at if self.decay_at is not None else self._two_thirds
+
+    @property
+    def _two_thirds(self):
+        return max(1, round(self.iterations * 2 / 3))
+
+    @property
+    def log_interval(self):
+        """Steps between two rows of the log."""
+        return self.log_every or max(1, self.iterations // 20)
+
+    def schedule(self):
+        """The learning rate by step: the initial one for `decay_step` steps, then a tenth of it."""
+        # Keras keeps the first value up to and including the boundary, and counts steps from 0.
+        rates = [self.learning_rate, self.learning_rate / 10]
+        return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
+
+    def optimizer(self):
+        """A new optimizer with the schedule, without what `penalty_step` puts around it."""
+        if self.solver == "adam":
+            return keras.optimizers.Adam(self.schedule())
+        return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
+
+    def idle(self, symbols=tuple(ALPHA_GRIDS)):
+        """The numbers that change no result beside the others, and why: a dict from the name of each to the reason.
+
+        Args:
+            symbols: of the penalties that are run.
+        """
+        reasons = {}
+        if self.solver != "sgd":
+            reasons["momentum"] = f"{self.solver} has none"
+        if self.blur != "gaussian":
+            reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.blur}")
+        if self.penalty_step == "proximal":
+            reasons["smoothing"] = "proximal steps have none"
+        elif not set(symbols) & set(ROOTS):
+            reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
+        return reasons
+
+    def record(self, symbol=None):
+        """The numbers that a result depends on, as a record keeps them.
+
+        What is idle is left out, and the paper's way goes unsaid where once there was no other.
+
+        Args:
+            symbol: of the run's penalty; None for any.
+        """
+        values = dataclasses.asdict(self) | {"decay_at": None if self.decay_step == self._two_thirds else self.decay_at}
+        idle = self.idle() if symbol is None else self.idle((symbol,))
+        unsaid = {"solver": "sgd", "penalty_step": "gradient"}
+        unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
+        said = {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
+        return {name: value for name, value in said.items() if name not in idle}
+
+    def alpha_for(self, symbol):
+        """The strength of a penalty that was given none.
+
+        Raises:
+            InputError: neither the recipe nor the authors publish one.
+        """
+        if symbol not in self.alpha:
+            raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
+        return self.alpha[symbol]
+
+    def beta_for(self, symbol):
+        """The strength of L2 on the new layers under a penalty."""
+        return self.beta.get(symbol, Recipe.beta) if isinstance(self.beta, dict) else self.beta
+
+    def grid_for(self, symbol):
+        """The strengths that cross-validation tries of a penalty that was given none.
+
+        Raises:
+            InputError: the symbol is unknown.
+        """
+        if symbol not in ALPHA_GRIDS:
+            raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
+        return ALPHA_GRIDS[symbol]
+
+    def mean_for(self, name, pixels):
+        """The mean to subtract from the images of a data set.
+
+        Args:
+            name: of the data set, such as "caltech256".
+            pixels: the `PixelFormat` of the weights.
+
+        Returns:
+            Three numbers in RGB order, or None for the mean of the data set's training images.
+
+        Raises:
+            InputError: the mean is to be that of the weights, and they carry none.
+        """
+        if self.mean == "weights" and pixels.mean is None:
+            raise InputError(
+                "mean is weights, but the weights carry no mean: give three numbers, as in --mean=123.68,116.78,103.94."
+            )
+        published = AUTHORS_MEANS.get(name.removeprefix("tfds:").split("/")[0])
+        return {"training": None, "authors": published, "weights": pixels.mean}.get(self.mean, self.mean)
+
+    def replace(self, **changes):
+        """A copy with other numbers."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def paper(cls):
+        """What the paper's text says."""
+        return cls()
+
+    @classmethod
+    def authors(cls):
+        """Where the authors' code differs, as the table in BUILD_NOTES.md lists it."""
+        images = {"resize_filter": "bilinear", "blur": "authors", "mean": "authors"}
+        network = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
+        return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
+
+    @classmethod
+    def digits(cls, like=None):
+        """For the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
+
+        Args:
+            like: the recipe of a protocol, for all else; the paper's by default.
+        """
+        alpha = {**PUBLISHED_ALPHA, "l2_sp": 1.0}
+        numbers = {"iterations": 200, "decay_at": None, "learning_rate": 0.01, "alpha": alpha}
+        return (like or cls()).replace(**numbers, resize=10, crop=8, blur="none", mirror=False)
+
+    @classmethod
+    def source(cls, like):
+        """For training a source model from scratch on images prepared as in the recipe `like`."""
+        changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
+        # what is of fine-tuning alone must not ask for another training, nor how it is tested
+        own = ("momentum", "beta", "params", "solver", "penalty_step", "log_every")
+        own += ("head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
+        return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -1,0 +1,113 @@
+"""Flags and files of flags: the nearest right name, and one sentence for each mistake."""
+
+import signal
+
+import pytest
+from absl import flags
+from test_docs import flags_of
+
+import l2sp_tf as l2sp
+from l2sp_tf.cli import command
+
+OTHERS = {"epochs": "iterations", "lr": "learning_rate", "model": "weights"}
+
+
+def parse(*arguments):
+    values = flags_of("train.py")
+    rest = command.parse(["train.py", *arguments], values, {"all": tuple(values)}, OTHERS)
+    return values, rest
+
+
+@pytest.mark.parametrize(
+    ("flag", "right"),
+    [("epochs", "iterations"), ("lr", "learning_rate"), ("model", "weights"), ("penlaty", "penalty"), ("crp", "crop")],
+)
+def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
+    with pytest.raises(l2sp.InputError, match=rf"There is no flag --{flag}: did you mean --{right}\?"):
+        parse(f"--{flag}=3")
+    (tmp_path / "c.toml").write_text(f"{flag} = 3\n")
+    with pytest.raises(l2sp.InputError, match=rf"c.toml has {flag}, but there is no flag --{flag}: did you mean --{right}\?"):
+        parse(f"--config={tmp_path / 'c.toml'}")
+
+
+def test_a_flag_like_none_is_refused_without_advice():
+    with pytest.raises(l2sp.InputError, match=r"There is no flag --zzzz \(--help lists the flags\)"):
+        parse("--zzzz")
+
+
+@pytest.mark.parametrize("argument", ["--iterations=x", "--solver=sgdw", "--run_cpus=-1", "--mirror=perhaps", "--folds=-1"])
+def test_values_that_a_flag_does_not_take_are_refused(argument):
+    with pytest.raises(l2sp.InputError, match=argument.partition("=")[0]):
+        parse(argument)
+
+
+def test_a_file_gives_flags_their_values_and_the_command_line_wins(tmp_path):
+    (tmp_path / "c.toml").write_text(
+        "iterations = 12\nalpha = [0.1, 1]\nmirror = false\nsolver = 'adam'\ntarget = ['a,b', 'c']\nmomentum = 0.5\n"
+        "penalty = 'l2,l2_sp:0.1'\nmean = [1, 2.5, 3]\n"
+    )
+    values, _ = parse(f"--config={tmp_path / 'c.toml'}", "--iterations=7", "--solver=sgd")
+    assert (values.iterations, values.solver, values.mirror, values.momentum) == (7, "sgd", False, 0.5)
+    assert values.alpha == ["0.1", "1"] and values.target == ["a,b", "c"] and values.penalty == ["l2", "l2_sp:0.1"]
+    assert values.mean == ["1", "2.5", "3"] and values["iterations"].present and values["alpha"].present
+    assert not values["beta"].present
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iterations = ", "is no TOML file"),
+        ("iterations = 1\niterations = 2", "is no TOML file"),
+        ("\udcff", "is no TOML file"),
+        ("a = " + "[" * 5000, "is no TOML file"),
+        ("iterations = 'many'", "has iterations = 'many'"),
+        ("iterations = true", "has iterations = True"),
+        ("iterations = [3]", "give one text or number"),
+        ("iterations = 2.5", "has iterations = 2.5"),
+        ("mirror = 'yes'", "give true or false"),
+        ("mirror = 1", "give true or false"),
+        ("solver = 'sgdw'", "has solver = 'sgdw'"),
+        ("alpha = [[0.1]]", "give a list of texts or numbers"),
+        ("alpha = 2020-01-01", "give a list of texts or numbers"),
+        ("[recipe]\niterations = 3", "has recipe, but there is no flag --recipe"),
+        ("config = 'd.toml'", "has config"),
+    ],
+)
+def test_files_that_are_wrong_are_refused(tmp_path, text, message):
+    (tmp_path / "c.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(l2sp.InputError, match=message) as found:
+        parse(f"--config={tmp_path / 'c.toml'}")
+    assert "\n" not in str(found.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(l2sp.InputError, match="There is no file"):
+        parse(f"--config={tmp_path / 'c.toml'}")
+    with pytest.raises(l2sp.InputError, match="There is no file"):
+        parse(f"--config={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "word"),
+    [
+        (l2sp.InputError("x is 1"), 2, "error: x is 1"),
+        (OSError("full"), 1, "error: full"),
+        (FloatingPointError("nan"), 1, "error: nan"),
+        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (command.Terminated(), 143, "the same command goes on"),
+        (None, 0, ""),
+    ],
+)
+def test_how_a_command_ends(error, status, word, capsys):
+    def main(argv):
+        if error is not None:
+            raise error
+
+    assert command.status_of(main, []) == status
+    assert word in capsys.readouterr().err
+
+
+def test_sigterm_stops_a_command_as_ctrl_c_does():
+    with pytest.raises(command.Terminated):
+        command._terminate(signal.SIGTERM, None)
+    assert issubclass(command.Terminated, KeyboardInterrupt) and flags.FLAGS is not None

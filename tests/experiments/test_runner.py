@@ -1,0 +1,250 @@
+"""Experiments on the embedded digits: folds, choice, records, resumption, and Ray."""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+from test_engines import ray  # noqa: F401
+from test_plans import plan
+
+import l2sp_tf as l2sp
+from l2sp_tf.experiments import records, runner, selection
+from l2sp_tf.reports import tables
+from l2sp_tf.reports.summary import summary
+from l2sp_tf.training.checkpoints import Checkpoints
+from l2sp_tf.training.recipe import Recipe
+
+RECIPE = Recipe.digits().replace(iterations=6, batch_size=16)
+SOURCE_RECIPE = Recipe.source(RECIPE).replace(iterations=20)
+
+
+def tiny(workdir, **changes):
+    options = {"recipe": RECIPE, "source_recipe": SOURCE_RECIPE, "widths": (4, 8), "depths": (1, 1), "per_class": 10}
+    return plan(workdir=workdir, **{"seeds": (0,), "penalties": ("l2_sp",), "save_models": False, **options, **changes})
+
+
+def run(plans, **options):
+    said = []
+    return runner.run_plans(plans, say=said.append, **options), said
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_more_values_than_given():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selection, "MOST_EXTENSIONS", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A workdir in which cross-validation has chosen between two strengths, what was run, and what was said."""
+    workdir = tmp_path_factory.mktemp("experiment")
+    made = tiny(workdir, folds=2, alphas=(1000.0, 0.1), frozen=(0, 1))
+    return made, *run([made], estimate=True)
+
+
+def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
+    made, found, said = finished
+    (plan,) = (line for line in said if line.startswith("plan: "))
+    assert plan.startswith("plan: 4 runs on folds and up to 3 values beyond") and plan.endswith(", then 2 runs; 6 are left")
+    assert sum(line.startswith("disk: about ") for line in said) == sum(line.startswith("time: about 0:0") for line in said) == 1
+    assert sum("[" in line and "accuracy" in line for line in said) == 6
+    assert [record["settings"]["frozen"] for record in records.runs_of(found)] == [0, 1]
+
+
+def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(finished):
+    made, found, _ = finished
+    folds = [records.read_record(path) for path in made.workdir.glob("folds/*/run.json")]
+    scores = {
+        alpha: np.mean([r["results"]["accuracy"] for r in folds if r["settings"]["alpha"] == alpha]) for alpha in made.alphas
+    }
+    assert {r["settings"]["alpha"] for r in records.runs_of(found)} == {max(scores, key=scores.get)}
+    (made,) = records.selections_of(found)
+    candidates = {c["alpha"]: np.mean(c["accuracies"]) for c in made["candidates"]}
+    assert candidates == pytest.approx(scores) and list(candidates) == [1000, 0.1]
+    assert [row["selected"] for row in summary(found)] == [True, True]
+    assert records.read_records(finished[0].workdir)[-1] == made
+    assert all(r["results"]["total"] == 10 and r["settings"]["fold"][1] == 2 for r in folds)  # of 20 training images
+
+
+def test_a_record_holds_what_tables_and_figures_need(finished):
+    record = finished[1][0]
+    assert tables.right(record).sum() == record["results"]["correct"]
+    assert list(record["results"]["r2"]) == ["conv1_relu", "conv2_block1_out", "conv3_block1_out"]
+    assert 0 <= record["results"]["r2"]["conv1_relu"]["med"] <= 1
+    frozen = finished[1][1]["results"]["r2"]
+    assert frozen["conv1_relu"]["whislo"] == pytest.approx(1)
+    assert tables.table_3(finished[1]).rows and tables.table_2(finished[1]).rows[0][1].endswith("(1)")
+
+
+@pytest.mark.slow
+def test_proximal_and_plain_runs_are_told_apart(tmp_path):
+    made = tiny(tmp_path, penalties=("l1_sp",), alphas=(0.1,))
+    stepped = dataclasses.replace(made, recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
+    found, said = run([made, stepped])
+    assert "penalty_step" not in found[0]["settings"]["recipe"] and "frozen" not in found[0]["results"]
+    assert found[1]["settings"]["recipe"]["penalty_step"] == "proximal" and found[1]["settings"]["recipe"]["solver"] == "adam"
+    assert set(found[1]["results"]["frozen"]) > {"all", "conv1_conv"}
+    assert sum("source model: training" in line for line in said) == 1
+    assert [row[0] for row in tables.table_2(found).rows] == ["L1-SP", "L1-SP, Adam, proximal"]
+    assert "L1-SP, Adam, proximal" in tables.table_csv(found)
+
+
+def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
+    made, found, _ = finished
+    again, said = run([made])
+    assert again == found and sum("already finished" in line for line in said) == 6
+    more = dataclasses.replace(made, alphas=(5.0,))
+    nothing, said = run([more], dry_run=True)
+    assert nothing == [] and not list(made.workdir.glob("folds/l2_sp-5-*"))
+
+
+def test_an_interrupted_experiment_goes_on(finished):
+    made, found, _ = finished
+    for pattern in ("folds/l2_sp-0.1-fold1-*/run.json", "runs/*/run.json"):
+        next(made.workdir.glob(pattern)).unlink()
+    again, said = run([made])
+    assert sum("already finished" in line for line in said) == 4
+    assert [r["settings"] for r in records.runs_of(again)] == [r["settings"] for r in records.runs_of(found)]
+
+
+@pytest.mark.slow
+def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
+    made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
+    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    grid = dataclasses.replace(made, folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
+    first, _ = run([grid])
+    assert not records.selections_of(first) and len(tables.table_2(first).rows) == 2
+    found, said = run([made])
+    assert sum("already finished" in line for line in said) == 1  # the chosen one, as it was a point of the grid
+    chosen = records.selections_of(found)[0]["chosen"]["alpha"]
+    (line,) = tables.table_2(records.read_records(tmp_path)).rows
+    assert line[1].endswith("(2)")
+    other = next(alpha for alpha in made.alphas if alpha != chosen)
+    found, _ = run([dataclasses.replace(made, alphas=(other,))])
+    (made_last,) = records.selections_of(records.read_records(tmp_path))
+    assert made_last["chosen"]["alpha"] == other and len(made_last["candidates"]) == 1
+    (line,) = tables.table_2(records.read_records(tmp_path)).rows
+    assert line[1].endswith("(2)")
+    expected = [100 * r["results"]["accuracy"] for r in first if r["settings"]["alpha"] == other]
+    assert line[1].startswith(f"{np.mean(expected):.1f}")
+
+
+def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, tmp_path):
+    recipe = RECIPE.replace(beta={"l2_sp": 0.02, "l2": 0.001})
+    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    found, _ = run([tiny(tmp_path, folds=2, penalties=("l2", "l2_sp"), alphas=(0.1,), recipe=recipe.replace(iterations=2))])
+    rows = {(row["penalty"], row["beta"]): row["selected"] for row in summary(found)}
+    assert rows == {("l2", 0.001): True, ("l2_sp", 0.02): True}
+
+
+def test_plans_that_share_runs_run_them_once(tmp_path):
+    made = tiny(tmp_path)
+    found, said = run([made, dataclasses.replace(made, alphas=(0.1, 1.0))])
+    assert [r["settings"]["alpha"] for r in found] == [1.0, 0.1]  # 1 is the digits' own
+    assert sum("source model: training" in line for line in said) == 1
+
+
+@pytest.mark.slow
+def test_a_setting_that_diverges_is_recorded_so_and_not_chosen(tmp_path):
+    found, said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
+    (record,), (made,) = records.runs_of(found), records.selections_of(found)
+    assert record["settings"]["alpha"] == 0.1 and made["candidates"][0]["accuracies"] == [None, None]
+    assert sum("diverged: The loss is" in line for line in said) == 2
+
+
+def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and_when_it_is_given_again(tmp_path):
+    diverging = tiny(tmp_path, folds=2, alphas=(1e12, 1e13))
+    plain = tiny(tmp_path, penalties=("l2", "l2_sp"), alphas=(1e12, 0.1), seeds=(0, 1))
+    for again in (False, True):
+        found, said = run([diverging, plain])
+        assert sum("every setting of l2_sp diverged" in line for line in said) == 1
+        assert sum("already finished" in line for line in said) == (12 if again else 0)
+        assert [records.diverged(record) for record in records.runs_of(found)] == [True, True, False, False] * 2
+        assert [record["chosen"] for record in records.selections_of(found)] == [None]
+    table = tables.table_2(records.read_records(tmp_path))
+    assert [row[:1] + (row[1][-19:],) for row in table.rows if "diverged" in row[1]] == [
+        (f"{name}, alpha 1e+12", "diverged (2, 2 diverged)"[-19:]) for name in ("L2", "L2-SP")
+    ]
+    assert "Every setting of L2-SP on digits/target - 10 diverged" in table.notes
+
+
+@pytest.mark.slow
+def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
+    monkeypatch.setattr(runner, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
+    asked = tiny(tmp_path, folds=2, alphas=(0.1, 1.0))
+    found, said = run([asked])
+    (made,) = records.selections_of(found)
+    assert any(line.endswith("then 1 runs; 0 are left") for line in run([asked], dry_run=True)[1])
+    assert [c["alpha"] for c in made["candidates"]] == [0.1, 1.0, 10.0] and made["edges"] == ["alpha 10"]
+    assert any("at the edge of what was tried (alpha 10)" in line for line in said)
+    assert "lies at the edge" in tables.table_2(found).notes
+
+
+def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path):
+    with pytest.raises(l2sp.InputError, match="11 folds"):
+        run([tiny(tmp_path, folds=11)])
+
+
+def kill_one_worker(workdir, killed):
+    """Kills a Ray worker that is busy, once the first record is there."""
+    for _ in range(1200):
+        if list(workdir.glob("folds/*/run.json")):
+            for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    command = path.read_bytes()
+                except OSError:
+                    continue
+                if command.startswith(b"ray::l2sp_tf"):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    killed.append(path.parent.name)
+                    return
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="finds workers in /proc")
+def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
+    made = dataclasses.replace(finished[0], workdir=tmp_path)
+    killed = []
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
+    killer.start()
+    found, _ = run([made], engine="ray")
+    killer.join()
+    assert len(killed) == 1
+    local = [records.read_record(path) for path in finished[0].workdir.glob("folds/*/run.json")]
+    remote = [records.read_record(path) for path in tmp_path.glob("folds/*/run.json")]
+    keys = ("alpha", "beta", "frozen", "seed", "fold", "target_digest", "penalty")
+    where = lambda record: [record["settings"].get(key) for key in keys]  # noqa: E731
+    assert sorted(map(where, remote)) == sorted(map(where, local))
+    assert len(found) == 3 and all(set(r) == set(finished[1][0]) for r in records.runs_of(found))
+
+
+def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
+    made, *_ = finished
+    whole = dataclasses.replace(made, folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
+    cut = dataclasses.replace(whole, workdir=tmp_path / "b")
+    for part in (whole, cut):
+        shutil.copytree(made.workdir / "sources", part.workdir / "sources")
+    (expected,), _ = run([whole])
+    save = Checkpoints.save
+
+    def saved_then_stopped(self, step, arrays, state):
+        save(self, step, arrays, state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", saved_then_stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run([cut])
+    (found,), said = run([cut])
+    assert any("6 iterations, from step 2 on" in line for line in said)
+    assert {**found, "seconds": 0, "time": 0} == {**expected, "seconds": 0, "time": 0}
+    assert not list(tmp_path.glob("*/runs/*/checkpoints"))

@@ -1,0 +1,330 @@
+"""Converters: the same logits as the origin framework, and one sentence for whatever a file may hold."""
+
+import collections
+import functools
+import hashlib
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tensorflow as tf
+import torch_writer
+from reference import resnets as reference
+
+import l2sp_tf as l2sp
+from l2sp_tf.models import convert, resnets, zoo
+from l2sp_tf.models.pixels import PIXELS
+from l2sp_tf.models.torch_files import read_state_dict
+from l2sp_tf.models.units import units
+
+IMAGES = np.random.default_rng(1).normal(size=(2, 33, 33, 3)).astype("float32")  # odd sides tell paddings apart
+CLASSES = 5
+WRITERS = {"zip": torch_writer.torch_zip, "legacy": torch_writer.torch_legacy}
+
+
+def relative_error(anchors, backbone, images, expected):
+    model = resnets.imagenet_resnet(backbone, expected.shape[1], images.shape[1])
+    anchors.restore(model)
+    return np.abs(model(images, training=False) - expected).max() / np.abs(expected).max()
+
+
+def write_checkpoint(path, arrays, version=2):
+    names, tensors = list(arrays), [tf.constant(a) for a in arrays.values()]
+    if version == 1:
+        tf.raw_ops.Save(filename=str(path), tensor_names=names, data=tensors)
+    else:
+        tf.raw_ops.SaveV2(prefix=str(path), tensor_names=names, shape_and_slices=[""] * len(names), tensors=tensors)
+    return path
+
+
+@pytest.fixture(scope="module")
+def slim():
+    """Random weights under TF-slim's names, and the logits that the loops find."""
+    weights = reference.Weights(2)
+    return reference.slim(IMAGES, weights, CLASSES), weights
+
+
+@functools.cache
+def torch_net(name):
+    """The logits that the loops find, and random weights under torchvision's names."""
+    weights = reference.Weights(3)
+    return reference.torch(IMAGES, weights, CLASSES, name), weights
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_tf_slim_gives_the_logits_of_the_loops(slim, version, tmp_path):
+    logits, weights = slim
+    extra = {"global_step": np.array(3), "resnet_v1_50/mean_rgb": np.array([123.0, 116.0, 103.0], "float32")}
+    slots = {"resnet_v1_50/conv1/weights/Momentum": np.zeros((7, 7, 3, 64), "float32")}
+    path = write_checkpoint(tmp_path / "resnet_v1_50.ckpt", {**weights, **extra, **slots}, version)
+    anchors = convert.convert_tf_slim(path, "resnet50_slim")
+    assert relative_error(anchors, "resnet50_slim", IMAGES, logits) < 1e-4
+    assert anchors.pixels == PIXELS["rgb"].with_mean((123, 116, 103))
+    assert anchors.provenance["origin"] == "tf_slim"
+    files = anchors.provenance["files"]
+    assert files == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files}
+    assert len(files) == (1 if version == 1 else 2)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("resnet18", "zip"), ("resnet50", "legacy")])
+def test_torch_gives_the_logits_of_the_loops(name, kind, tmp_path):
+    logits, weights = torch_net(name)
+    path = tmp_path / "a.pth"
+    WRITERS[kind](path, weights)
+    anchors = convert.convert_torch(path, f"{name}_torch")
+    assert relative_error(anchors, f"{name}_torch", IMAGES, logits) < 1e-4
+    assert anchors.pixels == PIXELS["torch"]
+
+
+def test_the_variants_differ(slim):
+    """The place of the stride is seen in the logits: the tests above can fail."""
+    logits, weights = slim
+    found = {key: weights[convert._slim_name("resnet_v1_50", *key.split("/"))] for key in l2sp.Anchors.of(
+        resnets.imagenet_resnet("resnet50_slim", CLASSES, 33))}  # fmt: skip
+    found["predictions/kernel"] = found["predictions/kernel"][0, 0]
+    assert relative_error(l2sp.Anchors(found), "resnet50_torch", IMAGES, logits) > 1e-2
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet101_slim", 33), ("resnet152_slim", 50), ("resnet34_torch", 16)])
+def test_deeper_ones_have_their_units_and_can_be_frozen(name, blocks):
+    model = resnets.imagenet_resnet(name, 10, 32)
+    assert len(units(model)) == 1 + blocks == l2sp.freeze_first(model, 3)
+    assert {layer.momentum for layer in model.layers if layer.name.endswith("_bn")} == {0.9}
+
+
+def test_numbers_of_weights_are_the_published_ones():
+    counts = {"resnet18_torch": 11_689_512, "resnet50_torch": 25_557_032, "resnet50_slim": 25_557_032}
+    for name, count in counts.items():
+        assert sum(np.prod(w.shape) for w in resnets.imagenet_resnet(name, 1000, 32).trainable_weights) == count
+
+
+def parallel(state):
+    return {"epoch": 90, "arch": "resnet18", "best_prec1": 54.7, "state_dict": {f"module.{k}": a for k, a in state.items()}}
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_checkpoints_of_parallel_training_are_unwrapped(kind, tmp_path):
+    state = {"a.weight": np.arange(6, dtype="float32").reshape(2, 3), "n": np.array(4)}
+    WRITERS[kind](tmp_path / "x.pth.tar", state, parallel)
+    found = read_state_dict(tmp_path / "x.pth.tar")
+    assert list(found) == list(state)
+    for name in state:
+        np.testing.assert_array_equal(found[name], state[name])
+
+
+def test_safetensors_of_torchvision_are_read(tmp_path):
+    name, (logits, weights) = "resnet18", torch_net("resnet18")
+    safetensors.numpy.save_file(weights, tmp_path / "w.safetensors")
+    anchors = convert.convert_torch(tmp_path / "w.safetensors", f"{name}_torch", pixels="rgb")
+    assert relative_error(anchors, f"{name}_torch", IMAGES, logits) < 1e-4
+    assert anchors.pixels == PIXELS["rgb"]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_files_that_torch_itself_saved_are_read(legacy, tmp_path):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: the files of torch_writer stand in for its own")
+    base = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    state = collections.OrderedDict(
+        a=base.t(), b=base[1:3, 2:5], c=torch.tensor(3), d=base.half(), e=base.bfloat16(), f=torch.nn.Parameter(base.double())
+    )
+    torch.save({"state_dict": state, "epoch": 1}, tmp_path / "t.pth", _use_new_zipfile_serialization=not legacy)
+    found = read_state_dict(tmp_path / "t.pth")
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(found[name].astype("float64"), tensor.detach().double().numpy())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torch_itself_gives_the_logits_of_the_loops(name):
+    """The oracle against PyTorch's own operations, where it is installed."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: the loops of reference_resnets stand in for it")
+    logits, weights = torch_net(name)
+    w = {k: torch.tensor(a) for k, a in weights.items()}
+    f = torch.nn.functional
+
+    def bn(x, at):
+        return f.batch_norm(x, w[f"{at}.running_mean"], w[f"{at}.running_var"], w[f"{at}.weight"], w[f"{at}.bias"])
+
+    x = torch.tensor(IMAGES).permute(0, 3, 1, 2)
+    x = f.max_pool2d(bn(f.conv2d(x, w["conv1.weight"], stride=2, padding=3), "bn1").relu(), 3, 2, 1)
+    for stage, blocks in enumerate(reference.DEPTHS[name], start=1):
+        for block in range(blocks):
+            at, y, n = f"layer{stage}.{block}", x, 1
+            stride = 2 if stage > 1 and block == 0 else 1
+            while f"{at}.conv{n}.weight" in w:
+                kernel = w[f"{at}.conv{n}.weight"]
+                strided = n == (1 if name == "resnet18" else 2)
+                y = f.conv2d(y if n == 1 else y.relu(), kernel, stride=stride if strided else 1, padding=kernel.shape[-1] // 2)
+                y, n = bn(y, f"{at}.bn{n}"), n + 1
+            if f"{at}.downsample.0.weight" in w:
+                x = bn(f.conv2d(x, w[f"{at}.downsample.0.weight"], stride=stride), f"{at}.downsample.1")
+            x = (x + y).relu()
+    found = f.linear(x.mean((2, 3)), w["fc.weight"], w["fc.bias"]).numpy()
+    assert np.abs(found - logits).max() / np.abs(logits).max() < 1e-4
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"echo > {self.path}",)
+
+
+def hostile(path, content):
+    """A zip of torch.save whose pickle is the given bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "bare"])
+def test_pickled_code_is_refused_and_not_run(kind, tmp_path):
+    content = pickle.dumps({"conv1.weight": Bomb(tmp_path / "ran")}, 2)
+    start = b"".join(pickle.dumps(item, 2) for item in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}))
+    path = tmp_path / "a.pth"
+    path.write_bytes({"bare": b"", "legacy": start, "zip": b""}[kind] + content)
+    if kind == "zip":
+        hostile(path, content)
+    with pytest.raises(l2sp.InputError, match="system, which no state dict needs"):
+        read_state_dict(path)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(content)  # the file is what it claims to be
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02cbuiltins\neval\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",  # by STACK_GLOBAL
+        b"\x80\x04\x8c\x0bcollections\x8c\x16OrderedDict.__init__.x\x93.",
+        b"\x80\x02\x82\x01.",  # an extension
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00xK\x01sb.",  # sets an attribute of what stands in
+        b"\x80\x02ctorch\nFloatStorage\n)R.",  # calls a marker
+        b"\x80\x02X\xff\xff\xff\x7fabc.",  # a text longer than the file
+        b"\x80\x02K\x01r\xff\xff\xff\xff.",  # a memo of 2^32 places
+        b"\x80\x02(((",
+        b"",
+        b"\x80\x02]q\x00h\x00a.",
+    ],
+)
+def test_pickles_that_describe_no_tensors_are_refused(content, tmp_path):
+    with pytest.raises(l2sp.InputError, match="no state dict"):
+        read_state_dict(hostile(tmp_path / "a.pth", content))
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_truncated_files_are_refused(kind, part, tmp_path):
+    path = tmp_path / "a.pth"
+    WRITERS[kind](path, {"a": np.ones((30, 30), "float32"), "b": np.ones(500, "float32")})
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    with pytest.raises(l2sp.InputError, match="damaged or no state dict"):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": (40,)}, {"shape": (2**40, 2**40), "strides": (0, 0)}, {"shape": (-1,)}, {"strides": (2**50,)}]
+)
+def test_tensors_beyond_their_storage_are_refused(change, tmp_path):
+    array = np.ones(30, "float32")
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr(
+            "archive/data.pkl",
+            torch_writer.pickled({"a": torch_writer.Tensor("0", array, **{"shape": (30,), "strides": (1,), **change})}),
+        )
+        archive.writestr("archive/data/0", array.tobytes())
+    with pytest.raises(l2sp.InputError, match="beyond its storage|sizes that no tensor has"):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path):
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**7)
+    with pytest.raises(l2sp.InputError, match="compressed"):
+        read_state_dict(path)
+    torch_writer.torch_legacy(path, {"a": np.ones(3, "float32")})
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + struct.pack("<q", 2**60) + content[-12:])
+    with pytest.raises(l2sp.InputError, match="beyond the end of the file"):
+        read_state_dict(path)
+
+
+def test_what_does_not_fit_is_listed_on_both_sides(slim, tmp_path):
+    _, weights = slim
+    path = write_checkpoint(tmp_path / "c.ckpt", weights)
+    with pytest.raises(l2sp.InputError, match=r"block2/unit_5/.* / missing.* and \d+ more"):
+        convert.convert_tf_slim(path, "resnet152_slim")
+    with pytest.raises(l2sp.InputError, match="has a head of 5 classes, not 1000"):
+        convert.convert_tf_slim(path, "resnet50_slim", classes=1000)
+    changed = {**weights, "resnet_v1_50/extra": np.zeros(3, "float32")}
+    changed["resnet_v1_50/conv1/weights"] = np.zeros((7, 7, 3, 32), "float32")
+    path = write_checkpoint(tmp_path / "d.ckpt", changed)
+    with pytest.raises(l2sp.InputError) as error:
+        convert.convert_tf_slim(path, "resnet50_slim")
+    assert "resnet_v1_50/conv1/weights (7, 7, 3, 64) / (7, 7, 3, 32)" in str(error.value)
+    assert "resnet_v1_50/extra missing / (3,)" in str(error.value)
+    with pytest.raises(l2sp.InputError, match="give one of resnet50_slim"):
+        convert.convert_tf_slim(path, "resnet50")
+
+
+def test_checkpoints_that_are_none_are_refused(slim, tmp_path):
+    with pytest.raises(l2sp.InputError, match="There is no checkpoint"):
+        convert.convert_tf_slim(tmp_path / "none.ckpt", "resnet50_slim")
+    (tmp_path / "a.ckpt").write_bytes(b"no checkpoint" * 100)
+    with pytest.raises(l2sp.InputError, match="damaged or no checkpoint"):
+        convert.convert_tf_slim(tmp_path / "a.ckpt", "resnet50_slim")
+    path = write_checkpoint(tmp_path / "b.ckpt", slim[1])
+    part = next(tmp_path.glob("b.ckpt.data-*"))
+    part.write_bytes(part.read_bytes()[:1000])
+    with pytest.raises(l2sp.InputError, match="damaged or no checkpoint"):
+        convert.convert_tf_slim(path, "resnet50_slim")
+
+
+def test_the_command_writes_what_load_weights_reads(tmp_path, capsys):
+    name, (logits, weights) = "resnet18", torch_net("resnet18")
+    torch_writer.torch_zip(tmp_path / "a.pth", weights)
+    output = tmp_path / "w.safetensors"
+    arguments = [str(tmp_path / "a.pth"), str(output), f"--backbone={name}_torch", "--mean=115.6,112.52,102.82"]
+    assert convert.main(arguments) == 0
+    assert f"{name}_torch, 5 classes, pixels rgb, scale" in capsys.readouterr().out
+    model = zoo.backbone(f"{name}_torch", CLASSES, image_size=33, weights=str(output))
+    np.testing.assert_allclose(model(IMAGES, training=False), logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
+    assert zoo.pixels_of(str(output)) == PIXELS["torch"].with_mean((115.6, 112.52, 102.82))
+    assert zoo.head_classes(output) == CLASSES
+    digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
+    assert l2sp.Anchors.load(output).provenance == {
+        "origin": "torch", "backbone": f"{name}_torch", "files": {"a.pth": digest},
+    }  # fmt: skip
+
+
+def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.pth").write_bytes(b"x")
+    monkeypatch.chdir(tmp_path)
+    for arguments, status, message in (
+        (["a.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "no state dict"),
+        (["a.pth", "w.bin", "--backbone=resnet50_torch"], 2, "no .safetensors file"),
+        (["none.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "There is no file none.pth"),
+        (["a.pth", "w.safetensors", "--backbone=vgg16"], 2, "backbone 'vgg16' is none"),
+        (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--pixels=grey"], 2, "pixel format 'grey' is unknown"),
+        (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--mean=1,2"], 2, "mean is ['1', '2']"),
+    ):
+        assert convert.main(arguments) == status
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_the_module_is_a_command(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-m", "l2sp_tf.models.convert", "none.ckpt", "w.safetensors", "--backbone=resnet50_slim"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: There is no checkpoint none.ckpt" in result.stderr

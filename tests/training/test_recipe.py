@@ -1,0 +1,125 @@
+"""Section 4.2's numbers and the schedule."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import l2sp_tf as l2sp
+from l2sp_tf.models.pixels import PixelFormat
+from l2sp_tf.penalties.formulas import PENALTIES
+from l2sp_tf.training.recipe import ALPHA_GRIDS, CHOICES
+
+
+def test_the_defaults_are_the_papers():
+    r = l2sp.Recipe.paper()
+    assert (r.iterations, r.decay_step, r.momentum, r.batch_size, r.beta) == (9000, 6000, 0.9, 64, 0.01)
+    assert (r.resize, r.crop, r.mirror, r.blur, r.params) == (256, 224, True, "gaussian", "all")
+    assert r.learning_rate in (0.005, 0.01, 0.02)
+    a = l2sp.Recipe.authors()
+    assert (a.iterations, a.decay_step, a.params, a.blur, a.resize_filter) == (9001, 5000, "kernels", "authors", "bilinear")
+    assert (a.resize, a.resize_mode, a.crop, a.crops) == (256, "squash", 224, 1)
+
+
+def test_how_a_source_model_is_tested_does_not_change_its_training():
+    r = l2sp.Recipe()
+    assert l2sp.Recipe.source(r.replace(crops=10)) == l2sp.Recipe.source(r)
+
+
+@pytest.mark.parametrize(("iterations", "first_low"), [(9000, 6000), (3, 2), (200, 133), (1, 1)])
+def test_the_rate_is_divided_by_ten_after_two_thirds(iterations, first_low):
+    r = l2sp.Recipe(iterations=iterations)
+    rates = [float(r.schedule()(step)) for step in (0, first_low - 1, first_low, first_low + 1)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001])
+
+
+def test_the_optimizer_is_sgd_with_momentum_and_no_decay_of_its_own():
+    optimizer = l2sp.Recipe().optimizer()
+    assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, False, None)
+
+
+def test_the_papers_kind_of_steps_goes_unsaid_in_a_record():
+    assert not {"solver", "penalty_step"} & set(l2sp.Recipe().record())
+    said = l2sp.Recipe(solver="adam", penalty_step="decoupled")
+    assert said.record()["solver"] == "adam" and said.record()["penalty_step"] == "decoupled"
+    assert set(l2sp.Recipe.source(said).record()) == set(l2sp.Recipe.source(l2sp.Recipe()).record())
+
+
+NAN, INF = float("nan"), float("inf")
+BAD = {
+    "iterations": (0, -1, 2.5, "9", True, None, NAN),
+    "decay_at": (0, 1.5, False, "x"),
+    "learning_rate": (0, -0.1, NAN, INF, "0.1", True, None),
+    "momentum": (1.0, -0.1, NAN, "0.9", True),
+    "batch_size": (0, 1.0, True),
+    "alpha": (0.1, None, {"l3": 1.0}, {"l2": -1}, {"l2": NAN}, {"l2_sp": True}, {2: 1.0}),
+    "beta": (-1, NAN, INF, "0.01", True, None, {"l3": 1.0}, {"l2": -1}, {"l2": NAN}, {"l2_sp": True}),
+    "params": ("some", None, "Kernels"),
+    "resize": (0, 256.0, True),
+    "crop": (0, 300, True),
+    "blur": ("box", None, True),
+    "blur_kernel": (4, 0, 2.5, True),
+    "blur_sigma": (1.0, (1.0,), (2.0, 1.0), (0.0, 1.0), (0.1, INF), ("a", "b"), "12"),
+    "mirror": (1, "yes", None),
+    "resize_mode": ("fit", None),
+    "resize_filter": ("cubic", 0),
+    "crops": (5, True, 1.0, "10"),
+    "mean": ("target", ("1", "2"), (1, 2, NAN), None, 3),
+    "log_every": (0, 1.5, True),
+    "solver": ("sgdw", None),
+    "penalty_step": ("none", None),
+    "head_bias": (NAN, INF, "0", True, None),
+    "smoothing": (-1e-9, NAN, True, None),
+    "moving_statistics": ("old", None),
+    "batch_norm_decay": (1.0, -0.1, NAN, True),
+}
+
+
+def test_every_field_is_checked():
+    assert {field.name for field in dataclasses.fields(l2sp.Recipe)} == set(BAD)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD.items() for value in values])
+def test_bad_values_are_refused(name, value):
+    with pytest.raises(l2sp.InputError, match=f"{name}( of l2(_sp)?)? is") as found:
+        l2sp.Recipe(**{name: value})
+    assert str(found.value).count("\n") == 0
+
+
+def test_the_choices_are_those_of_the_modules_that_obey_them():
+    from l2sp_tf.data import images
+
+    expected = {"blur": images.BLURS, "resize_mode": images.RESIZE_MODES, "resize_filter": images.RESIZE_FILTERS}
+    assert {name: set(CHOICES[name]) for name in expected} == {name: set(values) for name, values in expected.items()}
+    assert set(ALPHA_GRIDS) == set(PENALTIES)
+
+
+def test_a_misspelt_choice_gets_the_nearest_one():
+    with pytest.raises(l2sp.InputError, match="Did you mean gaussian"):
+        l2sp.Recipe(blur="gausian")
+
+
+def test_numbers_of_numpy_are_kept_as_plain_ones():
+    r = l2sp.Recipe(iterations=np.int64(5), beta=np.float64(0.5), alpha={"l2": np.float64(2)}, blur_sigma=[1, np.float64(2)])
+    assert r == l2sp.Recipe(iterations=5, beta=0.5, alpha={"l2": 2.0}, blur_sigma=(1, 2.0))
+    assert {type(value) for value in (r.iterations, r.beta, r.alpha["l2"], *r.blur_sigma)} == {int, float}
+
+
+def test_strengths_that_nobody_published_must_be_given():
+    assert l2sp.Recipe().alpha_for("l2_sp") == 0.1
+    with pytest.raises(l2sp.InputError, match="no published strength for the penalty l1_sp"):
+        l2sp.Recipe().alpha_for("l1_sp")
+
+
+def test_the_mean_follows_the_protocol():
+    carried = PixelFormat(mean=(1, 2, 3))
+    assert l2sp.Recipe.paper().mean_for("caltech256", carried) is None
+    authors = l2sp.Recipe.authors()
+    for name in ("caltech256", "caltech256/60", "tfds:caltech256"):
+        assert authors.mean_for(name, carried) == (140.48, 135.94, 127.61)
+    assert authors.mean_for("imagenet2012", carried) == (123.68, 116.78, 103.94)
+    assert authors.mean_for("my/images", carried) is None
+    assert l2sp.Recipe(mean="weights").mean_for("x", carried) == (1, 2, 3)
+    assert l2sp.Recipe(mean=("4", 5, 6)).mean_for("imagenet2012", carried) == (4, 5, 6)
+    with pytest.raises(l2sp.InputError, match="the weights carry no mean"):
+        l2sp.Recipe(mean="weights").mean_for("x", PixelFormat())
