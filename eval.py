@@ -84,7 +84,7 @@ def main(argv):
 
 def write_report(path):
     """Writes the page that --report names, and the same for TensorBoard in a folder beside it."""
-    from l2sp_tf.evaluation.report import report_of_files, report_of_run
+    from l2sp_tf.experiments.folders import report_of_files, report_of_run
 
     if (FLAGS.model is None) != (FLAGS.anchors is None):
         raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
@@ -101,7 +101,7 @@ def write_report(path):
 
 def write_predictions():
     """Prints the classes of the first images that --predict names, and writes those of all to predictions.csv."""
-    from l2sp_tf.evaluation.predictions import predict_images
+    from l2sp_tf.experiments.folders import predict_images
     from l2sp_tf.files.writing import write_text
 
     model = pathlib.Path(FLAGS.model or FLAGS.workdir[0])

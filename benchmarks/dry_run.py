@@ -64,7 +64,7 @@ def make_weights(path):
     from l2sp_tf.penalties.anchors import Anchors
 
     pixels = PIXELS["rgb"].with_mean((123.68, 116.78, 103.94))
-    Anchors.of(zoo.backbone("resnet101_slim", 1000), pixels).save(path)
+    Anchors.of(zoo.backbone("resnet101_slim", 1000), {"pixels": pixels.plain()}).save(path)
 
 
 if __name__ == "__main__":

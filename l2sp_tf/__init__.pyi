@@ -1,8 +1,9 @@
 """The public names, as editors and type checkers see them; `__init__.py` imports each when it is first used."""
 
 from .evaluation.accuracy import evaluate as evaluate, retention as retention
-from .evaluation.predictions import Predictions as Predictions, predict_images as predict_images
+from .evaluation.predictions import Predictions as Predictions
 from .evaluation.report import RetentionReport as RetentionReport, retention_report as retention_report
+from .experiments.folders import predict_images as predict_images
 from .experiments.selection import Selection as Selection, cross_validate as cross_validate
 from .files.errors import InputError as InputError
 from .fisher.estimator import Fisher as Fisher, fisher_diagonal as fisher_diagonal

@@ -165,7 +165,7 @@ def make_anchors(folder):
 
 def read_anchors(path):
     anchors = l2sp.Anchors.load(path)
-    return anchors.digest, anchors.pixels, repr(anchors.provenance)
+    return anchors.digest, repr(anchors.metadata)
 
 
 def make_fisher(folder):

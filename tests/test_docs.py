@@ -17,7 +17,8 @@ import pytest
 from absl import flags
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import convert, zoo
+from l2sp_tf.cli.convert import main as convert
+from l2sp_tf.models import zoo
 from l2sp_tf.penalties.formulas import PENALTIES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -125,9 +126,9 @@ def test_commands_are_found_and_a_wrong_flag_is_noticed():
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
 def test_the_conversions_of_a_text_have_options_that_exist(path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for _, _, *arguments in commands_of(path, ["-m l2sp_tf.models.convert"]):
+    for _, _, *arguments in commands_of(path, ["-m l2sp_tf.cli.convert"]):
         if "--help" not in arguments:
-            assert convert.main(arguments) == 2  # the options are read before the file is missed
+            assert convert(arguments) == 2  # the options are read before the file is missed
             assert "There is no" in capsys.readouterr().err
 
 

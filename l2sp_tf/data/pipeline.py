@@ -308,3 +308,9 @@ def _ordered(x, preprocessing):
     if pixels.scale != (1.0, 1.0, 1.0):
         x = x * tf.constant(pixels.scale, tf.float32)
     return x[..., ::-1] if pixels.channel_order == "bgr" else x
+
+
+def preprocessing_for(interface):
+    """The `Preprocessing` by which images are made for a model when it is tested."""
+    names = ("resize", "resize_mode", "resize_filter", "crop", "pixels")
+    return Preprocessing(**{name: getattr(interface, name) for name in names})

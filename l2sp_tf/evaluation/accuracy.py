@@ -9,8 +9,9 @@ from l2sp_tf.data.batches import check_readable_again, labelled_batches
 from l2sp_tf.data.pipeline import Task, test_batches
 from l2sp_tf.evaluation.answers import Judge
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models.copies import assign, detached_copy
+from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.heads import head_of
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 

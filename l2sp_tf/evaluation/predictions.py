@@ -5,19 +5,15 @@ import pathlib
 import tempfile
 import warnings
 
-import keras
 import numpy as np
 
 from l2sp_tf.data.decoding import decode
 from l2sp_tf.data.folders import ENDINGS
-from l2sp_tf.data.pipeline import test_batches
+from l2sp_tf.data.pipeline import preprocessing_for, test_batches
 from l2sp_tf.data.sets import Split
 from l2sp_tf.evaluation.answers import Judge
-from l2sp_tf.evaluation.interfaces import interface_at, preprocessing_for
-from l2sp_tf.experiments import records
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models import zoo
-from l2sp_tf.reports.tables import Table
+from l2sp_tf.files.table import Table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +47,22 @@ class Predictions:
         return Table(("file", "class", "probability"), rows, f"and {left} more images" if left else "")
 
 
-def predict_images(model, images, interface=None, *, batch_size=64, skip_bad_images=False, **given):
+def predict(model, images, interface, *, batch_size=64, skip_bad_images=False):
     """The class of each image and its probability, by the same crops and scores as `evaluate`.
 
     Args:
-        model: the path of a `.keras` file, or of the folder of a run with one; or a Keras classifier with one output.
+        model: a Keras classifier with one output.
         images: a folder, which is searched with the folders in it, or a list of files, JPEG or PNG.
-        interface: how the images are made and which output is which class, such as the `interface` of a `Run`; of a path by
-            default what the file says. Outputs without names are called by their number.
+        interface: how the images are made and which output is which class. Outputs without names are called by their number.
         batch_size: crops a step.
         skip_bad_images: leave out what cannot be decoded, with a warning, instead of raising.
-        given: where a file does not say it, how images are made, as `interfaces.interface_at` takes it.
 
     Returns:
         `Predictions`, a folder's in the order of the paths.
 
     Raises:
-        InputError: the model's file is missing or damaged, or leaves open how images are made; there is no image, or one
-            cannot be decoded; the interface does not fit the model.
+        InputError: there is no image, or one cannot be decoded; the interface does not fit the model.
     """
-    if not isinstance(model, keras.Model):
-        model, interface = _read(pathlib.Path(model), interface, given)
     if interface is None or interface.pixels.mean is None:
         raise InputError("It is not known how the model's images are made: give its interface, or of a file its mean.")
     classes, files = _classes(model, interface), _files(images)
@@ -88,22 +79,9 @@ def predict_images(model, images, interface=None, *, batch_size=64, skip_bad_ima
     skipped = set(decoded.skipped)
     if skipped:
         first = decoded.skipped[0]
-        warnings.warn(f"{len(skipped)} images were left out that cannot be decoded, the first is {first}.", stacklevel=2)
+        warnings.warn(f"{len(skipped)} images were left out that cannot be decoded, the first is {first}.", stacklevel=3)
     kept = tuple(name for name in names if name not in skipped)
     return Predictions(kept, labels, probabilities, classes, decoded.skipped)
-
-
-def _read(path, interface, given):
-    """The model of a `.keras` file, or of the folder of a run, and its `Interface`."""
-    if path.is_dir():
-        path = records.model_file(path)
-    model = zoo.load_model(path)
-    interface = interface_at(path, model, **given) if interface is None else interface
-    if interface.pixels.mean is None:
-        raise InputError(f"{path} does not say which mean is subtracted from its images: give --mean=R,G,B.")
-    if interface.classes is None:
-        warnings.warn(f"{path} does not name its classes: they are called by the number of their output.", stacklevel=3)
-    return model, interface
 
 
 def _files(images):
@@ -125,7 +103,7 @@ def _files(images):
         raise InputError(f"There are no images in {where}: give {', '.join(ENDINGS)} files, or a folder of them.")
     if others:
         kinds = ", ".join(ENDINGS)
-        warnings.warn(f"{len(others)} files are no {kinds} and were left out, the first is {others[0]}.", stacklevel=3)
+        warnings.warn(f"{len(others)} files are no {kinds} and were left out, the first is {others[0]}.", stacklevel=4)
     return tuple(dict.fromkeys(found))
 
 

@@ -2,30 +2,24 @@
 
 import dataclasses
 import math
-import pathlib
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.data.batches import labelled_batches
-from l2sp_tf.data.datasets import load_dataset
-from l2sp_tf.data.pipeline import Task, prepare, test_batches
+from l2sp_tf.data.pipeline import Task, test_batches
 from l2sp_tf.evaluation import report_page
 from l2sp_tf.evaluation.accuracy import STATISTICS, retention
 from l2sp_tf.evaluation.activations import activation_r2, box
-from l2sp_tf.evaluation.interfaces import interface_at, preprocessing_for
-from l2sp_tf.experiments import records
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.writing import write_text
-from l2sp_tf.models import zoo
-from l2sp_tf.models.copies import assign, detached_copy
+from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.heads import head_of, inputs_of
 from l2sp_tf.models.units import units
-from l2sp_tf.penalties.anchors import Anchors
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
-from l2sp_tf.training.recipe import Recipe
 
 R2_IMAGES = 512
 R2_BATCH = 16  # the outputs of all compared layers are in memory at once
@@ -236,55 +230,6 @@ def _fits(head, left):
         return False
     is_pooled = head.input._keras_history.operation.name.startswith("new_pool")  # an activation may have stood before it
     return left["kernel"].ndim == 2 or (set(left["kernel"].shape[:-2]) == {1} and not is_pooled)
-
-
-def report_of_run(folder):
-    """The report of a run that `train.py` left in a folder; its accuracies and R² are those of its record.
-
-    Raises:
-        InputError: the folder has no `run.json`, `model.keras` or `anchors.safetensors`, or its run diverged.
-    """
-    folder = pathlib.Path(folder)
-    if not (folder / "run.json").is_file():
-        runs = sorted(path.parent.name for path in folder.glob("runs/*/run.json"))
-        hint = f"one of the runs under it, such as {folder / 'runs' / runs[0]}" if runs else "the folder of a finished run"
-        raise InputError(f"There is no run.json in {folder}: give {hint}.")
-    record = records.read_record(folder / "run.json")
-    layers, new = distances(zoo.load_model(records.model_file(folder)), Anchors.load(folder / "anchors.safetensors"))
-    settings, results = record["settings"], record["results"]
-    facts = {
-        "penalty": f"{settings['penalty']}, alpha {settings['alpha']:g}, beta {settings['beta']:g}",
-        "seed": str(settings["seed"]),
-        "target task": settings["target"],
-        "target accuracy": f"{results['accuracy']:.1%} of {results['total']} images",
-    }
-    title = f"{settings['penalty']} on {settings['target']}"
-    return RetentionReport(title, facts, layers, new, results.get("source"), settings["source"], results.get("r2", {}))
-
-
-def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=None, **given):
-    """The report of a `.keras` file and its anchors; source images are made as the file says.
-
-    Args:
-        model, anchors: the paths.
-        source: the source task as `data.load_dataset` takes it, or None.
-        pretrained: the path of the `.keras` file that it started from, where it cannot be had from the anchors.
-        data_dir: where TensorFlow Datasets keeps its sets.
-        given: where the file does not say it, how images are made, as `interfaces.interface_at` takes it.
-
-    Raises:
-        InputError: a file is missing or damaged, or they do not fit.
-    """
-    tuned, w0 = zoo.load_model(model), Anchors.load(anchors)
-    task, crops = None, 1
-    if source is not None:
-        interface = interface_at(model, tuned, **given)
-        dataset, crops = load_dataset(source, data_dir=data_dir), interface.crops
-        # not the mean in the file, which may be that of the target's images, but one that is chosen as that was
-        mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
-        task = prepare(dataset, preprocessing_for(interface), mean=mean)
-    start = None if pretrained is None else zoo.load_model(pretrained)
-    return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)
 
 
 def _compared(model, pretrained):

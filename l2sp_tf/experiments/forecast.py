@@ -19,6 +19,7 @@ from l2sp_tf.data.store import PixelStore
 from l2sp_tf.experiments import records
 from l2sp_tf.experiments.plans import needs_fisher
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import plain
 from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.training.devices import make_strategy
 from l2sp_tf.training.trainer import finetune, preprocessing_of
@@ -224,7 +225,7 @@ class Recorded:
         network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
         start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
         recipe = self._plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-        return self._told(records.plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
+        return self._told(plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
 
     def _told(self, settings):
         """What of the identity of a run can be told before its data are decoded."""

@@ -5,9 +5,9 @@ import itertools
 import json
 import pathlib
 
-from l2sp_tf.experiments.records import plain
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import plain
 from l2sp_tf.fisher.estimator import MODES
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty

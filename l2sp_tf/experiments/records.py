@@ -1,6 +1,5 @@
 """run.json and selection.json: what was run and what was chosen, the only things that tables and figures read."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +8,7 @@ import re
 import warnings
 
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import flat
 from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
 
@@ -28,11 +28,6 @@ def run_key(settings):
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def plain(value):
-    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
-    return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
-
-
 def identity(settings):
     """What tells a row from others: all that its runs' results depend on but the seed, as a flat dict.
 
@@ -44,15 +39,6 @@ def identity(settings):
 def identity_of_run(settings):
     """What tells a run from others: its row's identity, its seed, and its fold if it is on one."""
     return identity(settings) | {name: settings[name] for name in ("seed", "fold") if name in settings}
-
-
-def flat(value, whole=(), prefix=""):
-    """The leaves of nested dicts with their dotted names, ("recipe.momentum", 0.9); dicts named in `whole` are leaves too."""
-    if not isinstance(value, dict) or prefix in whole:
-        yield prefix, value
-        return
-    for name, part in value.items():
-        yield from flat(part, whole, f"{prefix}.{name}".lstrip("."))
 
 
 def question(settings):
@@ -172,26 +158,6 @@ def check_record(record, path):
 def diverged(record):
     """Whether a run diverged, so that it has no accuracy."""
     return isinstance(record.get("results"), dict) and "diverged" in record["results"]
-
-
-def model_file(folder):
-    """The path of the model in the folder of a run.
-
-    Raises:
-        InputError: there is none; the sentence says why, or names a run that lies below.
-    """
-    path = pathlib.Path(folder) / "model.keras"
-    if path.is_file():
-        return path
-    if (path.parent / "run.json").is_file():
-        record = read_record(path.parent / "run.json")
-        if diverged(record):
-            reason = str(record["results"]["diverged"]).rstrip(".")
-            raise InputError(f"The run in {folder} diverged and left no model ({reason}): give the folder of another run.")
-        raise InputError(f"The run in {folder} kept no model.keras: run it with --save_models, in another --workdir.")
-    runs = sorted(path.parent.glob("runs/*/model.keras"))
-    hint = f"one of the runs under it, such as {runs[0].parent}" if runs else "the folder of a run with its model"
-    raise InputError(f"There is no model.keras in {folder}: give {hint}.")
 
 
 def _check_selection(record, path):

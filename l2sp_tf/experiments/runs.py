@@ -5,9 +5,10 @@ import math
 
 from l2sp_tf.evaluation.accuracy import evaluate
 from l2sp_tf.experiments import records
+from l2sp_tf.files.arrays import digest_of_arrays
+from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION, provenance
 from l2sp_tf.optimizers.proximal import frozen_share
-from l2sp_tf.penalties.anchors import digest_of_arrays
 from l2sp_tf.training.trainer import finetune
 
 
@@ -29,13 +30,13 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         **more,
         "target_digest": task.digest,
         "anchors": digest_of_arrays(anchors),
-        "pixels": records.plain(task.pixels),
+        "pixels": plain(task.pixels),
         "penalty": setting.symbol,
         "alpha": float(setting.alpha),
         "beta": float(setting.beta),
         "seed": setting.seed,
         "frozen": setting.frozen,
-        "recipe": records.plain(recipe.record(setting.symbol)),
+        "recipe": plain(recipe.record(setting.symbol)),
         "code": RESULTS_VERSION,
     }
     return settings if fisher is None else {**settings, "fisher": digest_of_arrays(fisher)}

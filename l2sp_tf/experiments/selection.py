@@ -15,6 +15,7 @@ from l2sp_tf.experiments.plans import Setting
 from l2sp_tf.experiments.runs import folder_of, run_record, settings_of
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import provenance
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.formulas import PENALTIES
@@ -225,7 +226,7 @@ def cross_validate(
     options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}
     made = {"source": "model", "weights": "model", "backbone": pretrained.name, "target": task.name}
     # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
-    made |= {"images": images_digest(task), "prepared": records.plain(task.preprocessing), "start": Anchors.of(pretrained).digest}
+    made |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "start": Anchors.of(pretrained).digest}
     while pending := search.pending():
         for values in pending:
             chosen, accuracies = recipe.replace(beta=values[1], learning_rate=values[2]), []
@@ -281,7 +282,7 @@ def write_selection(workdir, record):
     if len(record["candidates"]) == 1 < len(before.get("candidates", ())):
         warnings.warn(f"One setting is no choice, so the selection among several in {path} stays.", stacklevel=2)
         return path
-    if any(before.get(name) != records.plain(record[name]) for name in ("question", "folds", "candidates", "chosen", "edges")):
+    if any(before.get(name) != plain(record[name]) for name in ("question", "folds", "candidates", "chosen", "edges")):
         records.write_record(path, record)
     return path
 

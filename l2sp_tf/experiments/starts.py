@@ -19,6 +19,7 @@ from l2sp_tf.experiments import records
 from l2sp_tf.experiments.checks import check_classes
 from l2sp_tf.experiments.plans import Plan, sample_size
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION, versions
 from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
@@ -90,9 +91,9 @@ class Outline:
         """Where the weights of the source model of weights "none" lie, or will lie."""
         plan = self.plan
         skipped = len(self.source_images.skipped)
-        identity = {"data": self.source.digest, "skipped": skipped, "recipe": records.plain(plan.source_recipe.record())}
+        identity = {"data": self.source.digest, "skipped": skipped, "recipe": plain(plan.source_recipe.record())}
         made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION, **exactness(plan)}
-        key = records.run_key({**identity, **records.plain(_shape(plan)), **made_by})
+        key = records.run_key({**identity, **plain(_shape(plan)), **made_by})
         return plan.workdir / "sources" / key / "weights.safetensors"
 
     @functools.cached_property
@@ -198,7 +199,7 @@ class Start:
     def anchors_origin(self):
         """Where the anchors come from, in words for the records: the recipe of a source model, or the name of a file."""
         if self.origin == "scratch":
-            return {"recipe": records.plain(self.plan.source_recipe.record())}
+            return {"recipe": plain(self.plan.source_recipe.record())}
         return {"weights": short_name(self.plan.weights)} if self.origin == "file" else {}
 
     @property
@@ -311,7 +312,7 @@ def _pretrained(made, source, say, verbose, callbacks):
     options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": callbacks}
     run = train_source(model, source, plan.source_recipe, **options)
     if is_chief(strategy):
-        Anchors.of(model, source.pixels).save(path)
+        Anchors.of(model, {"pixels": source.pixels.plain()}).save(path)
         Checkpoints(folder / "checkpoints").remove()
     wait_for_chief(strategy)
     zoo.load_weights(model, path)  # the same in every worker, to the bit
@@ -324,8 +325,8 @@ def _stored_anchors(plan, pretrained, pixels):
 
     The file also says how the model sees pixels, so that it can be the weights of another fine-tuning.
     """
-    anchors = Anchors.of(pretrained, pixels)
-    seen = records.run_key(records.plain(pixels))
+    anchors = Anchors.of(pretrained, {"pixels": pixels.plain()})
+    seen = records.run_key(plain(pixels))
     path = plan.workdir / "anchors" / f"{anchors.digest[:16]}-{seen}.safetensors"
     if path.exists():
         return Anchors.load(path), path
@@ -361,7 +362,7 @@ def exactness(plan):
 
 def _seen(task):
     """How a network sees the images of a task, as a key has it."""
-    return {"preprocessing": records.plain(task.preprocessing), "mean": task.mean.tolist()}
+    return {"preprocessing": plain(task.preprocessing), "mean": task.mean.tolist()}
 
 
 def _doubt(before, source, origin):

@@ -15,11 +15,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from l2sp_tf.files.arrays import Arrays, digest_of, load_arrays, manifest_of, save_arrays
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import parse_json, refusing
 from l2sp_tf.fisher.layer_rules import check_layers, instrumented
 from l2sp_tf.fisher.likelihoods import CATEGORICAL, FAMILIES, likelihood_of, random_signs, random_uniforms
-from l2sp_tf.penalties.anchors import Arrays, digest_of, load_arrays, manifest_of, save_arrays
 from l2sp_tf.penalties.weights import keyed_weights
 
 FORMAT = "l2sp_tf.fisher.estimator.v1"
@@ -65,7 +65,7 @@ class Fisher(Arrays):
             OSError: the file cannot be written.
         """
         header = {"provenance": json.dumps(self.provenance), "statistics": json.dumps(self._statistics)}
-        save_arrays(path, self._arrays, {"format": FORMAT, "digest": self.digest, **header})
+        save_arrays(path, self._arrays, FORMAT, {"digest": self.digest, **header})
 
     @classmethod
     def load(cls, path):
@@ -74,11 +74,7 @@ class Fisher(Arrays):
         Raises:
             InputError: the file is missing, is no such file, or is damaged.
         """
-        arrays, metadata = load_arrays(path)
-        if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path} is no Fisher diagonal (its format is {metadata.get('format')!r}): give one that Fisher.save wrote."
-            )
+        arrays, metadata = load_arrays(path, FORMAT, "no Fisher diagonal", "Fisher.save")
         fisher = cls(arrays, *_header(metadata, path))
         if fisher.digest != metadata.get("digest"):
             raise InputError(f"The Fisher diagonal in {path} is damaged: its digest is not that of its header; use another copy.")

@@ -1,22 +1,20 @@
-"""Weights of TF-slim and PyTorch ResNets become a weights file of this project: `python -m l2sp_tf.models.convert --help`."""
+"""Converting checkpoints: weights of TF-slim and PyTorch ResNets, as `python -m l2sp_tf.cli.convert` writes them to a file."""
 
-import argparse
 import glob
 import math
 import pathlib
 import re
-import sys
 
 import numpy as np
 import tensorflow as tf
 
+from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import SPARE_BYTES, refusing, variables_within
 from l2sp_tf.files.writing import sha256_of_file
-from l2sp_tf.models.pixels import PIXELS, named_pixels, three_numbers
+from l2sp_tf.models.pixels import PIXELS, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet
 from l2sp_tf.models.torch_files import read_state_dict
-from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.weights import keyed_weights
 
 SLIM_WEIGHTS = {"kernel": "weights", "bias": "biases"}  # the names of batch norm are those of Keras
@@ -40,7 +38,7 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
             there is one.
 
     Returns:
-        Anchors with pixel format and provenance, which `models.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `models.load_weights` reads once saved.
 
     Raises:
         InputError: the checkpoint cannot be read, or its weights are not those of the backbone;
@@ -63,7 +61,7 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     if head in arrays and arrays[head].shape[:2] == (1, 1):
         arrays[head] = arrays[head][0, 0]
     found = _match(arrays, backbone, lambda *place: _slim_name(scope, *place), f"{scope}/logits/biases", classes, path)
-    return Anchors(found, pixels, _provenance("tf_slim", backbone, files))
+    return _snapshot(found, pixels, "tf_slim", backbone, files)
 
 
 def convert_torch(path, backbone, *, classes=None, pixels=None):
@@ -76,7 +74,7 @@ def convert_torch(path, backbone, *, classes=None, pixels=None):
         pixels: a `PixelFormat` or its name; None for torchvision's.
 
     Returns:
-        Anchors with pixel format and provenance, which `models.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `models.load_weights` reads once saved.
 
     Raises:
         InputError: as in `read_state_dict`, or the weights are not those of the backbone; both
@@ -88,7 +86,7 @@ def convert_torch(path, backbone, *, classes=None, pixels=None):
     turns = {2: (1, 0), 4: (2, 3, 1, 0)}  # [out, in, ...] becomes [..., in, out]
     arrays = {name: a.transpose(turns.get(a.ndim, range(a.ndim))) for name, a in arrays.items()}
     found = _match(arrays, backbone, _torch_name, "fc.bias", classes, path)
-    return Anchors(found, pixels, _provenance("torch", backbone, [pathlib.Path(path)]))
+    return _snapshot(found, pixels, "torch", backbone, [pathlib.Path(path)])
 
 
 def _check_backbone(backbone, known):
@@ -168,38 +166,8 @@ def _bytes_of(files):
     return sum(file.stat().st_size for file in files)
 
 
-def _provenance(origin, backbone, files):
-    """Where the weights come from: the kind of file, the architecture, and the sha256 of each file."""
+def _snapshot(arrays, pixels, origin, backbone, files):
+    """The weights with their pixel format and where they come from: the kind of file, the architecture, each file's sha256."""
     digests = {file.name: sha256_of_file(file) for file in files}
-    return {"origin": origin, "backbone": backbone, "files": digests}
-
-
-def main(argv=None):
-    """Converts one file as the command line says, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
-    parser = argparse.ArgumentParser(prog="python -m l2sp_tf.models.convert", description=__doc__)
-    parser.add_argument("source", help="TF-slim checkpoint (.ckpt) or PyTorch state dict (.pth, .pth.tar, .safetensors)")
-    parser.add_argument("output", help="the .safetensors file to write")
-    parser.add_argument("--backbone", required=True, help=f"one of {', '.join(SLIM + TORCH)}")
-    parser.add_argument("--classes", type=int, help="how many the head must have; by default as many as it has")
-    parser.add_argument("--pixels", help=f"how the weights see pixels: {', '.join(PIXELS)}; by default as their framework has it")
-    parser.add_argument("--mean", help="R,G,B from 0 to 255: the mean of the images that the weights were trained on")
-    options = parser.parse_args(argv)
-    try:
-        if pathlib.Path(options.output).suffix != ".safetensors":
-            raise InputError(f"The output {options.output} is no .safetensors file: give it that ending.")
-        mean = None if options.mean is None else three_numbers("mean", options.mean.split(","))
-        convert = convert_tf_slim if options.backbone in SLIM else convert_torch
-        anchors = convert(options.source, options.backbone, classes=options.classes, pixels=options.pixels)
-        if mean is not None:
-            anchors.pixels = anchors.pixels.with_mean(mean)
-        anchors.save(options.output)
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    classes = anchors["predictions/bias"].size
-    print(f"wrote {options.output}: {options.backbone}, {classes} classes, pixels {anchors.pixels}; {anchors}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    provenance = {"origin": origin, "backbone": backbone, "files": digests}
+    return Snapshot(arrays, {"pixels": pixels.plain(), "provenance": provenance})

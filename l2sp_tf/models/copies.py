@@ -1,7 +1,6 @@
 """Copies of models and values put into models, with all the state that layers derive or keep beside their weights."""
 
 import inspect
-import re
 import tempfile
 import warnings
 
@@ -10,8 +9,8 @@ import numpy as np
 from keras.src.saving.serialization_lib import SafeModeScope  # a live Lambda is no stranger's file
 
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.penalties.formulas import Penalty
-from l2sp_tf.penalties.weights import keyed_weights, set_regularizer
+from l2sp_tf.penalties.assignment import finish, is_custom, is_merged, own_weights, said_by, title
+from l2sp_tf.penalties.weights import drop_penalties, keyed_weights
 
 TOLERANCE = 1e-5  # of the largest entry
 SETTINGS = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
@@ -29,8 +28,8 @@ def detached_copy(model):
             differ; the layer is named.
     """
     copy = copy_of(model)
-    for weight in keyed_weights(copy).values() if copy.weights else ():
-        set_regularizer(weight, None, only=Penalty)
+    if copy.weights:
+        drop_penalties(keyed_weights(copy))
     return copy
 
 
@@ -68,22 +67,6 @@ def copy_of(model, *, scope=None, seeds=False):
     return copy
 
 
-def assign(model, values):
-    """Gives weights of a model new values, and lets their layers derive from them what they compute with.
-
-    Args:
-        model: a built model.
-        values: a mapping from keys of `keyed_weights(model)` to arrays of the same shapes.
-
-    Raises:
-        InputError: a layer cannot derive its state from the values; it is named.
-    """
-    weights = keyed_weights(model)
-    for key, value in values.items():
-        weights[key].variable.assign(value)
-    finish({id(weights[key].layer): weights[key].layer for key in values}.values())
-
-
 def copy_variables(source, target):
     """Gives `target` the values of all variables of `source`, seeds too, a model of the same architecture.
 
@@ -106,31 +89,6 @@ def carry_tables(source, target):
         raise InputError(f"The model {target.name!r} has {len(twos)} lookup layers, but that of the values has {len(ones)}.")
     for one, two in zip(ones, twos, strict=True):
         _carry_vocabulary(one, two)
-
-
-def finish(layers):
-    """Lets layers whose weights were just assigned derive again what they compute with, such as Normalization its constants.
-
-    Raises:
-        InputError: a layer cannot; it is named.
-    """
-    for layer in layers:
-        if _own(layer):
-            try:
-                _finish(layer)
-            except Exception as error:  # whatever a stranger's layer raises
-                raise InputError(
-                    f"The layer {_title(layer)} cannot derive its state from its weights: {_said_by(error)}."
-                ) from error
-
-
-def _finish(layer):
-    if _is_custom(layer, "load_own_variables") and not _is_merged(layer):
-        store = {}
-        layer.save_own_variables(store)
-        layer.load_own_variables({name: np.asarray(value) for name, value in store.items()})
-    if callable(getattr(layer, "finalize_state", None)):
-        layer.finalize_state()
 
 
 def _rebuilt(operation, made):
@@ -160,7 +118,7 @@ def _graph_rebuilt(model, made):
         try:
             return copy(*args, **kwargs)
         except Exception as error:  # whatever a stranger's layer raises
-            raise InputError(f"The layer {_title(copy)} cannot be called again in a copy: {_said_by(error)}.") from error
+            raise InputError(f"The layer {title(copy)} cannot be called again in a copy: {said_by(error)}.") from error
 
     inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
     outputs = model._run_through_graph(inputs, operation_fn=lambda operation: _rebuilt(operation, made), call_fn=call)
@@ -182,7 +140,7 @@ def _layer_rebuilt(layer):
             copy = type(layer).from_config(_config_of(layer))
     except Exception as error:  # whatever a stranger's layer raises
         raise InputError(
-            f"The layer {_title(layer)} cannot be made again from its configuration: {_said_by(error)}; give it a get_config "
+            f"The layer {title(layer)} cannot be made again from its configuration: {said_by(error)}; give it a get_config "
             "with all arguments of its constructor."
         ) from error
     for one, two in zip(parts, copy._flatten_layers() if isinstance(layer, keras.Layer) else [copy], strict=False):
@@ -229,7 +187,7 @@ def _pairs(made):
                 two.build_from_config(one.get_build_config())
             ones, twos = one._flatten_layers(), two._flatten_layers()
             if len(ones) != len(twos):
-                raise InputError(f"The layer {_title(one)} cannot be copied: the copy has other layers inside.")
+                raise InputError(f"The layer {title(one)} cannot be copied: the copy has other layers inside.")
             for pair in zip(ones, twos, strict=True):
                 found.setdefault(id(pair[0]), pair)
     return list(found.values())
@@ -248,18 +206,18 @@ def _carry(one, two):
             _carry_kept(one, two)
     except Exception as error:  # whatever a stranger's layer raises
         raise InputError(
-            f"The layer {_title(one)} cannot be copied, as its state cannot be carried over: {_said_by(error)}."
+            f"The layer {title(one)} cannot be copied, as its state cannot be carried over: {said_by(error)}."
         ) from error
     finish([two])
 
 
 def _carry_kept(one, two):
     """Carries over what layers of others' making keep, by the methods that Keras saves and loads them with."""
-    if _is_custom(one, "load_own_variables") and not _is_merged(one):
+    if is_custom(one, "load_own_variables") and not is_merged(one):
         store = {}
         one.save_own_variables(store)
         two.load_own_variables({name: np.asarray(value) for name, value in store.items()})
-    if _is_custom(one, "save_assets") and _is_custom(one, "load_assets"):
+    if is_custom(one, "save_assets") and is_custom(one, "load_assets"):
         with tempfile.TemporaryDirectory() as folder:
             one.save_assets(folder)
             two.load_assets(folder)
@@ -276,20 +234,15 @@ def _carry_vocabulary(one, two):
         two.set_vocabulary(vocabulary, idf_weights=idf)
 
 
-def _own(layer):
-    """The weights of a layer without those of the layers inside it."""
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
-
-
 def _own_pairs(one, two):
     """The weights of a layer with those of its copy: in order, or by name where they were made in another order."""
-    ones, twos = _own(one), _own(two)
+    ones, twos = own_weights(one), own_weights(two)
     named = {variable.name: variable for variable in twos}
     if [v.name for v in ones] != [v.name for v in twos] and {v.name for v in ones} == set(named) and len(named) == len(ones):
         twos = [named[variable.name] for variable in ones]
     if [v.shape for v in ones] != [v.shape for v in twos]:
         raise InputError(
-            f"The layer {_title(one)} cannot be copied: its configuration makes weights of shapes "
+            f"The layer {title(one)} cannot be copied: its configuration makes weights of shapes "
             f"{[tuple(v.shape) for v in twos]}, but it has {[tuple(v.shape) for v in ones]}."
         )
     return list(zip(ones, twos, strict=True))
@@ -309,28 +262,6 @@ def _state(model):
     return [*model.variables, *(variable for layer in model._flatten_layers() for variable in _unlisted(layer))]
 
 
-def _is_custom(layer, method):
-    """Whether a layer has a method that is neither Keras' nor missing."""
-    found = getattr(type(layer), method, None)
-    return found is not None and not found.__module__.startswith("keras.")
-
-
-def _is_merged(layer):
-    """Whether what Keras saves of a layer is not its weights: it merges LoRA's and dequantizes."""
-    return getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None
-
-
-def _said_by(error):
-    """The line of an error that says what happened, without what Keras puts around it."""
-    lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in str(error).splitlines()]
-    telling = [line for line in lines if line and not line.startswith(("Exception encountered", "Error when deserializing"))]
-    return (telling or [type(error).__name__])[0].split(". ")[0].rstrip(".")
-
-
-def _title(layer):
-    return f"{layer.name!r} of class {type(layer).__name__}"
-
-
 def check_same(model, copy):
     """Compares a model with its copy on one made-up example, in inference mode; neither changes.
 
@@ -345,7 +276,7 @@ def check_same(model, copy):
         try:
             found = infer(copy, inputs, like=model)
         except Exception as error:
-            raise InputError(f"The copy of the model {model.name!r} does not compute: {_said_by(error)}.") from error
+            raise InputError(f"The copy of the model {model.name!r} does not compute: {said_by(error)}.") from error
         if not _are_close(expected, found):
             raise InputError(_difference(model, copy, inputs))
         return
@@ -429,7 +360,7 @@ def _difference(model, copy, inputs):
     for (layer, a), (_, b) in zip(*trails, strict=True):
         if not _are_close(*([keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(out)] for out in (a, b))):
             return (
-                f"The layer {_title(layer)} computes something else in a copy of the model {model.name!r}: let its "
+                f"The layer {title(layer)} computes something else in a copy of the model {model.name!r}: let its "
                 "save_own_variables and load_own_variables, or its get_config, carry the state that it keeps."
             )
     return f"A copy of the model {model.name!r} computes something else than the model: give a functional or Sequential one."

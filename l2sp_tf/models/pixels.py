@@ -46,9 +46,13 @@ class PixelFormat:
         """A copy with another mean."""
         return dataclasses.replace(self, mean=mean)
 
+    def plain(self):
+        """Its attributes as a dict, which JSON can hold."""
+        return dataclasses.asdict(self)
+
     def to_json(self):
         """The text that `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(self.plain())
 
     @classmethod
     def from_json(cls, text, where):

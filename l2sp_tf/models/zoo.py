@@ -9,13 +9,15 @@ import zipfile
 import h5py
 import keras
 
+from l2sp_tf.files.arrays import Snapshot, read_header
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
 from l2sp_tf.files.writing import atomic_path
-from l2sp_tf.models.copies import assign, carry_tables, detached_copy
+from l2sp_tf.models.copies import carry_tables, detached_copy
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
-from l2sp_tf.penalties.anchors import Anchors, read_header
+from l2sp_tf.penalties.assignment import assign
+from l2sp_tf.penalties.matching import restore
 from l2sp_tf.penalties.weights import keyed_weights
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
@@ -86,10 +88,10 @@ def load_weights(model, path):
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
-        Anchors.load(path).restore(model)
+        restore(model, Snapshot.load(path))
     elif path.suffix == ".keras":
         loaded = load_model(path)
-        Anchors.of(loaded).restore(model)
+        restore(model, {key: weight.variable.numpy() for key, weight in keyed_weights(loaded).items()})
         carry_tables(loaded, model)
     elif path.name.endswith(".weights.h5"):
         _check_h5(model, path)

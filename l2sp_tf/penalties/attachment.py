@@ -10,12 +10,13 @@ import weakref
 import keras
 import numpy as np
 
+from l2sp_tf.files.arrays import digest_of_arrays
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties import effect
-from l2sp_tf.penalties.anchors import Anchors, digest_of_arrays
+from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.formulas import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
 from l2sp_tf.penalties.matching import match
-from l2sp_tf.penalties.weights import forget_traced_steps, keyed_weights, set_regularizer
+from l2sp_tf.penalties.weights import drop_penalties, forget_traced_steps, keyed_weights, set_regularizer
 
 SHARED, NEW, LEFT_OUT = "S", "S-bar", "left out"
 FROZEN = "frozen"  # why a weight is left out
@@ -138,8 +139,7 @@ def attach(model, penalty, anchors=None, beta=0.01, *, params="all", fisher=None
             f"No trainable weight of the model {model.name!r} ({', '.join(list(weights)[:3])}, ...) has the name and "
             f"shape of one of the anchors ({', '.join(list(anchors)[:3])}, ...): give the anchors of the model it started from."
         )
-    for weight in weights.values():
-        set_regularizer(weight, None, only=Penalty)
+    drop_penalties(weights)
     for key, regularizer in bound.items():
         if regularizer is not None:
             set_regularizer(weights[key], regularizer)
@@ -286,7 +286,7 @@ def _is_saved(model, bound):
 
 def detach(model):
     """Takes the penalties of this package off all weights of `model`, and returns how many there were."""
-    count = sum(set_regularizer(weight, None, only=Penalty) for weight in keyed_weights(model).values())
+    count = drop_penalties(keyed_weights(model))
     forget_traced_steps(model)
     return count
 

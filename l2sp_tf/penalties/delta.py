@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 
+from l2sp_tf.files.arrays import load_arrays, save_arrays
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import parse_json, refusing
-from l2sp_tf.penalties.anchors import Anchors, load_arrays, save_arrays
+from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
@@ -72,8 +73,8 @@ def save_delta(model, anchors, path):
         if part is not None:
             stored[key] = part
         entries.append({"name": key, "anchor": anchor, "encoding": encoding})
-    header = {"format": FORMAT, "anchors": anchors.digest, "digest": weights.digest, "weights": json.dumps(entries)}
-    save_arrays(path, stored, header)
+    header = {"anchors": anchors.digest, "digest": weights.digest, "weights": json.dumps(entries)}
+    save_arrays(path, stored, FORMAT, header)
     counts = collections.Counter(entry["encoding"] for entry in entries)
     return DeltaSize(pathlib.Path(path).stat().st_size, sum(a.nbytes for a in weights.values()), dict(counts))
 
@@ -90,9 +91,7 @@ def load_delta(model, anchors, path):
         InputError: the file is missing, damaged or no delta; the anchors are others; or the
             model is of another architecture or dtype (both sides are listed). The model then keeps its weights.
     """
-    stored, metadata = load_arrays(path)
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path} is no delta (its format is {metadata.get('format')!r}): give one that save_delta wrote.")
+    stored, metadata = load_arrays(path, FORMAT, "no delta", "save_delta")
     if metadata.get("anchors") != anchors.digest:
         raise InputError(
             f"{path} differs from anchors of digest {str(metadata.get('anchors'))[:12]}, but these have {anchors.digest[:12]}: "

@@ -36,6 +36,7 @@ class Penalty(keras.regularizers.Regularizer):
     """
 
     symbol = ""
+    is_penalty = True  # by which `drop_penalties` knows it
 
     def __init__(self, alpha, *, key=None):
         self.alpha = check_strength(alpha, "alpha")

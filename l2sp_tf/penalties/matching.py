@@ -7,7 +7,9 @@ import re
 import numpy as np
 
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.likeness import EQUAL, are_equal, doubts, related
+from l2sp_tf.penalties.weights import keyed_weights
 
 ANYTHING = ("functional", "sequential")  # names that Keras gives to any model: they say nothing about what is in it
 
@@ -367,3 +369,40 @@ def _shape(value):
 
 def _array(value):
     return value.variable.numpy() if hasattr(value, "variable") else np.asarray(value)
+
+
+def restore(model, arrays):
+    """Assigns arrays to the weights of a model that have the same key; its layers derive their state from them.
+
+    Args:
+        model: a built model.
+        arrays: a mapping from the key of each weight to its array.
+
+    Raises:
+        InputError: a weight of the model is missing in `arrays` or has another shape, or the other way round; both sides
+            are listed, and the model is left as it was.
+    """
+    weights = keyed_weights(model)
+    found = match(weights, arrays, values=False)  # the model holds other values
+    wrong = [
+        f"{key} {tuple(weight.variable.shape)} / {_partner(key, found, arrays)}"
+        for key, weight in weights.items()
+        if key not in found.pairs
+    ]
+    ambiguous = (key for keys in found.ambiguous.values() for key in keys)
+    named = {*found.pairs.values(), *found.other_shape.values(), *ambiguous}
+    wrong += [f"missing / {key} {arrays[key].shape}" for key in arrays if key not in named]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(
+            f"These weights are not of the architecture of the model {model.name!r} "
+            f"(model / weights: {'; '.join(wrong[:5])}{more}): choose the architecture they were made with."
+        )
+    assign(model, {key: arrays[other] for key, other in found.pairs.items()})
+
+
+def _partner(key, found, arrays):
+    """What is said of a weight of a model that has no partner of its shape among the arrays."""
+    if key in found.ambiguous:
+        return f"any of {', '.join(found.ambiguous[key])}"
+    return arrays[found.other_shape[key]].shape if key in found.other_shape else "missing"

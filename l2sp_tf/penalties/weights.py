@@ -78,26 +78,29 @@ def first_not_finite(model):
     return next((w.key for w in weights if not np.isfinite(w.variable.numpy().astype("float32")).all()), None)
 
 
-def set_regularizer(weight, regularizer, *, only=object):
-    """Sets a regularizer on the variable, which Keras reads, and on the layer, which Keras saves.
-
-    Args:
-        weight: a `Weight`.
-        regularizer: a Keras regularizer, or None.
-        only: leaves the weight as it is unless its regularizer is of this class.
-
-    Returns:
-        Whether the weight was changed.
-    """
-    if not isinstance(weight.variable.regularizer, only):
-        return False
+def set_regularizer(weight, regularizer):
+    """Sets a regularizer, or None, on the variable of a `Weight`, which Keras reads, and on its layer, which Keras saves."""
     weight.variable.regularizer = regularizer
     name = weight.variable.name
     for attribute in (f"{name}_regularizer", f"{name.removesuffix('_kernel')}_regularizer", "depthwise_regularizer"):
         if hasattr(weight.layer, attribute):
             setattr(weight.layer, attribute, regularizer)
             break
-    return True
+
+
+def drop_penalties(weights):
+    """Takes the penalties of this package off weights, and leaves other regularizers.
+
+    Args:
+        weights: a dict as `keyed_weights` returns it.
+
+    Returns:
+        How many weights had one.
+    """
+    found = [weight for weight in weights.values() if getattr(weight.variable.regularizer, "is_penalty", False)]
+    for weight in found:
+        set_regularizer(weight, None)
+    return len(found)
 
 
 def forget_traced_steps(model):

@@ -1,16 +1,12 @@
 """Tables 1 to 3 and the overview of any runs: the first from counts of images, the others from records alone."""
 
-import csv
-import io
 import itertools
-import pathlib
-import typing
 
 import numpy as np
 
 from l2sp_tf.experiments.records import diverged, run_key
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.files.writing import write_text
+from l2sp_tf.files.table import Table
 from l2sp_tf.reports.significance import holm, permutation_test, worst_beats_best
 from l2sp_tf.reports.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, notes_across, place, summary
 
@@ -34,39 +30,6 @@ PAPER_TABLE_1 = {
     "stanford_dogs": ("Stanford Dogs 120", "specific object recog.", "100", "~ 72", 120),
     "mit_indoors67": ("MIT Indoors 67", "scene classification", "80", "20", 67),
 }
-
-
-class Table(typing.NamedTuple):
-    """Columns, rows of text, and notes below."""
-
-    columns: tuple
-    rows: list
-    notes: str = ""
-
-    def markdown(self):
-        """The table in Markdown, its columns aligned, the notes in a paragraph of their own."""
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
-        text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
-        text.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-        return "\n".join([*text, "", self.notes] if self.notes else text)
-
-    def csv(self):
-        """The table as comma-separated values, without the notes."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
-        return text.getvalue()
-
-    def save(self, folder, name):
-        """Writes `name`.md and `name`.csv to a folder, and returns their paths.
-
-        Raises:
-            OSError: the folder cannot be written.
-        """
-        paths = [pathlib.Path(folder) / f"{name}.{ending}" for ending in ("md", "csv")]
-        write_text(paths[0], self.markdown() + "\n")
-        write_text(paths[1], self.csv())
-        return paths
 
 
 def overview(records):

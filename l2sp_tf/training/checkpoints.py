@@ -14,13 +14,13 @@ import warnings
 import filelock
 import keras
 
-from l2sp_tf.experiments.records import flat
+from l2sp_tf.files.arrays import load_arrays, save_arrays
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import flat
 from l2sp_tf.files.provenance import versions
 from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import sha256_of_file, sync_folder, write_text
-from l2sp_tf.models.copies import finish
-from l2sp_tf.penalties.anchors import load_arrays, save_arrays
+from l2sp_tf.penalties.assignment import finish
 from l2sp_tf.penalties.weights import first_not_finite
 
 FORMAT = "l2sp_tf.checkpoint.v1"
@@ -73,7 +73,7 @@ class Checkpoints:
         self._sweep()
         part = pathlib.Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=self.folder))
         try:
-            save_arrays(part / ARRAYS, arrays, {"format": FORMAT})
+            save_arrays(part / ARRAYS, arrays, FORMAT, {})
             write_text(part / STATE, json.dumps({"format": FORMAT, "step": step, "state": state}))
             write_text(part / MANIFEST, json.dumps({name: sha256_of_file(part / name) for name in (ARRAYS, STATE)}))
             sync_folder(part)
@@ -130,7 +130,7 @@ class Checkpoints:
             raise InputError(f"{STATE} lacks a part.")
         if content["format"] != FORMAT or content["step"] != step or not isinstance(content["state"], dict):
             raise InputError(f"{STATE} is not that of step {step} in the format {FORMAT}.")
-        return Checkpoint(step, load_arrays(path / ARRAYS)[0], content["state"])
+        return Checkpoint(step, load_arrays(path / ARRAYS, FORMAT, "no checkpoint", "Checkpoints.save")[0], content["state"])
 
 
 class Checkpointing(keras.callbacks.Callback):

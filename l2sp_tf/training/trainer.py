@@ -9,8 +9,8 @@ import keras
 
 from l2sp_tf.data.pipeline import Preprocessing, Task, prepare, training_batches
 from l2sp_tf.data.sets import Dataset
-from l2sp_tf.experiments.records import plain
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.models.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
@@ -223,7 +223,7 @@ def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbos
         if writes:
             stack.enter_context(locked(folder.path))
             if anchors is not None:
-                kept = anchors.with_pixels(task.preprocessing.pixels)
+                kept = anchors.with_metadata(pixels=task.preprocessing.pixels.plain())
                 _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
         with devices.scope(strategy):
             metrics = _compile(trained, recipe, jit_compile)

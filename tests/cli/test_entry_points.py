@@ -181,7 +181,7 @@ def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp
     arguments += ["--seeds=0", "--nosave_models"]
     assert "--pixels=rgb, bgr or torch" in refused("train.py", *arguments, f"--weights={bare}")
     for flags, expected in (
-        ([f"--weights={weights}", "--mean=weights"], anchors.pixels),
+        ([f"--weights={weights}", "--mean=weights"], PixelFormat(**anchors.metadata["pixels"])),
         ([f"--weights={bare}", "--pixels=torch", "--mean=1,2,3"], PIXELS["torch"].with_mean((1, 2, 3))),
     ):
         result = run("train.py", *arguments, *flags, f"--workdir={tmp_path / expected.channel_order / str(len(flags[0]))}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 import l2sp_tf as l2sp
 from l2sp_tf.data import load_dataset, prepare
-from l2sp_tf.evaluation.interfaces import preprocessing_for
+from l2sp_tf.data.pipeline import preprocessing_for
 from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import Interface, PixelFormat
 

@@ -11,9 +11,9 @@ import pytest
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.evaluation.predictions import predict_images
-from l2sp_tf.evaluation.report import distances, pretrained_of, report_of_files, report_of_run
+from l2sp_tf.evaluation.report import distances, pretrained_of
 from l2sp_tf.experiments import records
+from l2sp_tf.experiments.folders import predict_images, report_of_files, report_of_run
 from l2sp_tf.files.provenance import provenance
 from l2sp_tf.models import zoo
 from l2sp_tf.models.copies import detached_copy

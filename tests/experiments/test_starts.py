@@ -38,8 +38,8 @@ def folder(tmp_path_factory):
                     pixels = rng.integers(0, 256, (12, 11, 3), np.uint8)
                     Image.fromarray(pixels).save(root / name / split / label / f"{i}.png")
     model = zoo.backbone("small", 2, image_size=RECIPE.crop, **SHAPE)
-    Anchors.of(model, PIXELS["rgb"].with_mean(MEAN)).save(root / "with_mean.safetensors")
-    Anchors.of(model, PIXELS["rgb"]).save(root / "without.safetensors")
+    Anchors.of(model, {"pixels": PIXELS["rgb"].with_mean(MEAN).plain()}).save(root / "with_mean.safetensors")
+    Anchors.of(model, {"pixels": PIXELS["rgb"].plain()}).save(root / "without.safetensors")
     return root
 
 

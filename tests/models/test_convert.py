@@ -18,10 +18,12 @@ import torch_writer
 from reference import resnets as reference
 
 import l2sp_tf as l2sp
+from l2sp_tf.cli.convert import main
 from l2sp_tf.models import convert, resnets, zoo
-from l2sp_tf.models.pixels import PIXELS
+from l2sp_tf.models.pixels import PIXELS, PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict
 from l2sp_tf.models.units import units
+from l2sp_tf.penalties.matching import restore
 
 IMAGES = np.random.default_rng(1).normal(size=(2, 33, 33, 3)).astype("float32")  # odd sides tell paddings apart
 CLASSES = 5
@@ -30,7 +32,7 @@ WRITERS = {"zip": torch_writer.torch_zip, "legacy": torch_writer.torch_legacy}
 
 def relative_error(anchors, backbone, images, expected):
     model = resnets.imagenet_resnet(backbone, expected.shape[1], images.shape[1])
-    anchors.restore(model)
+    restore(model, anchors)
     return np.abs(model(images, training=False) - expected).max() / np.abs(expected).max()
 
 
@@ -65,9 +67,9 @@ def test_tf_slim_gives_the_logits_of_the_loops(slim, version, tmp_path):
     path = write_checkpoint(tmp_path / "resnet_v1_50.ckpt", {**weights, **extra, **slots}, version)
     anchors = convert.convert_tf_slim(path, "resnet50_slim")
     assert relative_error(anchors, "resnet50_slim", IMAGES, logits) < 1e-4
-    assert anchors.pixels == PIXELS["rgb"].with_mean((123, 116, 103))
-    assert anchors.provenance["origin"] == "tf_slim"
-    files = anchors.provenance["files"]
+    assert PixelFormat(**anchors.metadata["pixels"]) == PIXELS["rgb"].with_mean((123, 116, 103))
+    assert anchors.metadata["provenance"]["origin"] == "tf_slim"
+    files = anchors.metadata["provenance"]["files"]
     assert files == {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in files}
     assert len(files) == (1 if version == 1 else 2)
 
@@ -79,7 +81,7 @@ def test_torch_gives_the_logits_of_the_loops(name, kind, tmp_path):
     WRITERS[kind](path, weights)
     anchors = convert.convert_torch(path, f"{name}_torch")
     assert relative_error(anchors, f"{name}_torch", IMAGES, logits) < 1e-4
-    assert anchors.pixels == PIXELS["torch"]
+    assert PixelFormat(**anchors.metadata["pixels"]) == PIXELS["torch"]
 
 
 def test_the_variants_differ(slim):
@@ -123,7 +125,7 @@ def test_safetensors_of_torchvision_are_read(tmp_path):
     safetensors.numpy.save_file(weights, tmp_path / "w.safetensors")
     anchors = convert.convert_torch(tmp_path / "w.safetensors", f"{name}_torch", pixels="rgb")
     assert relative_error(anchors, f"{name}_torch", IMAGES, logits) < 1e-4
-    assert anchors.pixels == PIXELS["rgb"]
+    assert PixelFormat(**anchors.metadata["pixels"]) == PIXELS["rgb"]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -293,14 +295,14 @@ def test_the_command_writes_what_load_weights_reads(tmp_path, capsys):
     torch_writer.torch_zip(tmp_path / "a.pth", weights)
     output = tmp_path / "w.safetensors"
     arguments = [str(tmp_path / "a.pth"), str(output), f"--backbone={name}_torch", "--mean=115.6,112.52,102.82"]
-    assert convert.main(arguments) == 0
+    assert main(arguments) == 0
     assert f"{name}_torch, 5 classes, pixels rgb, scale" in capsys.readouterr().out
     model = zoo.backbone(f"{name}_torch", CLASSES, image_size=33, weights=str(output))
     np.testing.assert_allclose(model(IMAGES, training=False), logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
     assert zoo.pixels_of(str(output)) == PIXELS["torch"].with_mean((115.6, 112.52, 102.82))
     assert zoo.head_classes(output) == CLASSES
     digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
-    assert l2sp.Anchors.load(output).provenance == {
+    assert l2sp.Anchors.load(output).metadata["provenance"] == {
         "origin": "torch", "backbone": f"{name}_torch", "files": {"a.pth": digest},
     }  # fmt: skip
 
@@ -316,7 +318,7 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch,
         (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--pixels=grey"], 2, "pixel format 'grey' is unknown"),
         (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--mean=1,2"], 2, "mean is ['1', '2']"),
     ):
-        assert convert.main(arguments) == status
+        assert main(arguments) == status
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
@@ -324,7 +326,7 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch,
 
 def test_the_module_is_a_command(tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "l2sp_tf.models.convert", "none.ckpt", "w.safetensors", "--backbone=resnet50_slim"]
+    command = [sys.executable, "-m", "l2sp_tf.cli.convert", "none.ckpt", "w.safetensors", "--backbone=resnet50_slim"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: There is no checkpoint none.ckpt" in result.stderr

@@ -138,7 +138,7 @@ def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
     if ending == ".keras":
         zoo.save_model(model, path, pixels)
     else:
-        l2sp.Anchors.of(model, pixels).save(path)
+        l2sp.Anchors.of(model, {"pixels": pixels.plain()}).save(path)
     assert zoo.stored_pixels(path) == zoo.pixels_of(path) == zoo.pixels_of(str(path), pixels) == pixels
     other = tiny()
     zoo.load_weights(other, path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import l2sp_tf as l2sp
-from l2sp_tf.penalties.anchors import load_arrays, save_arrays
+from l2sp_tf.files.arrays import load_arrays, save_arrays
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
@@ -134,10 +134,10 @@ def test_a_damaged_file_is_refused_in_a_sentence(small_network, tmp_path):
 
 
 def test_arrays_of_another_kind_are_no_anchors(tmp_path):
-    save_arrays(tmp_path / "x", {"a": np.zeros(3)}, {"format": "another"})
+    save_arrays(tmp_path / "x", {"a": np.zeros(3)}, "another", {"of": "its own"})
     with pytest.raises(l2sp.InputError, match="no file of anchors"):
         l2sp.Anchors.load(tmp_path / "x")
-    assert json.loads(json.dumps(load_arrays(tmp_path / "x")[1])) == {"format": "another"}
+    assert json.loads(json.dumps(load_arrays(tmp_path / "x", "another", "no other", "it")[1])) == {"of": "its own"}
 
 
 def test_restore_gives_the_pretrained_model_back(small_network):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import l2sp_tf as l2sp
+from l2sp_tf.files.arrays import load_arrays, save_arrays
 from l2sp_tf.penalties import delta
-from l2sp_tf.penalties.anchors import load_arrays, save_arrays
 from l2sp_tf.penalties.attachment import check_bound
+from l2sp_tf.penalties.delta import FORMAT
 
 UNSIGNED = {"float32": "u4", "float16": "u2", "bfloat16": "u2", "float64": "u8"}
 
@@ -122,7 +123,7 @@ def test_a_new_head_is_whole_and_the_rest_of_a_frozen_model_is_free(small_networ
     model = l2sp.with_new_head(pretrained, 7, seed=1)
     size = round_trip(model, anchors, tmp_path / "d.safetensors", l2sp.with_new_head(pretrained, 7, seed=2))
     assert size.encodings == {"equal": 8, "whole": 2}
-    stored, _ = load_arrays(tmp_path / "d.safetensors")
+    stored, _ = load_arrays(tmp_path / "d.safetensors", FORMAT, "no delta", "save_delta")
     assert set(stored) == {"new_head/kernel", "new_head/bias"}
     np.testing.assert_array_equal(stored["new_head/kernel"], model.get_layer("new_head").kernel)
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
@@ -203,10 +204,10 @@ def test_a_header_that_does_not_fit_is_refused(change, words, tmp_path):
     anchors = l2sp.Anchors.of(model)
     set_bits(model, "a/kernel", lambda bits: bits.__iadd__(np.uint32(3)))
     l2sp.save_delta(model, anchors, path)
-    stored, metadata = load_arrays(path)
+    stored, metadata = load_arrays(path, FORMAT, "no delta", "save_delta")
     entries = json.loads(metadata["weights"])
     change(entries[0])
-    save_arrays(path, stored, {**metadata, "weights": json.dumps(entries)})
+    save_arrays(path, stored, FORMAT, {**metadata, "weights": json.dumps(entries)})
     with pytest.raises(l2sp.InputError, match=words):
         l2sp.load_delta(model, anchors, path)
 

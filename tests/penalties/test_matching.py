@@ -16,9 +16,10 @@ import pytest
 import l2sp_tf as l2sp
 from l2sp_tf.evaluation.accuracy import transplant
 from l2sp_tf.evaluation.report import distances, pretrained_of
+from l2sp_tf.files.arrays import load_arrays
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.zoo import load_model
-from l2sp_tf.penalties.anchors import load_arrays
+from l2sp_tf.penalties.delta import FORMAT
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
@@ -353,7 +354,7 @@ def test_restore_delta_transplant_and_report_find_the_layers_that_keras_renamed(
     np.testing.assert_array_equal(pretrained_of(model, anchors)(x), pretrained(x))
     size = l2sp.save_delta(model, anchors, tmp_path / "d.safetensors")
     assert sum(size.encodings.values()) == len(anchors)
-    entries = json.loads(load_arrays(tmp_path / "d.safetensors")[1]["weights"])
+    entries = json.loads(load_arrays(tmp_path / "d.safetensors", FORMAT, "no delta", "save_delta")[1]["weights"])
     assert {entry["name"]: entry["anchor"] for entry in entries} == by_place(model, pretrained)
     l2sp.load_delta(other, anchors, tmp_path / "d.safetensors")
     np.testing.assert_array_equal(other(x), model(x))

@@ -11,6 +11,7 @@ from test_records import record
 
 import l2sp_tf as l2sp
 from l2sp_tf.experiments import records
+from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.reports import figures, tables
 from l2sp_tf.reports.summary import by_place, chosen, labelled, summary
@@ -37,7 +38,7 @@ BASE = {
     "code": RESULTS_VERSION,
     "fisher": "d" * 64,
     "deterministic": True,
-    "recipe": records.plain(Recipe.digits().replace(blur="gaussian").record()) | {"solver": "sgd", "penalty_step": "gradient"},
+    "recipe": plain(Recipe.digits().replace(blur="gaussian").record()) | {"solver": "sgd", "penalty_step": "gradient"},
 }
 SAME = {("recipe", "alpha"), ("recipe", "log_every")}  # no result depends on them
 

@@ -8,6 +8,7 @@ import pytest
 from test_records import record
 
 import l2sp_tf as l2sp
+from l2sp_tf.files.table import Table
 from l2sp_tf.reports import tables
 from l2sp_tf.reports.summary import summary
 
@@ -125,7 +126,7 @@ def test_table_3_has_both_readings_and_the_paper():
 
 
 def test_tables_are_written_as_markdown_and_csv(tmp_path):
-    table = tables.Table(("a", "long name"), [("1", "x, y")], "A note.")
+    table = Table(("a", "long name"), [("1", "x, y")], "A note.")
     assert table.markdown() == "| a | long name |\n|---|-----------|\n| 1 | x, y      |\n\nA note."
     assert table.csv() == 'a,long name\n1,"x, y"\n'
     assert [path.name for path in table.save(tmp_path, "t")] == ["t.md", "t.csv"]

@@ -12,8 +12,8 @@ from PIL import Image
 from test_plans import plan
 
 import l2sp_tf as l2sp
-from l2sp_tf.evaluation.interfaces import interface_at, preprocessing_for
-from l2sp_tf.evaluation.report import report_of_files
+from l2sp_tf.data.pipeline import preprocessing_for
+from l2sp_tf.experiments.folders import interface_at, report_of_files
 from l2sp_tf.experiments.runner import run_plan
 from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat
@@ -41,7 +41,7 @@ def tasks(tmp_path_factory):
     photographs(folder / "imagenet2012", CLASSES["source"], 9, seed=0)
     photographs(folder / "stanford_dogs", CLASSES["target"], 9, seed=1)
     network = zoo.small_resnet((6, 6, 3), 3, widths=(4,), depths=(1,))
-    l2sp.Anchors.of(network, BGR).save(folder / "bgr.safetensors")
+    l2sp.Anchors.of(network, {"pixels": BGR.plain()}).save(folder / "bgr.safetensors")
     zoo.save_model(network, folder / "torch.keras", PIXELS["torch"])
     return folder
 

@@ -1,0 +1,215 @@
+"""Arrays by name: read-only, and in safetensors files whose content is verified."""
+
+import collections.abc
+import copy
+import hashlib
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.memory import aligned_copy
+from l2sp_tf.files.reading import parse_json, refusing
+from l2sp_tf.files.writing import atomic_path
+
+WEIGHTS = "l2sp_tf.anchors.v1"
+
+
+class Arrays(collections.abc.Mapping):
+    """A read-only mapping from the key of a weight to a read-only array, copied by value.
+
+    Args:
+        arrays: a mapping from key to array.
+        dtype: of all arrays; None keeps each one's own.
+    """
+
+    def __init__(self, arrays, dtype=None):
+        self._arrays = {}
+        for key, value in arrays.items():
+            array = aligned_copy(value, dtype)  # a copy: an anchor that aliased a live weight would penalise nothing
+            array.flags.writeable = False
+            self._arrays[key] = array
+
+    def __getitem__(self, key):
+        return self._arrays[key]
+
+    def __iter__(self):
+        return iter(self._arrays)
+
+    def __len__(self):
+        return len(self._arrays)
+
+    @property
+    def manifest(self):
+        """For each array its name, shape, dtype and sha256."""
+        return manifest_of(self)
+
+    @property
+    def digest(self):
+        """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal arrays."""
+        return digest_of(self.manifest)
+
+
+class Snapshot(Arrays):
+    """The weights of a model by value, a read-only mapping from key to array, with what is known of them.
+
+    Args:
+        arrays: a mapping from key to array.
+        metadata: a dict from name to what JSON can hold, such as "pixels" (`PixelFormat.plain`) and "provenance"; or None.
+    """
+
+    def __init__(self, arrays, metadata=None):
+        super().__init__(arrays)
+        self.metadata = dict(metadata or {})
+        self._digest = super().digest
+
+    def __repr__(self):
+        numbers = sum(array.size for array in self.values())
+        return f"{type(self).__name__}({len(self)} arrays, {numbers:,} numbers, digest {self.digest[:12]})"
+
+    @property
+    def digest(self):
+        """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal weights."""
+        return self._digest
+
+    def with_metadata(self, **metadata):
+        """The same weights, their arrays shared, with metadata where they had none of its name."""
+        other = copy.copy(self)
+        other.metadata = {**metadata, **self.metadata}
+        return other
+
+    def save(self, path):
+        """Writes the arrays, their manifest and the metadata to a safetensors file, atomically.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        header = {name: json.dumps(value) for name, value in self.metadata.items()}
+        save_arrays(path, self._arrays, WEIGHTS, {**header, "digest": self.digest})
+
+    @classmethod
+    def load(cls, path):
+        """Reads weights that `save` wrote, and verifies each array against the manifest.
+
+        Raises:
+            InputError: the file is missing, is no such file, or differs from its manifest.
+        """
+        arrays, metadata = load_arrays(path, WEIGHTS, "no file of anchors", "Anchors.save")
+        digest = metadata.pop("digest", None)
+        metadata = {name: parse_json(text, f"The {name} in {path} is damaged") for name, text in metadata.items()}
+        found = cls(arrays, metadata)
+        if found.digest != digest:
+            raise InputError(f"The anchors in {path} are damaged: their digest is not the one in the manifest; use another copy.")
+        return found
+
+
+def manifest_of(arrays):
+    """The manifest of a mapping of arrays: a list of name, shape, dtype and sha256."""
+    return [
+        {"name": key, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
+        for key, array in arrays.items()
+    ]
+
+
+def digest_of(manifest):
+    """The sha256 over a manifest, whatever the order of its entries."""
+    entries = sorted(manifest, key=lambda entry: entry["name"])
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_arrays(arrays):
+    """The digest of an `Anchors`, a `Fisher` or any other mapping from the key of a weight to an array."""
+    return (arrays if isinstance(arrays, Arrays) else Arrays(arrays)).digest
+
+
+def save_arrays(path, arrays, format, metadata):
+    """Writes arrays to a safetensors file with a manifest in its header, atomically.
+
+    Args:
+        path: the file.
+        arrays: a mapping from name to NumPy array of any dtype of NumPy or ml_dtypes.
+        format: the name of the file's format, kept in the header.
+        metadata: a dict of strings kept in the header beside the manifest and a sha256 of both.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    stored = {key: np.asarray(array, order="C") for key, array in arrays.items()}
+    # safetensors' NumPy reader knows no bfloat16 and no 8-bit floats: keep their bits.
+    stored = {key: a if a.dtype.kind in "fiub" else a.view(f"u{a.dtype.itemsize}") for key, a in stored.items()}
+    header = {"format": format, **metadata, "manifest": json.dumps(manifest_of(arrays))}
+    header["sha256"] = _sha256_of(header)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.numpy.save(stored, header))
+
+
+def load_arrays(path, format, otherwise, writer):
+    """Reads what `save_arrays` wrote: (arrays, metadata), each array verified.
+
+    Args:
+        path: the file.
+        format: the format that it must have.
+        otherwise: what the message calls a file of another format, such as "no delta".
+        writer: the function that writes such files, for the message.
+
+    Raises:
+        InputError: the file is missing, is not such a file, its header differs from its sha256, or an
+            array from its shape, dtype or sha256 in the manifest.
+    """
+    path = _existing(path)
+    with refusing(f"{path} is damaged or not a file that this project wrote"):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.pop("sha256", None) != _sha256_of(metadata):
+                raise ValueError("its header does not have the sha256 that it gives")
+            manifest = parse_json(metadata.pop("manifest", "null"), f"The manifest of {path} is damaged")
+            raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
+        arrays = {entry["name"]: _decode(raw.pop(entry["name"]), entry) for entry in manifest}
+    if raw:
+        raise InputError(f"{path} holds arrays that its manifest does not list ({', '.join(sorted(raw)[:5])}): use another copy.")
+    if (found := metadata.pop("format", None)) != format:
+        raise InputError(f"{path} is {otherwise} (its format is {found!r}): give one that {writer} wrote.")
+    return arrays, metadata
+
+
+def read_header(path):
+    """The metadata of any safetensors file, and the shape of each array, without reading the arrays.
+
+    Raises:
+        InputError: the file is missing, or is not such a file.
+    """
+    path = _existing(path)
+    with refusing(f"{path} is damaged or no safetensors file"):
+        with safetensors.safe_open(path, framework="numpy") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not iterable)
+            return dict(file.metadata() or {}), shapes
+
+
+def _existing(path):
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"There is no file {path}: give the path of a saved safetensors file.")
+    return path
+
+
+def _decode(array, entry):
+    """Restores the dtype of one stored array and checks it against its manifest entry."""
+    if array.dtype.name != entry["dtype"]:
+        array = array.view(np.dtype(getattr(ml_dtypes, entry["dtype"], entry["dtype"])))
+    is_numeric = array.dtype.kind in "fiub" or hasattr(ml_dtypes, array.dtype.name)
+    found = {"name": entry["name"], "shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
+    if found != entry or not is_numeric:
+        raise ValueError(f"the array {entry['name']!r} does not have the shape, dtype and sha256 of the manifest")
+    return array
+
+
+def _sha256_of(metadata):
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(array):
+    return hashlib.sha256(array.tobytes()).hexdigest()
