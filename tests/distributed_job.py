@@ -73,9 +73,9 @@ def every_penalty(strategy, folder, index):
     for symbol in PENALTIES:
         weights, history = finetuned(symbol, strategy, folder / f"run-{symbol}")
         np.savez(folder / f"{symbol}-{index}.npz", **weights, loss=history[-1]["cross_entropy"])
-    answer = devices.chief_says(strategy, lambda: index == 0)  # the others would say no
+    answer = devices.Devices(strategy).chief_says(lambda: index == 0)  # the others would say no
     try:
-        devices.check_same_run(strategy, "seed", index)
+        devices.Devices(strategy).check_same_run("seed", index)
         answer = False
     except l2sp.InputError:
         pass
@@ -84,8 +84,8 @@ def every_penalty(strategy, folder, index):
 
 def keras_fit(strategy, folder, index):
     """What Keras' own fit does under the same strategy."""
-    model = devices.replicated(network(), strategy)
-    with devices.scope(strategy):
+    model = devices.Devices(strategy).replicated(network())
+    with devices.Devices(strategy).scope():
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     try:
         model.fit(np.zeros((8, 5, 5, 3), "float32"), np.zeros(8), batch_size=4, verbose=0)
@@ -105,7 +105,7 @@ def restart(strategy, folder, index, dies_after=None):
 
 def main(scenario, folder):
     strategy = devices.make_strategy("multiworker")
-    index, _ = devices.part_of(strategy)
+    index, _ = devices.Devices(strategy).part
     folder = pathlib.Path(folder)
     scenarios = {
         "penalties": every_penalty,

@@ -21,7 +21,6 @@ from l2sp_tf.experiments.plans import needs_fisher
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.penalties.formulas import PENALTIES
-from l2sp_tf.training.devices import make_strategy
 from l2sp_tf.training.trainer import finetune, preprocessing_of
 
 TIMED_STEPS = 12
@@ -296,8 +295,7 @@ def seconds_per_step(made, left):
         clock.model.stop_training = True
 
     clock = FirstSteps(note)
-    strategy = make_strategy(plan.distribute)
-    options = {"callbacks": [clock], "verbose": 0, "strategy": strategy, "jit_compile": plan.jit_compile}
+    options = {"callbacks": [clock], "verbose": 0, "strategy": plan.devices.strategy, "jit_compile": plan.jit_compile}
     finetune(made.network, task, penalty, recipe, **options)
     return times[0]
 

@@ -11,6 +11,7 @@ from l2sp_tf.files.plain import plain
 from l2sp_tf.fisher.estimator import MODES
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
+from l2sp_tf.training.devices import Devices
 from l2sp_tf.training.recipe import Recipe
 
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
@@ -140,7 +141,7 @@ class Plan:
             alphas, betas and learning rates for each penalty, and only that one is run.
         checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
         deterministic: whether TensorFlow's operations are made to repeat to the bit.
-        distribute: the devices that each training is spread over, a kind of `distribution.make_strategy`.
+        distribute: the devices that each training is spread over, a kind of `devices.make_strategy`.
         strengths: by symbol the strengths of a penalty that has its own.
 
     Raises:
@@ -234,6 +235,11 @@ class Plan:
     def needs_fisher(self):
         """Whether any penalty needs F_jj."""
         return any(map(needs_fisher, self.penalties))
+
+    @property
+    def devices(self):
+        """The `Devices` that each training is spread over."""
+        return Devices.of(self.distribute)
 
     def check_frozen(self, units):
         """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.

@@ -22,7 +22,6 @@ from l2sp_tf.experiments.starts import exactness, outline, prepare_start, short_
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.writing import link_or_copy, write_text
 from l2sp_tf.penalties.formulas import PENALTIES
-from l2sp_tf.training import devices
 from l2sp_tf.training.checkpoints import Checkpoints
 
 
@@ -114,15 +113,14 @@ def _run_all(plans, made, clock, verbose, options):
 
 
 def _share(plan, engine, say, verbose):
-    """Makes the strategy of a plan and tells what it cannot share; returns what this worker says and shows."""
-    strategy = devices.make_strategy(plan.distribute)
+    """Refuses what the devices of a plan cannot share; returns what this worker says and shows."""
     if engine != "local" and plan.distribute == "multiworker":
         raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
     for recipe in (plan.recipe, plan.source_recipe):
-        devices.check_batch_size(strategy, recipe.batch_size)
-        devices.check_optimizer(strategy, recipe.optimizer(), plan.jit_compile is True)
-    devices.check_shared(strategy, plan.workdir)
-    return (say, verbose) if devices.is_chief(strategy) else (lambda text: None, 0)
+        plan.devices.check_batch_size(recipe.batch_size)
+        plan.devices.check_optimizer(recipe.optimizer(), plan.jit_compile is True)
+    plan.devices.check_shared(plan.workdir)
+    return (say, verbose) if plan.devices.is_chief else (lambda text: None, 0)
 
 
 def _jobs(pairs):
@@ -162,8 +160,8 @@ def _run(start, plan, setting, say, verbose):
     task = _folds(start.target, plan.folds)[setting.fold] if is_fold else start.target
     settings = _settings(plan, start, setting, task, recipe, fisher)
     path = folder_of(plan.workdir, setting, settings) / "run.json"
-    strategy = devices.make_strategy(plan.distribute)
-    if devices.chief_says(strategy, path.exists):
+    devices = plan.devices
+    if devices.chief_says(path.exists):
         record = records.read_record(path)
         say(f"already finished, {_outcome(record, is_fold)}")
         return record
@@ -171,19 +169,19 @@ def _run(start, plan, setting, say, verbose):
     say(f"{recipe.iterations} iterations" + (f", from step {checkpoints.newest} on" if checkpoints.newest else ""))
     options = {"anchors": start.anchors, "fisher": fisher, "seed": setting.seed, "frozen": setting.frozen, "verbose": verbose}
     options |= {"run_dir": path.parent, "checkpoint_every": plan.checkpoint_every, "save": plan.save_models and not is_fold}
-    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": start.callbacks}
+    options |= {"strategy": devices.strategy, "jit_compile": plan.jit_compile, "callbacks": start.callbacks}
     options |= {} if is_fold else {"measure": lambda run: _measure(run, start, recipe)}
-    if devices.is_chief(strategy):
+    if devices.is_chief:
         link_or_copy(start.anchors_path, path.parent / "anchors.safetensors")
         write_text(path.parent / "config.toml", configuration.text_of(plan, setting))
     record = run_record(start.pretrained, task, setting, recipe, settings, **options)
     record["anchors"] |= start.anchors_origin
     if fisher is not None:
         record["fisher"] = _without_weights(fisher.provenance)
-    if devices.is_chief(strategy):
+    if devices.is_chief:
         records.write_record(path, record)
         checkpoints.remove()
-    devices.wait_for_chief(strategy)
+    devices.wait_for_chief()
     say(f"{_outcome(record, is_fold)} ({record['seconds']:.1f} s)")
     keras.utils.clear_session(free_memory=True)
     return records.read_record(path)
@@ -255,7 +253,7 @@ def _question(plan, start, symbol):
 def _choice(plan, question, symbol, search, say):
     """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
     selection = search.selection(PENALTIES[symbol], plan.recipe)
-    if devices.is_chief(devices.make_strategy(plan.distribute)):
+    if plan.devices.is_chief:
         write_selection(plan.workdir, selection.record(question, plan.folds))
     if selection.best is None:
         say(f"{plan.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")

@@ -30,7 +30,6 @@ from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.models.units import unit_count
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.training.checkpoints import Checkpoints
-from l2sp_tf.training.devices import chief_says, is_chief, make_strategy, wait_for_chief
 from l2sp_tf.training.monitor import write_histograms
 from l2sp_tf.training.trainer import preprocessing_of, train_source
 
@@ -84,7 +83,7 @@ class Outline:
     @functools.cached_property
     def is_trained(self):
         """Whether the source model of weights "none" was trained before."""
-        return chief_says(make_strategy(self.plan.distribute), self.trained_path.exists)
+        return self.plan.devices.chief_says(self.trained_path.exists)
 
     @functools.cached_property
     def trained_path(self):
@@ -301,20 +300,20 @@ def _pretrained(made, source, say, verbose, callbacks):
     plan, model = made.plan, made.network
     if plan.weights != "none":
         return model
-    path, strategy = made.trained_path, make_strategy(plan.distribute)
-    if chief_says(strategy, path.exists):  # perhaps since a moment ago, for another plan
+    path, devices = made.trained_path, plan.devices
+    if devices.chief_says(path.exists):  # perhaps since a moment ago, for another plan
         zoo.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
         return detached_copy(model)
     say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
     folder = path.parent
     options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
-    options |= {"strategy": strategy, "jit_compile": plan.jit_compile, "callbacks": callbacks}
+    options |= {"strategy": devices.strategy, "jit_compile": plan.jit_compile, "callbacks": callbacks}
     run = train_source(model, source, plan.source_recipe, **options)
-    if is_chief(strategy):
+    if devices.is_chief:
         Anchors.of(model, {"pixels": source.pixels.plain()}).save(path)
         Checkpoints(folder / "checkpoints").remove()
-    wait_for_chief(strategy)
+    devices.wait_for_chief()
     zoo.load_weights(model, path)  # the same in every worker, to the bit
     say(f"source model: trained in {run.seconds:.1f} s")
     return detached_copy(model)
@@ -330,7 +329,7 @@ def _stored_anchors(plan, pretrained, pixels):
     path = plan.workdir / "anchors" / f"{anchors.digest[:16]}-{seen}.safetensors"
     if path.exists():
         return Anchors.load(path), path
-    if is_chief(make_strategy(plan.distribute)):
+    if plan.devices.is_chief:
         anchors.save(path)
     return anchors, path
 
@@ -340,10 +339,10 @@ def _source_accuracy(plan, pretrained, source, anchors):
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.test.skipped), **_seen(source)}
     key = records.run_key({**identity, "crops": plan.recipe.crops, "versions": versions(), "code": RESULTS_VERSION})
     path = plan.workdir / "before" / f"{key}.json"
-    if chief_says(make_strategy(plan.distribute), lambda: _is_measured(path)):
+    if plan.devices.chief_says(lambda: _is_measured(path)):
         return read_json(path, f"{path} is damaged")
     before = evaluate(pretrained, source, crops=plan.recipe.crops)
-    if is_chief(make_strategy(plan.distribute)):
+    if plan.devices.is_chief:
         write_text(path, json.dumps(before) + "\n")
     return before
 
@@ -398,18 +397,18 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
     key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION, **exactness(plan)})
     path = plan.workdir / "fisher" / f"{key}.safetensors"
-    strategy = make_strategy(plan.distribute)
-    if chief_says(strategy, path.exists):
+    devices = plan.devices
+    if devices.chief_says(path.exists):
         say(f"Fisher diagonal: estimated before, read from {path}")
     else:
         say(f"Fisher diagonal: {f.mode} on up to {count} images of {source.name}")
         options = {"tolerance": f.tolerance, "progress": bool(verbose), "source": short_name(source.name)}
-        if is_chief(strategy):
+        if devices.is_chief:
             batches = test_batches(train.sample(order), source.preprocessing, source.mean, batch_size=f.batch)
             fisher = fisher_diagonal(pretrained, batches, f.mode, f.samples, **options)
             fisher.save(path)
             write_histograms(path.parent / "tensorboard" / key, fisher)
-        wait_for_chief(strategy)
+        devices.wait_for_chief()
     fisher = Fisher.load(path)
     worst = max(fisher.standard_error().values())
     say(f"Fisher diagonal: {fisher.provenance['images']} images, relative standard error of a layer at most {worst:.1%}")

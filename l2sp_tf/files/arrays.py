@@ -123,7 +123,7 @@ def digest_of(manifest):
 
 def digest_of_arrays(arrays):
     """The digest of an `Anchors`, a `Fisher` or any other mapping from the key of a weight to an array."""
-    return (arrays if isinstance(arrays, Arrays) else Arrays(arrays)).digest
+    return (arrays if hasattr(arrays, "digest") else Arrays(arrays)).digest
 
 
 def save_arrays(path, arrays, format, metadata):

@@ -70,148 +70,157 @@ def _multiworker():
         raise InputError(f"The strategy multiworker has to be made before TensorFlow computes anything: {error}") from error
 
 
-def scope(strategy):
-    """A context in which an optimizer and metrics are made for a strategy; one without effect for None."""
-    return contextlib.nullcontext() if strategy is None else strategy.scope()
-
-
-def part_of(strategy):
-    """Which worker of how many this process is: (index, count), (0, 1) for all but several machines."""
-    if not _is_multiworker(strategy):
-        return 0, 1
-    resolver = strategy.cluster_resolver
-    spec = resolver.cluster_spec()
-    tasks = [(kind, i) for kind in ("chief", "worker") if kind in spec.jobs for i in spec.task_indices(kind)]
-    return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
-
-
-def is_chief(strategy):
-    """Whether this process is the one that writes."""
-    return part_of(strategy)[0] == 0
-
-
-def is_one_process(strategy):
-    """Whether this process trains by itself, on however many devices."""
-    return not _is_multiworker(strategy)
-
-
-def chief_says(strategy, question):
-    """The chief's answer to a question of yes or no, in every worker; the others do not ask it. Workers wait for each other.
+class Devices:
+    """The devices of one training, and which part of them this process is.
 
     Args:
-        strategy: what `make_strategy` returned.
-        question: a function without arguments.
-
-    Raises:
-        ConnectionError: a worker was lost.
+        strategy: what `make_strategy` returns; None for one device.
     """
-    if not _is_multiworker(strategy):
-        return bool(question())
-    return _sum(strategy, int(bool(question())) if is_chief(strategy) else 0) > 0
 
+    def __init__(self, strategy=None):
+        self.strategy = strategy
 
-def wait_for_chief(strategy):
-    """Waits until the chief has come here too, with what it wrote before."""
-    chief_says(strategy, lambda: True)
+    @classmethod
+    def of(cls, kind):
+        """The devices of a kind, as `make_strategy` takes it."""
+        return cls(make_strategy(kind))
 
+    def scope(self):
+        """A context in which an optimizer and metrics are made for these devices; one without effect for one device."""
+        return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
 
-def check_shared(strategy, folder):
-    """Raises an InputError unless all workers see what the chief writes in a folder, which is made."""
-    if not _is_multiworker(strategy):
-        return
-    path = pathlib.Path(folder) / ".seen-by-all-workers"
-    if is_chief(strategy):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    wait_for_chief(strategy)
-    unseen = _sum(strategy, int(not path.exists()))
-    if is_chief(strategy):
-        path.unlink()
-    if unseen:
-        raise InputError(f"workdir is {folder}, which not all workers see: give a folder on a disk that the machines share.")
+    @property
+    def replicas(self):
+        """How many copies of the model are trained side by side."""
+        return 1 if self.strategy is None else self.strategy.num_replicas_in_sync
 
+    @property
+    def part(self):
+        """Which worker of how many this process is: (index, count), (0, 1) for all but several machines."""
+        if self.is_one_process:
+            return 0, 1
+        resolver = self.strategy.cluster_resolver
+        spec = resolver.cluster_spec()
+        tasks = [(kind, i) for kind in ("chief", "worker") if kind in spec.jobs for i in spec.task_indices(kind)]
+        return tasks.index((resolver.task_type, resolver.task_id)), len(tasks)
 
-def check_same_run(strategy, *identity):
-    """Compares what the workers are about to compute.
+    @property
+    def is_chief(self):
+        """Whether this process is the one that writes."""
+        return self.part[0] == 0
 
-    Raises:
-        InputError: the values `identity`, told by their `repr`, are not the same in all workers.
-        ConnectionError: a worker was lost.
-    """
-    if _is_multiworker(strategy):
-        own = int(hashlib.sha256(repr(identity).encode()).hexdigest()[:8], 16)
-        if _sum(strategy, own) != own * strategy.num_replicas_in_sync:
-            raise InputError("The workers are about to compute different runs: give all the same flags, data and --workdir.")
+    @property
+    def is_one_process(self):
+        """Whether this process trains by itself, on however many devices."""
+        return not isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
+    def chief_says(self, question):
+        """The chief's answer to a question of yes or no, in every worker; the others do not ask it. Workers wait for each other.
 
-def check_batch_size(strategy, batch_size):
-    """Raises an InputError unless every replica gets as many images of a batch."""
-    replicas = strategy.num_replicas_in_sync if strategy is not None else 1
-    if batch_size % replicas:
-        raise InputError(f"batch_size is {batch_size}, which {replicas} replicas cannot share equally: give a multiple.")
+        Args:
+            question: a function without arguments.
 
+        Raises:
+            ConnectionError: a worker was lost.
+        """
+        if self.is_one_process:
+            return bool(question())
+        return _sum(self.strategy, int(bool(question())) if self.is_chief else 0) > 0
 
-def check_optimizer(strategy, optimizer, jit_compile=False):
-    """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
+    def wait_for_chief(self):
+        """Waits until the chief has come here too, with what it wrote before."""
+        self.chief_says(lambda: True)
 
-    Args:
-        strategy: what `make_strategy` returned.
-        optimizer: a Keras optimizer.
-        jit_compile: whether XLA is to compile its step.
+    def check_shared(self, folder):
+        """Raises an InputError unless all workers see what the chief writes in a folder, which is made."""
+        if self.is_one_process:
+            return
+        path = pathlib.Path(folder) / ".seen-by-all-workers"
+        if self.is_chief:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        self.wait_for_chief()
+        unseen = _sum(self.strategy, int(not path.exists()))
+        if self.is_chief:
+            path.unlink()
+        if unseen:
+            raise InputError(f"workdir is {folder}, which not all workers see: give a folder on a disk that the machines share.")
 
-    Raises:
-        InputError: the optimizer has such a setting.
-    """
-    clips = "clips each replica's share of the gradient instead of the whole"
-    found = {"jit_compile": "fails"} if jit_compile else {}
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
-    while optimizer is not None:
-        wrong = dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips)
-        wrong["gradient_accumulation_steps"] = "fails"
-        if optimizer.use_ema:
-            wrong["ema_overwrite_frequency"] = "fails"
-        found |= {name: what for name, what in wrong.items() if getattr(optimizer, name)}
-        optimizer = getattr(optimizer, "inner_optimizer", None)
-    _refuse(strategy, found)
+    def check_same_run(self, *identity):
+        """Compares what the workers are about to compute.
 
+        Raises:
+            InputError: the `repr` of the values `identity` is not the same in all workers.
+            ConnectionError: a worker was lost.
+        """
+        if not self.is_one_process:
+            own = int(hashlib.sha256(repr(identity).encode()).hexdigest()[:8], 16)
+            if _sum(self.strategy, own) != own * self.replicas:
+                raise InputError("The workers are about to compute different runs: give all the same flags, data and --workdir.")
 
-def check_compiled(model):
-    """Refuses what Keras gets wrong of a compiled model on the replicas that it was made on (each tried on Keras 3.15).
+    def check_batch_size(self, batch_size):
+        """Raises an InputError unless every replica gets as many images of a batch."""
+        if batch_size % self.replicas:
+            raise InputError(f"batch_size is {batch_size}, which {self.replicas} replicas cannot share equally: give a multiple.")
 
-    Raises:
-        InputError: the model or its optimizer has such a setting.
-    """
-    if any(variable.name == "seed_generator_state" for variable in model.variables):
-        _refuse(model.distribute_strategy, {"a random layer, such as Dropout,": "draws the same numbers on every replica"})
-    check_optimizer(model.distribute_strategy, model.optimizer, model.jit_compile)
+    def check_optimizer(self, optimizer, jit_compile=False):
+        """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
 
+        Args:
+            optimizer: a Keras optimizer.
+            jit_compile: whether XLA is to compile its step.
 
-def _refuse(strategy, found):
-    if found and strategy is not None and strategy.num_replicas_in_sync > 1:
-        name, what = next(iter(found.items()))
-        raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
+        Raises:
+            InputError: the optimizer has such a setting.
+        """
+        clips = "clips each replica's share of the gradient instead of the whole"
+        found = {"jit_compile": "fails"} if jit_compile else {}
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            found["LossScaleOptimizer (mixed_float16)"] = "takes an overflow for finite unless it is the first replica's"
+        while optimizer is not None:
+            wrong = dict.fromkeys(("clipnorm", "global_clipnorm", "clipvalue"), clips)
+            wrong["gradient_accumulation_steps"] = "fails"
+            if optimizer.use_ema:
+                wrong["ema_overwrite_frequency"] = "fails"
+            found |= {name: what for name, what in wrong.items() if getattr(optimizer, name)}
+            optimizer = getattr(optimizer, "inner_optimizer", None)
+        self._refuse(found)
 
+    def check_compiled(self, model):
+        """Refuses what Keras gets wrong of a compiled model on several replicas (each tried on Keras 3.15).
 
-def replicated(model, strategy):
-    """A copy of a functional or Sequential model on all replicas, with the same weights and penalties, or itself without any.
+        Raises:
+            InputError: the model or its optimizer has such a setting.
+        """
+        if any(variable.name == "seed_generator_state" for variable in model.variables):
+            self._refuse({"a random layer, such as Dropout,": "draws the same numbers on every replica"})
+        self.check_optimizer(model.optimizer, model.jit_compile)
 
-    Batch norm takes its statistics over all replicas, so that it computes what it would on one device.
+    def _refuse(self, found):
+        if found and self.replicas > 1:
+            name, what = next(iter(found.items()))
+            raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
 
-    Raises:
-        InputError: the model cannot be copied.
-    """
-    if strategy is None:
-        return model
-    if not isinstance(model, keras.Sequential) and getattr(model, "inputs", None) is None:
-        raise InputError(f"A model of class {type(model).__name__} cannot be copied to several replicas: give a functional one.")
-    copy = copy_of(model, scope=scope(strategy), seeds=True)
-    for one, two in zip(keyed_weights(model).values(), keyed_weights(copy).values(), strict=True):
-        set_regularizer(two, one.variable.regularizer)
-    for layer in copy._flatten_layers():
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = True
-    return copy
+    def replicated(self, model):
+        """A copy of a functional or Sequential model on all replicas, with the same weights and penalties; itself on one device.
+
+        Batch norm takes its statistics over all replicas, so that it computes what it would on one device.
+
+        Raises:
+            InputError: the model cannot be copied.
+        """
+        if self.strategy is None:
+            return model
+        if not isinstance(model, keras.Sequential) and getattr(model, "inputs", None) is None:
+            kind = type(model).__name__
+            raise InputError(f"A model of class {kind} cannot be copied to several replicas: give a functional one.")
+        copy = copy_of(model, scope=self.scope(), seeds=True)
+        for one, two in zip(keyed_weights(model).values(), keyed_weights(copy).values(), strict=True):
+            set_regularizer(two, one.variable.regularizer)
+        for layer in copy._flatten_layers():
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.synchronized = True
+        return copy
 
 
 def copy_weights(source, target):
@@ -238,24 +247,25 @@ def fit(model, batches, *, steps, callbacks=(), verbose=0):
         InputError: a setting of the model that Keras gets wrong on several replicas.
         ConnectionError: a worker was lost.
     """
-    strategy = model.distribute_strategy
-    check_compiled(model)
-    if not _is_multiworker(strategy):
+    devices = Devices(model.distribute_strategy)
+    devices.check_compiled(model)
+    if devices.is_one_process:
         model.fit(batches, epochs=1, steps_per_epoch=steps, callbacks=list(callbacks), shuffle=False, verbose=verbose)
-    else:
-        _fit_on_workers(model, strategy, batches, steps, callbacks, verbose)
+        return
+    options = {"add_progbar": verbose != 0 and devices.is_chief, "verbose": verbose, "epochs": 1, "steps": steps}
+    _fit_on_workers(model, devices, batches, callbacks, options)
 
 
-def _fit_on_workers(model, strategy, batches, steps, callbacks, verbose):
-    options = {"add_progbar": verbose != 0 and is_chief(strategy), "verbose": verbose, "epochs": 1, "steps": steps}
+def _fit_on_workers(model, devices, batches, callbacks, options):
+    strategy = devices.strategy
     callbacks = keras.callbacks.CallbackList(list(callbacks), model=model, **options)
     train_step, step, logs = _step_of(model, strategy), 0, {}
     model.stop_training = False
     try:
-        iterator = iter(_shares(strategy, batches))
+        iterator = iter(_shares(devices, batches))
         callbacks.on_train_begin()
         callbacks.on_epoch_begin(0)
-        for step in range(steps):
+        for step in range(options["steps"]):
             callbacks.on_train_batch_begin(step)
             logs = {name: float(value) for name, value in train_step(iterator).items()}
             callbacks.on_train_batch_end(step, logs)
@@ -279,20 +289,15 @@ def _step_of(model, strategy):
     return tf.function(step)
 
 
-def _shares(strategy, batches):
+def _shares(devices, batches):
     """Distributes this worker's part of each batch over its replicas, in order."""
-    _, workers = part_of(strategy)
-    local = strategy.num_replicas_in_sync // workers
+    local = devices.replicas // devices.part[1]
 
     def shares(context):
         size = batches.element_spec[0].shape[0]
         return batches if local == 1 else batches.rebatch(size // local)
 
-    return strategy.distribute_datasets_from_function(shares)
-
-
-def _is_multiworker(strategy):
-    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    return devices.strategy.distribute_datasets_from_function(shares)
 
 
 def _sum(strategy, number):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import pathlib
 
 import keras
 
@@ -22,12 +21,11 @@ from l2sp_tf.optimizers.proximal import Proximal
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.attachment import AnchorGuard, Coverage, attach
 from l2sp_tf.penalties.formulas import L2, smoothed
-from l2sp_tf.training import devices
-from l2sp_tf.training.checkpoints import Checkpointing, Checkpoints, deferred_signals, locked
+from l2sp_tf.training.checkpoints import Checkpointing, deferred_signals, locked
+from l2sp_tf.training.devices import copy_weights, fit
+from l2sp_tf.training.execution import Execution
 from l2sp_tf.training.monitor import FiniteLoss, Monitor
 from l2sp_tf.training.recipe import Recipe
-
-CHECKPOINT_EVERY = 500  # steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,8 +37,8 @@ class Run:
         coverage: the `Coverage`.
         anchors: the `Anchors`, or None.
         history: the rows of the log, dicts.
-        seconds: the time of training, before interruptions too.
-        resumed_at: the step at which a checkpoint was taken up, 0 for none.
+        seconds: training time in seconds, summed over all interrupted attempts.
+        resumed_at: the step of the checkpoint from which it resumed, 0 for none.
         stopped_at: the step at which a callback stopped the training before its end, or None.
         interface: the `Interface` of the model: how its images are made, and which output is which class.
     """
@@ -79,13 +77,7 @@ def finetune(
     fisher=None,
     seed=0,
     frozen=0,
-    run_dir=None,
-    callbacks=(),
-    verbose=1,
-    save=True,
-    checkpoint_every=CHECKPOINT_EVERY,
-    strategy=None,
-    jit_compile="auto",
+    **execution,
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
@@ -94,7 +86,7 @@ def finetune(
     NumPy's and TensorFlow's random seeds are set to `seed`.
 
     With a `run_dir` the run is saved there from time to time. If it is cut off, by Ctrl-C, SIGTERM or a
-    crash, the same call takes up the newest checkpoint, and ends in the same weights and log as a run
+    crash, the same call resumes from the newest checkpoint, and ends in the same weights and log as a run
     that was not cut off: to the bit where TensorFlow's operations are deterministic.
 
     Args:
@@ -108,16 +100,8 @@ def finetune(
         seed: of the head, the order of the images and their augmentation.
         frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3); with 0 nothing is, whatever is frozen
             in `pretrained`.
-        run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
-            None writes nothing.
-        callbacks: more Keras callbacks; what they remember is not in the checkpoints. A run that one of them stops is over:
-            it has its log, its checkpoint and its model, and the same call does not go on with it.
-        verbose: of Keras `fit`: 1 shows a progress bar with the time left.
-        save: whether `model.keras` is written to `run_dir`.
-        checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
-        strategy: the devices to train on, from `distribution.make_strategy`; None for one. On several machines the
-            function is called on each, and the first writes `run_dir`.
-        jit_compile: whether XLA compiles the step, as Keras' `compile` takes it: True, False or "auto".
+        execution: any of `run_dir`, `save`, `checkpoint_every`, `strategy`, `jit_compile`, `callbacks` and `verbose`, as
+            `Execution` has them.
 
     Returns:
         A `Run`.
@@ -128,14 +112,13 @@ def finetune(
         FloatingPointError: the loss is not finite; the checkpoint before it stays.
         ConnectionError: one of several machines was lost.
     """
-    recipe = recipe or Recipe()
+    recipe, how = recipe or Recipe(), Execution(**execution)
     if isinstance(data, Dataset) and pixels is None:
         raise InputError('pixels was not given: say how the pre-trained model sees pixels, "rgb", "bgr" or "torch".')
     task = as_task(data, recipe, pixels)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     keras.utils.set_random_seed(seed)
-    say = print if verbose else _say_nothing
-    model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=say)
+    model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
@@ -143,45 +126,25 @@ def finetune(
     penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
     beta = recipe.beta_for(getattr(penalty, "symbol", ""))
     coverage = attach(model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
-    folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
+    return _fit(Training(model, coverage, anchors, task, recipe, seed), how)
 
 
-def _say_nothing(line):
-    """Takes the lines that a quiet run does not print."""
-
-
-def train_source(
-    model,
-    data,
-    recipe,
-    *,
-    pixels=None,
-    seed=0,
-    run_dir=None,
-    callbacks=(),
-    verbose=1,
-    save=True,
-    checkpoint_every=CHECKPOINT_EVERY,
-    strategy=None,
-    jit_compile="auto",
-):
+def train_source(model, data, recipe, *, pixels=None, seed=0, **execution):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
         model: a built Keras model with random weights, which is trained in place.
-        data, recipe, pixels, seed, run_dir, callbacks, verbose, save, checkpoint_every, strategy, jit_compile: as in
-            `finetune`; the strength of L2 is the recipe's, and pixels are RGB by default.
+        data, recipe, pixels, seed, execution: as in `finetune`; the strength of L2 is the recipe's, and pixels are RGB by
+            default.
 
     Returns:
         A `Run` without anchors.
     """
-    task = as_task(data, recipe, pixels)
+    how, task = Execution(**execution), as_task(data, recipe, pixels)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
-    folder = None if run_dir is None else _RunFolder(run_dir, save, checkpoint_every)
-    return _fit(model, coverage, None, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile)
+    return _fit(Training(model, coverage, None, task, recipe, seed), how)
 
 
 def as_task(data, recipe, pixels):
@@ -197,105 +160,128 @@ def as_task(data, recipe, pixels):
     raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
 
 
-class _RunFolder:
-    """The folder of a run, and what is kept there."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Training:
+    """What is trained.
 
-    def __init__(self, path, save, checkpoint_every):
-        if checkpoint_every < 0:
-            raise InputError(f"checkpoint_every is {checkpoint_every}: give a number of steps, or 0 for the last step alone.")
-        self.path, self.save, self.checkpoint_every = pathlib.Path(path), save, checkpoint_every
-        self.checkpoints = Checkpoints(self.path / "checkpoints")
-
-
-def _fit(model, coverage, anchors, task, recipe, seed, folder, callbacks, verbose, strategy, jit_compile):
-    """Compiles and fits `model`, which carries the penalties of `coverage`, or a copy of it on the devices of a strategy.
-
-    Of several machines the first alone writes to the `_RunFolder`; all read its checkpoints.
+    Attributes:
+        model: a Keras model that carries the penalties of `coverage`.
+        coverage: the `Coverage`.
+        anchors: the `Anchors`, or None.
+        task: the `Task`.
+        recipe: the `Recipe`.
+        seed: of the order of the images and their augmentation.
     """
-    devices.check_batch_size(strategy, recipe.batch_size)
-    # hashes all weights, which a run that nobody else takes part in and that is not kept does not need
-    identity = None if folder is None and strategy is None else _identity(model, coverage, task, recipe, seed)
-    devices.check_same_run(strategy, identity)
-    writes = folder is not None and devices.is_chief(strategy)
-    trained = devices.replicated(model, strategy)
+
+    model: keras.Model
+    coverage: Coverage
+    anchors: Anchors | None
+    task: Task
+    recipe: Recipe
+    seed: int
+
+    @property
+    def identity(self):
+        """What makes a run this one and no other, as a dict; all weights are hashed."""
+        coverage, task, penalties = self.coverage, self.task, {}
+        for weight in coverage.weights:
+            penalties.setdefault(weight.group, []).append(str(weight))
+        return {
+            "recipe": plain(self.recipe.record()),
+            "code": RESULTS_VERSION,
+            "seed": self.seed,
+            "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
+            "coverage": coverage.digest,
+            "anchors": coverage.anchors_digest,
+            "start": Anchors.of(self.model).digest,
+            "data": {"name": task.name, "digest": task.digest, "images": images_digest(task), "mean": task.mean.tolist()},
+            "pixels": plain(task.preprocessing.pixels),
+        }
+
+    def compile(self, model, jit_compile):
+        """Compiles the model, or its copy, with what takes the step of its penalties if the recipe asks for it.
+
+        Returns:
+            The metrics.
+        """
+        metrics = [
+            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
+            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
+        ]
+        around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(self.recipe.penalty_step)
+        optimizer = self.recipe.optimizer()
+        optimizer = around(optimizer, model) if around else optimizer
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
+        # else they are made while the step is traced, which is then traced twice
+        model.optimizer.build(model.trainable_variables)
+        return metrics
+
+    def batches(self, start, part):
+        """The training batches from a step on, of one worker's part of each."""
+        task, recipe = self.task, self.recipe
+        options = {"batch_size": recipe.batch_size, "seed": self.seed, "start": start, "iterations": recipe.iterations}
+        return training_batches(task.train, task.preprocessing, task.mean, part=part, **options)
+
+    def keep_anchors(self, path, step):
+        """Saves the anchors beside a new run, or stops if those of a run that resumes after `step` are missing or others.
+
+        Raises:
+            InputError: they are.
+        """
+        if self.anchors is None:
+            return
+        if not path.exists() and step:
+            raise InputError(
+                f"{path} is missing, but the run has a checkpoint of step {step}: put the file back, or remove them."
+            )
+        if not path.exists():
+            self.anchors.with_metadata(pixels=self.task.preprocessing.pixels.plain()).save(path)
+        elif Anchors.load(path).digest != self.anchors.digest:
+            raise InputError(
+                f"{path} holds other anchors than this run starts from: load them with Anchors.load, or give another run_dir."
+            )
+
+
+def _fit(training, how):
+    """Compiles and fits the model of a `Training`, or a copy of it on several devices, as an `Execution` says."""
+    recipe, devices, folder = training.recipe, how.devices, how.run_dir
+    devices.check_batch_size(recipe.batch_size)
+    # a run that nobody else takes part in and that is not kept needs no identity, which hashes all weights
+    identity = None if folder is None and how.strategy is None else training.identity
+    devices.check_same_run(identity)
+    trained = devices.replicated(training.model)
     fuse_batch_norm(trained)
     with contextlib.ExitStack() as stack:
-        if writes:
-            stack.enter_context(locked(folder.path))
-            if anchors is not None:
-                kept = anchors.with_metadata(pixels=task.preprocessing.pixels.plain())
-                _keep_anchors(kept, folder.path / "anchors.safetensors", folder.checkpoints.newest)
-        with devices.scope(strategy):
-            metrics = _compile(trained, recipe, jit_compile)
-            options = {"log_every": recipe.log_interval, "iterations": recipe.iterations}
-            options["may_stop"] = any(getattr(callback, "may_stop", True) for callback in callbacks)
-            monitor = Monitor(folder.path if writes else None, anchors, **options)
+        if how.writes:
+            stack.enter_context(locked(folder))
+            training.keep_anchors(folder / "anchors.safetensors", how.checkpoints.newest)
+        with devices.scope():
+            metrics = training.compile(trained, how.jit_compile)
+            options = {"log_every": recipe.log_interval, "iterations": recipe.iterations, "may_stop": how.may_stop}
+            monitor = Monitor(folder if how.writes else None, training.anchors, **options)
             keeper = Checkpointing(monitor, metrics, recipe.iterations)
             if folder is not None:
-                stops = stack.enter_context(deferred_signals()) if devices.is_one_process(strategy) else ()
-                keeper.keep(folder.checkpoints, identity, folder.checkpoint_every, stops, writes=writes)
+                stops = stack.enter_context(deferred_signals()) if devices.is_one_process else ()
+                keeper.keep(how.checkpoints, identity, how.checkpoint_every, stops, writes=how.writes)
             start = keeper.restore(trained)
-        devices.check_same_run(strategy, start)
+        devices.check_same_run(start)
         if start < recipe.iterations and keeper.stopped_at is None:
-            callbacks = [AnchorGuard(coverage), FiniteLoss(start), monitor, keeper, *callbacks]
-            options = {"seed": seed, "start": start, "iterations": recipe.iterations, "part": devices.part_of(strategy)}
-            batches = training_batches(task.train, task.preprocessing, task.mean, batch_size=recipe.batch_size, **options)
-            devices.fit(trained, batches, steps=recipe.iterations - start, callbacks=callbacks, verbose=verbose)
+            callbacks = [AnchorGuard(training.coverage), FiniteLoss(start), monitor, keeper, *how.callbacks]
+            batches = training.batches(start, devices.part)
+            fit(trained, batches, steps=recipe.iterations - start, callbacks=callbacks, verbose=how.verbose)
         else:
             monitor.rewrite(trained)
-    devices.copy_weights(trained, model)
-    interface = interface_of(task, recipe)
-    if writes and folder.save:
-        save_model(model, folder.path / "model.keras", interface)
-    if writes:
-        folder.checkpoints.remove(keep=1)
-    return Run(model, coverage, anchors, monitor.rows, keeper.seconds, start, keeper.stopped_at, interface)
-
-
-def _compile(model, recipe, jit_compile):
-    """Compiles a model, with what takes the step of its penalties if the recipe asks for it; returns the metrics."""
-    metrics = [
-        keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
-        keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-    ]
-    around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(recipe.penalty_step)
-    optimizer = around(recipe.optimizer(), model) if around else recipe.optimizer()
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
-    model.optimizer.build(model.trainable_variables)  # else they are made while the step is traced, which is then traced twice
-    return metrics
-
-
-def _identity(model, coverage, task, recipe, seed):
-    """What makes a run this one and no other."""
-    penalties = {}
-    for weight in coverage.weights:
-        penalties.setdefault(weight.group, []).append(str(weight))
-    return {
-        "recipe": plain(recipe.record()),
-        "code": RESULTS_VERSION,
-        "seed": seed,
-        "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
-        "coverage": coverage.digest,
-        "anchors": coverage.anchors_digest,
-        "start": Anchors.of(model).digest,
-        "data": {"name": task.name, "digest": task.digest, "images": images_digest(task), "mean": task.mean.tolist()},
-        "pixels": plain(task.preprocessing.pixels),
-    }
+    copy_weights(trained, training.model)
+    interface = interface_of(training.task, recipe)
+    if how.writes and how.save:
+        save_model(training.model, folder / "model.keras", interface)
+    if how.writes:
+        how.checkpoints.remove(keep=1)
+    found = (training.model, training.coverage, training.anchors, monitor.rows)
+    return Run(*found, keeper.seconds, start, keeper.stopped_at, interface)
 
 
 def images_digest(task):
     """Tells which part of its data set a task trains on: a hash in hexadecimal."""
     return hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()
-
-
-def _keep_anchors(anchors, path, step):
-    """Saves the anchors beside a new run, or stops if those of one that goes on after `step` are lost or others."""
-    if not path.exists() and step:
-        raise InputError(f"{path} is missing, but the run has a checkpoint of step {step}: put the file back, or remove them.")
-    if not path.exists():
-        anchors.save(path)
-    elif Anchors.load(path).digest != anchors.digest:
-        raise InputError(
-            f"{path} holds other anchors than this run starts from: load them with Anchors.load, or give another run_dir."
-        )

@@ -470,7 +470,7 @@ def test_every_network_is_copied_and_restored(name, tmp_path):
 def test_a_network_on_devices_computes_the_same(family, mirrored):
     model = network(family)
     x = inputs_of(model, n=2)
-    copy = devices.replicated(model, mirrored)
+    copy = devices.Devices(mirrored).replicated(model)
     assert_equal(model, copy, x, training=False)
     assert [v.trainable for v in copy.variables] == [v.trainable for v in model.variables]
     back = type(model).from_config(model.get_config())
@@ -482,7 +482,7 @@ def test_a_network_on_devices_computes_the_same(family, mirrored):
 
 def test_a_run_on_devices_takes_the_adapted_state_along(mirrored):
     model = keras.Sequential([keras.Input((5,)), adapted(), layers.Dense(3)])
-    copy = devices.replicated(model, mirrored)
+    copy = devices.Devices(mirrored).replicated(model)
     x = inputs_of(model)
     assert_equal(model, copy, x)
     copy.layers[0].adapt_mean.assign(np.full(5, 7.0))

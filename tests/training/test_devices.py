@@ -167,7 +167,7 @@ def test_what_is_refused_is_still_wrong_in_keras(name, mirrored):
         with pytest.raises((RuntimeError, tf.errors.InvalidArgumentError)):
             weights(mirrored.scope())
     else:
-        one, two = weights(devices.scope(None)), weights(mirrored.scope())
+        one, two = weights(devices.Devices().scope()), weights(mirrored.scope())
         assert np.all(np.isfinite(one[0])) and not np.allclose(one[0], two[0], atol=1e-3)
 
 
@@ -184,7 +184,7 @@ def test_what_is_not_refused_is_right_in_keras(name, mirrored):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(24, 4)).astype("float32"), np.arange(24) % 3
     found = []
-    for scope in (devices.scope(None), mirrored.scope()):
+    for scope in (devices.Devices().scope(), mirrored.scope()):
         with scope:
             model = tiny(**options)
             if name == "Adam":
@@ -256,7 +256,7 @@ def test_other_strategies_are_told(monkeypatch):
         devices.make_strategy("multiworker")
     with pytest.raises(InputError, match="'tpu'"):
         devices.make_strategy("tpu")
-    assert devices.make_strategy("none") is None and devices.part_of(None) == (0, 1)
+    assert devices.make_strategy("none") is None and devices.Devices().part == (0, 1)
 
 
 @pytest.mark.slow

@@ -1,0 +1,73 @@
+"""How a run is executed: where it is kept, on which devices, and what is seen of it. None of it changes the result."""
+
+import dataclasses
+import functools
+import pathlib
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.training.checkpoints import Checkpoints
+from l2sp_tf.training.devices import Devices
+
+CHECKPOINT_EVERY = 500  # steps
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Execution:
+    """How a run is executed.
+
+    Attributes:
+        run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
+            None writes nothing.
+        save: whether `model.keras` is written to `run_dir`.
+        checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
+        strategy: the devices to train on, from `devices.make_strategy`; None for one. On several machines the
+            function is called on each, and the first writes `run_dir`.
+        jit_compile: whether XLA compiles the step, as Keras' `compile` takes it: True, False or "auto".
+        callbacks: more Keras callbacks; what they remember is not in the checkpoints. A run that one of them stops is over:
+            it has its log, its checkpoint and its model, and the same call does not go on with it.
+        verbose: of Keras `fit`: 1 shows a progress bar with the time left.
+
+    Raises:
+        InputError: `checkpoint_every` is negative.
+    """
+
+    run_dir: pathlib.Path | str | None = None
+    save: bool = True
+    checkpoint_every: int = CHECKPOINT_EVERY
+    strategy: object = None
+    jit_compile: bool | str = "auto"
+    callbacks: tuple = ()
+    verbose: int = 1
+
+    def __post_init__(self):
+        if self.checkpoint_every < 0:
+            raise InputError(
+                f"checkpoint_every is {self.checkpoint_every}: give a number of steps, or 0 for the last step alone."
+            )
+        object.__setattr__(self, "callbacks", tuple(self.callbacks))
+        object.__setattr__(self, "run_dir", None if self.run_dir is None else pathlib.Path(self.run_dir))
+
+    @functools.cached_property
+    def devices(self):
+        """The `Devices` to train on."""
+        return Devices(self.strategy)
+
+    @functools.cached_property
+    def checkpoints(self):
+        """The `Checkpoints` in the folder; None where nothing is written."""
+        return None if self.run_dir is None else Checkpoints(self.run_dir / "checkpoints")
+
+    @property
+    def writes(self):
+        """Whether this process writes to the folder: of several machines only the first does."""
+        return self.run_dir is not None and self.devices.is_chief
+
+    @property
+    def may_stop(self):
+        """Whether one of the callbacks may stop the training."""
+        return any(getattr(callback, "may_stop", True) for callback in self.callbacks)
+
+    def say(self, line):
+        """Prints a line unless the run is quiet."""
+        if self.verbose:
+            print(line)
