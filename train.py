@@ -196,7 +196,7 @@ def main(argv):
         warnings.warn(f"--{name} is ignored: {reason}", stacklevel=1)
     if FLAGS.crop is None:
         for weights, recipe in {plan.weights: plan.recipe for plan in plans if plan.weights.endswith(".keras")}.items():
-            print(f"{weights}: images are resized to {recipe.resize} and cropped to {recipe.crop} pixels")
+            print(f"{weights}: images are resized to {recipe.images.resize} and cropped to {recipe.images.crop} pixels")
     estimate = FLAGS.experiment is not None or bool(FLAGS.folds)
     options = {
         "engine": FLAGS.engine,

@@ -18,9 +18,8 @@ from l2sp_tf.data import Dataset, Split, prepare
 from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.penalties.weights import keyed_weights
 from l2sp_tf.training import devices
-from l2sp_tf.training.trainer import preprocessing_of
 
-RECIPE = l2sp.Recipe(iterations=5, learning_rate=0.05, batch_size=8, resize=6, crop=5, blur="none", log_every=2)
+RECIPE = l2sp.Recipe().replace(iterations=5, learning_rate=0.05, batch_size=8, resize=6, crop=5, blur="none", log_every=2)
 
 
 def network(classes=3):
@@ -40,7 +39,7 @@ def task():
     labels = np.arange(20, dtype=np.int32) % 2
     pixels = (rng.uniform(0, 90, size=(20, 6, 6, 3)) + 90 * labels[:, None, None, None]).astype("uint8")
     split = Split(tuple(map(str, range(20))), labels, pixels=pixels)
-    return prepare(Dataset("made", ("a", "b"), split, split), preprocessing_of(RECIPE))
+    return prepare(Dataset("made", ("a", "b"), split, split), RECIPE.images)
 
 
 def start():

@@ -19,7 +19,7 @@ import tensorflow as tf
 import l2sp_tf as l2sp
 from l2sp_tf.data import Dataset, Split
 
-RECIPE = l2sp.Recipe(iterations=30, batch_size=8, resize=10, crop=8, blur_kernel=3, log_every=4)
+RECIPE = l2sp.Recipe().replace(iterations=30, batch_size=8, resize=10, crop=8, blur_kernel=3, log_every=4)
 EVERY = 5
 
 

@@ -8,8 +8,11 @@ import tensorflow as tf
 
 from l2sp_tf.data import images as ops
 from l2sp_tf.data.decoding import Images, Undecoded
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.pixels import PixelFormat
+
+CHOICES = {"blur": ops.BLURS, "resize_mode": ops.RESIZE_MODES, "resize_filter": ops.RESIZE_FILTERS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +42,34 @@ class Preprocessing:
     resize_filter: str = "area"
 
     def __post_init__(self):
-        _check_count("resize", self.resize)
-        _check_count("crop", self.crop)
+        for name in ("resize", "crop", "blur_kernel"):
+            self._set(name, fields.whole(name, getattr(self, name)))
+        for name, choices in CHOICES.items():
+            fields.choice(name, getattr(self, name), choices)
+        fields.yes_or_no("mirror", self.mirror)
         if self.crop > self.resize:
-            raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}")
-        ops.check_resize(self.resize_mode, self.resize_filter)
-        if self.blur not in ops.BLURS:
-            raise InputError(f"blur is {self.blur!r}: it must be {', '.join(ops.BLURS[:-1])} or {ops.BLURS[-1]}")
+            raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}: give a smaller crop or a larger resize.")
+        if self.blur_kernel % 2 == 0:
+            raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
+        if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least and the largest, in pixels.")
+        low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
+        if low > high:
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least first.")
+        self._set("blur_sigma", (low, high))
         if not isinstance(self.pixels, PixelFormat):
             raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
-        ops.check_blur(self.blur_kernel, self.blur_sigma)
+
+    def _set(self, name, value):
+        object.__setattr__(self, name, value)
+
+    def with_pixels(self, pixels):
+        """A copy for a network that sees pixels in another format."""
+        return dataclasses.replace(self, pixels=pixels)
+
+    def plain(self):
+        """All but the pixel format, as a dict."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pixels"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,8 +26,8 @@ def check_plans(plans):
         _check_weights(plan)
     built = {}
     for plan in plans:
-        if not plan.weights.endswith(".keras") and (plan.recipe.crop < SMALL or max(plan.frozen or (0,))):
-            key = (plan.backbone, plan.recipe.crop, plan.widths, plan.depths, plan.block)
+        if not plan.weights.endswith(".keras") and (plan.recipe.images.crop < SMALL or max(plan.frozen or (0,))):
+            key = (plan.backbone, plan.recipe.images.crop, plan.widths, plan.depths, plan.block)
             if key not in built:
                 built[key] = _units_of(plan)
             plan.check_frozen(built[key])
@@ -54,7 +54,7 @@ def _check_weights(plan):
     if shape is None:
         return
     *sides, channels = shape
-    crop = plan.recipe.crop
+    crop = plan.recipe.images.crop
     if channels not in (None, 3):
         raise InputError(f"{plan.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
     if any(side not in (None, crop) for side in sides):
@@ -67,13 +67,13 @@ def _check_weights(plan):
 def _units_of(plan):
     """How many units the plan's backbone has; 0 if they cannot be told."""
     try:
-        shape = {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+        shape = {"image_size": plan.recipe.images.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
         model = zoo.backbone(plan.backbone, 2, **shape)
     except InputError:
         raise
     except ValueError as error:  # of Keras, which says how large they must be, or that a layer has nothing left to see
         raise InputError(
-            f"Images of {plan.recipe.crop} pixels are too small for the backbone {plan.backbone} ({_first_line(error)}): "
+            f"Images of {plan.recipe.images.crop} pixels are too small for the backbone {plan.backbone} ({_first_line(error)}): "
             "give a larger --crop."
         ) from error
     return unit_count(model)

@@ -13,11 +13,12 @@ from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.zoo import input_shape
-from l2sp_tf.training.recipe import Recipe
+from l2sp_tf.training.recipe import IMAGES, Recipe
 
 DEFAULT_FOLDS = 5  # of an experiment
 DIGITS = ("digits/source", "digits/target")
 SWEPT = ("alpha", "beta", "learning_rate")  # fields of a recipe that a command gives as lists
+RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.name not in (*SWEPT, "images")] + list(IMAGES)
 PLAIN = ("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every")
 PLAIN += ("deterministic", "distribute", "backbone")  # fields of a plan whose flags have their name and value
 JIT = {"auto": "auto", "on": True, "off": False}
@@ -112,11 +113,10 @@ def recipes_of(values, weights, is_digits):
     """The recipes of fine-tuning and of training a source model, for weights given as to `--weights`."""
     recipe = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
     recipe = Recipe.digits(recipe) if is_digits else recipe
-    names = [field.name for field in dataclasses.fields(Recipe) if field.name not in SWEPT]
-    given = {name: values[name] for name in names if values.get(name) is not None}
+    given = {name: values[name] for name in RECIPE if values.get(name) is not None}
     if "crop" not in given and (side := _side_of(weights)) is not None:
         # the paper resizes to 256 for crops of 224: another size keeps that ratio
-        given = {"resize": max(side, round(recipe.resize * side / recipe.crop)), **given, "crop": side}
+        given = {"resize": max(side, round(recipe.images.resize * side / recipe.images.crop)), **given, "crop": side}
     if "mean" in given:
         given["mean"] = given["mean"][0] if len(given["mean"]) == 1 else tuple(given["mean"])
     if "blur_sigma" in given:
@@ -299,10 +299,11 @@ def values_of(plan, setting):
     values |= {"learning_rate": [setting.learning_rate], "frozen": [setting.frozen]}
     values |= {"seeds": [setting.seed] if setting.fold is None else list(plan.seeds[:1])}
     values |= {"folds": 0 if setting.fold is None else plan.folds}
-    values |= {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe) if field.name not in SWEPT}
+    numbers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)} | recipe.images.plain()
+    values |= {name: numbers[name] for name in RECIPE}
     values |= {
         "mean": [recipe.mean] if isinstance(recipe.mean, str) else list(recipe.mean),
-        "blur_sigma": list(recipe.blur_sigma),
+        "blur_sigma": list(recipe.images.blur_sigma),
     }
     source = plan.source_recipe
     values |= {"source_iterations": source.iterations, "source_learning_rate": source.learning_rate}

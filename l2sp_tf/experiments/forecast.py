@@ -21,7 +21,7 @@ from l2sp_tf.experiments.plans import needs_fisher
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.penalties.formulas import PENALTIES
-from l2sp_tf.training.trainer import finetune, preprocessing_of
+from l2sp_tf.training.trainer import finetune
 
 TIMED_STEPS = 12
 FIRST_STEPS = 3  # slower than those after them
@@ -90,7 +90,7 @@ class Forecast:
         uses = {}
         for work in works:
             for split, recipe in work.made.uses(work.needs_fisher):
-                how = (recipe.resize, recipe.resize_mode, recipe.resize_filter)
+                how = (recipe.images.resize, recipe.images.resize_mode, recipe.images.resize_filter)
                 uses.setdefault((work.made.plan.workdir / "cache", how), []).append(split)
         for (folder, how), splits in uses.items():
             self._add_decoding(PixelStore(folder, how), how, splits)
@@ -283,9 +283,9 @@ def seconds_per_step(made, left):
     plan, times = made.plan, []
     recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # which cannot diverge
     classes, rng = made.target.classes, np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (min(recipe.batch_size, 64), recipe.resize, recipe.resize, 3), np.uint8)
+    pixels = rng.integers(0, 256, (min(recipe.batch_size, 64), recipe.images.resize, recipe.images.resize, 3), np.uint8)
     images = Images(pixels, np.arange(len(pixels), dtype=np.int32) % len(classes))
-    preprocessing = dataclasses.replace(preprocessing_of(recipe, made.pixels), resize_mode="squash")
+    preprocessing = dataclasses.replace(recipe.images, pixels=made.pixels, resize_mode="squash")
     task = Task("made up", classes, "", images, images, np.zeros(3, np.float32), preprocessing)
     symbol = left[0].symbol if left else "l2"
     penalty = PENALTIES["l2_sp" if needs_fisher(symbol) else symbol](1.0)

@@ -31,7 +31,7 @@ from l2sp_tf.models.units import unit_count
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.training.checkpoints import Checkpoints
 from l2sp_tf.training.monitor import write_histograms
-from l2sp_tf.training.trainer import preprocessing_of, train_source
+from l2sp_tf.training.trainer import train_source
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,7 +271,7 @@ def sample_order(split):
 
 def _preparation(plan, recipe, pixels):
     """How a plan's images are prepared: a `Preprocessing`, and where and how strictly they are decoded."""
-    return preprocessing_of(recipe, pixels), {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+    return recipe.images.with_pixels(pixels), {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
 
 
 def _decode(splits, name, say):
@@ -282,7 +282,7 @@ def _decode(splits, name, say):
 
 
 def _shape(plan):
-    return {"image_size": plan.recipe.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
+    return {"image_size": plan.recipe.images.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
 
 
 def _network(plan, source):

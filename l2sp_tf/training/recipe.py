@@ -5,6 +5,7 @@ import math
 
 import keras
 
+from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.pixels import three_numbers
@@ -14,11 +15,9 @@ PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
 SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
 MEANS = ("training", "authors", "weights")
+IMAGES = tuple(Preprocessing().plain())  # names of the numbers of a recipe's images
 CHOICES = {
     "params": ("all", "kernels"),
-    "blur": ("gaussian", "authors", "none"),
-    "resize_mode": ("squash", "shorter_side"),
-    "resize_filter": ("area", "bilinear"),
     "crops": (1, 10),
     "solver": SOLVERS,
     "penalty_step": PENALTY_STEPS,
@@ -57,12 +56,7 @@ class Recipe:
         alpha: strengths by the penalty's symbol, for those that a run does not name itself.
         beta: strength of L2 on the new layers: a number, or a dict of numbers by the penalty's symbol, 0.01 for others.
         params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
-        resize, crop: pixels on a side.
-        resize_mode: "squash" (both sides become `resize`) or "shorter_side" (the aspect is kept).
-        resize_filter: "area" (smooth where it shrinks) or "bilinear" (as in the authors' code).
-        blur: "gaussian", "authors" (their colour distortion) or "none"; blur_kernel: pixels;
-            blur_sigma: range, in pixels.
-        mirror: whether images are mirrored at random.
+        images: how images are made, a `Preprocessing`; its pixel format is that of the network, whatever it says here.
         crops: 1 (central) or 10 of each image when an accuracy is measured.
         mean: what is subtracted from the images of both tasks: "training" for the mean of each one's own training
             images (the paper), "authors" for the number that the authors' code has for each data set, "weights"
@@ -89,14 +83,7 @@ class Recipe:
     alpha: dict = dataclasses.field(default_factory=lambda: dict(PUBLISHED_ALPHA))
     beta: float | dict = 0.01
     params: str = "all"
-    resize: int = 256
-    crop: int = 224
-    blur: str = "gaussian"
-    blur_kernel: int = 5
-    blur_sigma: tuple = (0.1, 2.0)
-    mirror: bool = True
-    resize_mode: str = "squash"
-    resize_filter: str = "area"
+    images: Preprocessing = Preprocessing()
     crops: int = 1
     mean: str | tuple = "training"
     log_every: int | None = None
@@ -108,7 +95,7 @@ class Recipe:
     batch_norm_decay: float | None = None
 
     def __post_init__(self):
-        for name in ("iterations", "batch_size", "resize", "crop", "blur_kernel"):
+        for name in ("iterations", "batch_size"):
             self._set(name, fields.whole(name, getattr(self, name)))
         for name in ("decay_at", "log_every"):
             if getattr(self, name) is not None:
@@ -120,11 +107,12 @@ class Recipe:
         self._set("smoothing", fields.number("smoothing", self.smoothing))
         if self.batch_norm_decay is not None:
             self._set("batch_norm_decay", fields.number("batch_norm_decay", self.batch_norm_decay, below=1))
-        fields.yes_or_no("mirror", self.mirror)
         for name, choices in CHOICES.items():
             fields.choice(name, getattr(self, name), choices)
         self._check_alpha()
-        self._check_images()
+        self._check_mean()
+        if not isinstance(self.images, Preprocessing):
+            raise InputError(f"images is {self.images!r}: give a Preprocessing.")
         if self.decay_at is not None and self.decay_at > self.iterations:
             raise InputError(
                 f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most that many, which keeps "
@@ -149,17 +137,7 @@ class Recipe:
             fields.choice("a key of beta", symbol, tuple(ALPHA_GRIDS))
         self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
 
-    def _check_images(self):
-        if self.crop > self.resize:
-            raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}: give a smaller crop or a larger resize.")
-        if self.blur_kernel % 2 == 0:
-            raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
-        if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least and the largest, in pixels.")
-        low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
-        if low > high:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least first.")
-        self._set("blur_sigma", (low, high))
+    def _check_mean(self):
         if isinstance(self.mean, str) and self.mean in MEANS:
             return
         if isinstance(self.mean, str):
@@ -203,8 +181,8 @@ class Recipe:
         reasons = {}
         if self.solver != "sgd":
             reasons["momentum"] = f"{self.solver} has none"
-        if self.blur != "gaussian":
-            reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.blur}")
+        if self.images.blur != "gaussian":
+            reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.images.blur}")
         if self.penalty_step == "proximal":
             reasons["smoothing"] = "proximal steps have none"
         elif not set(symbols) & set(ROOTS):
@@ -219,7 +197,9 @@ class Recipe:
         Args:
             symbol: of the run's penalty; None for any.
         """
-        values = dataclasses.asdict(self) | {"decay_at": None if self.decay_step == self._two_thirds else self.decay_at}
+        values = dataclasses.asdict(self.replace(decay_at=None if self.decay_step == self._two_thirds else self.decay_at))
+        values = {**values, **self.images.plain()}
+        del values["images"]
         idle = self.idle() if symbol is None else self.idle((symbol,))
         unsaid = {"solver": "sgd", "penalty_step": "gradient"}
         unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
@@ -271,7 +251,10 @@ class Recipe:
         return {"training": None, "authors": published, "weights": pixels.mean}.get(self.mean, self.mean)
 
     def replace(self, **changes):
-        """A copy with other numbers."""
+        """A copy with other numbers; those of its images may be named too, as in `recipe.replace(crop=160)`."""
+        of_images = {name: changes.pop(name) for name in IMAGES if name in changes}
+        if of_images:
+            changes["images"] = dataclasses.replace(changes.get("images", self.images), **of_images)
         return dataclasses.replace(self, **changes)
 
     @classmethod
@@ -282,7 +265,7 @@ class Recipe:
     @classmethod
     def authors(cls):
         """Where the authors' code differs, as the table in BUILD_NOTES.md lists it."""
-        images = {"resize_filter": "bilinear", "blur": "authors", "mean": "authors"}
+        images = {"images": Preprocessing(resize_filter="bilinear", blur="authors"), "mean": "authors"}
         network = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
         return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
 

@@ -6,7 +6,7 @@ import hashlib
 
 import keras
 
-from l2sp_tf.data.pipeline import Preprocessing, Task, prepare, training_batches
+from l2sp_tf.data.pipeline import Task, prepare, training_batches
 from l2sp_tf.data.sets import Dataset
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
@@ -51,12 +51,6 @@ class Run:
     resumed_at: int = 0
     stopped_at: int | None = None
     interface: Interface | None = None
-
-
-def preprocessing_of(recipe, pixels=PIXELS["rgb"]):
-    """The `Preprocessing` that a recipe asks for, for a network that sees pixels in this format."""
-    names = ("resize", "resize_mode", "resize_filter", "crop", "blur", "blur_kernel", "blur_sigma", "mirror")
-    return Preprocessing(**{name: getattr(recipe, name) for name in names}, pixels=pixels)
 
 
 def interface_of(task, recipe):
@@ -156,7 +150,7 @@ def as_task(data, recipe, pixels):
         return data
     if isinstance(data, Dataset):
         pixels = pixels or PIXELS["rgb"]
-        return prepare(data, preprocessing_of(recipe, pixels), mean=recipe.mean_for(data.name, pixels))
+        return prepare(data, recipe.images.with_pixels(pixels), mean=recipe.mean_for(data.name, pixels))
     raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
 
 

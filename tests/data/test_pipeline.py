@@ -455,12 +455,12 @@ def test_streams_refuse_what_makes_no_sense():
         ({"resize": 200}, "crop is 224, larger than resize, 200"),
         ({"crop": 0}, "crop is 0"),
         ({"resize": 256.0}, "resize is 256.0"),
-        ({"blur": "box"}, "blur is 'box': it must be gaussian, authors or none"),
+        ({"blur": "box"}, "blur is 'box': give one of gaussian, authors, none"),
         ({"resize_mode": "stretch"}, "resize_mode is 'stretch'"),
         ({"resize_filter": "cubic"}, "resize_filter is 'cubic'"),
         ({"pixels": "bgr"}, "pixels is 'bgr'"),
-        ({"blur_kernel": 4}, "blur kernel is 4"),
-        ({"blur_sigma": (2.0, 0.1)}, "sigma range"),
+        ({"blur_kernel": 4}, "blur_kernel is 4"),
+        ({"blur_sigma": (2.0, 0.1)}, "blur_sigma is"),
     ],
 )
 def test_preprocessing_is_checked(options, message):

@@ -32,7 +32,8 @@ def test_a_right_plan_passes_and_trains_nothing(tmp_path):
 
 
 def recipe(size):
-    return {"recipe": Recipe(resize=size, crop=size), "source_recipe": Recipe.source(Recipe(resize=size, crop=size))}
+    recipe = Recipe().replace(resize=size, crop=size)
+    return {"recipe": recipe, "source_recipe": Recipe.source(recipe)}
 
 
 @pytest.mark.parametrize(

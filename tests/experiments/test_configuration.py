@@ -12,7 +12,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.experiments.configuration import default_workdir, plans_of, text_of, unused, values_of
 from l2sp_tf.experiments.plans import FisherPlan, Setting
 from l2sp_tf.penalties.formulas import PENALTIES
-from l2sp_tf.training.recipe import Recipe
+from l2sp_tf.training.recipe import IMAGES, Recipe
 
 BASE = {"workdir": "w", "seeds": ["0"]}
 
@@ -93,8 +93,8 @@ def test_the_exact_fisher_diagonal_takes_no_draws():
 def test_numbers_of_the_recipe_that_flags_give():
     made = only(target=["t"], source=["s"], momentum=0.5, decay_at=7, log_every=3, blur_kernel=3, blur_sigma=["0.2", "1"])
     recipe = made.recipe
-    assert (recipe.momentum, recipe.decay_at, recipe.log_every, recipe.blur_kernel) == (0.5, 7, 3, 3)
-    assert recipe.blur_sigma == (0.2, 1.0)
+    assert (recipe.momentum, recipe.decay_at, recipe.log_every, recipe.images.blur_kernel) == (0.5, 7, 3, 3)
+    assert recipe.images.blur_sigma == (0.2, 1.0)
     authors = {"target": ["t"], "source": ["s"], "protocol": "authors"}
     assert only(**authors).recipe == Recipe.authors()
     assert only(**authors, iterations=90).recipe.decay_step == 60
@@ -128,16 +128,17 @@ def model_file(path, shape=(16, 16, 3), classes=4):
 def test_the_crop_is_the_size_that_a_keras_file_takes(tmp_path):
     weights, task = [model_file(tmp_path / "m.keras", (128, 128, 3))], {"target": ["t"]}
     made = only(weights=weights, **task)
-    assert (made.recipe.crop, made.recipe.resize) == (128, 146)  # 256/224 of it
-    assert only(weights=weights, crop=96, **task).recipe.crop == 96  # which is refused before anything runs
-    assert (only(weights=weights, resize=128, **task).recipe.crop, only(weights=weights, resize=128, **task).recipe.resize) == (
+    assert (made.recipe.images.crop, made.recipe.images.resize) == (128, 146)  # 256/224 of it
+    assert only(weights=weights, crop=96, **task).recipe.images.crop == 96  # which is refused before anything runs
+    images = only(weights=weights, resize=128, **task).recipe.images
+    assert (images.crop, images.resize) == (
         128,
         128,
     )
     free = [model_file(tmp_path / "free.keras", (None, None, 3))]
-    assert only(weights=free, **task).recipe.crop == 224
+    assert only(weights=free, **task).recipe.images.crop == 224
     keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]).save(tmp_path / "s.keras")
-    assert only(weights=[str(tmp_path / "s.keras")], **task).recipe.crop == 32
+    assert only(weights=[str(tmp_path / "s.keras")], **task).recipe.images.crop == 32
     with pytest.raises(l2sp.InputError, match="takes images of 16x20 pixels, but crops are square"):
         only(weights=[model_file(tmp_path / "wide.keras", (16, 20, 3))], **task)
 
@@ -235,6 +236,7 @@ def test_every_value_of_a_run_has_a_flag():
     made = plan(per_class=3, subset_seed=1, data_dir="d", pixels="rgb", recipe=recipe)
     made = dataclasses.replace(made, fisher=FisherPlan(images=4, tolerance=0.5))
     assert set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01))) <= set(flags_of("train.py"))
-    named = {"alpha", "beta", "learning_rate"}
-    assert {field.name for field in dataclasses.fields(Recipe)} - named <= set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01)))
+    named = {"alpha", "beta", "learning_rate", "images"}
+    fields = {*IMAGES, *(field.name for field in dataclasses.fields(Recipe))}
+    assert fields - named <= set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01)))
     assert set(PENALTIES) == {"l2", "l2_sp", "l2_sp_fisher", "l1_sp", "gl_sp", "gl_sp_fisher"}

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
                 for i in range(count):
                     pixels = rng.integers(0, 256, (12, 11, 3), np.uint8)
                     Image.fromarray(pixels).save(root / name / split / label / f"{i}.png")
-    model = zoo.backbone("small", 2, image_size=RECIPE.crop, **SHAPE)
+    model = zoo.backbone("small", 2, image_size=RECIPE.images.crop, **SHAPE)
     Anchors.of(model, {"pixels": PIXELS["rgb"].with_mean(MEAN).plain()}).save(root / "with_mean.safetensors")
     Anchors.of(model, {"pixels": PIXELS["rgb"].plain()}).save(root / "without.safetensors")
     return root
@@ -99,7 +99,7 @@ def test_what_is_decoded_is_what_is_used_and_what_was_told_and_never_again(folde
     forecast = Forecast([Work(outline, tuple(asked.runs()), outline.trains_source)])
     assert decoded == [] and not (tmp_path / "sources").exists()  # a dry run decodes and trains nothing
     expected = used(folder, train=train)
-    assert forecast.images == len(expected) and forecast.pixels_bytes == len(expected) * RECIPE.resize**2 * 3
+    assert forecast.images == len(expected) and forecast.pixels_bytes == len(expected) * RECIPE.images.resize**2 * 3
     for again in range(2):
         start = starts.prepare_start(asked, say=lambda line: None)
         if "l2_sp_fisher" in asked.penalties:

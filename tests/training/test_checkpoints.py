@@ -24,10 +24,11 @@ from l2sp_tf.models import zoo
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.training import checkpoints as module
 from l2sp_tf.training.checkpoints import MANIFEST, Checkpoints, deferred_signals, locked
-from l2sp_tf.training.trainer import preprocessing_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECIPE = l2sp.Recipe(iterations=12, batch_size=8, resize=8, crop=6, blur="none", mirror=False, log_every=5, params="kernels")
+RECIPE = l2sp.Recipe(iterations=12, batch_size=8, log_every=5, params="kernels").replace(
+    resize=8, crop=6, blur="none", mirror=False
+)
 ARRAYS = {
     "a/0": np.arange(6, dtype="float32").reshape(2, 3),
     "a/1": np.array([1.5, -2], ml_dtypes.bfloat16),
@@ -41,7 +42,7 @@ def task(seed=0):
     labels = np.arange(20, dtype=np.int32) % 3
     pixels = rng.integers(0, 255, size=(20, 8, 8, 3)).astype("uint8")
     split = Split(tuple(map(str, range(20))), labels, pixels=pixels)
-    return prepare(Dataset("made", ("a", "b", "c"), split, split), preprocessing_of(RECIPE))
+    return prepare(Dataset("made", ("a", "b", "c"), split, split), RECIPE.images)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def test_an_order_of_classes_that_is_not_the_outputs_is_doubted(tmp_path):
     inputs = keras.Input((6, 6, 3))
     outputs = keras.layers.Dense(4, name="predictions")(keras.layers.GlobalAveragePooling2D()(inputs))
     model, path = keras.Model(inputs, outputs), tmp_path / "m.keras"
-    recipe = l2sp.Recipe(iterations=1, batch_size=4, resize=8, crop=6, blur="none", mean="weights")
+    recipe = l2sp.Recipe().replace(iterations=1, batch_size=4, resize=8, crop=6, blur="none", mean="weights")
     tasks = {"source": str(folder), "target": str(folder), "recipe": recipe, "source_recipe": recipe}
     for order in ([0, 1, 2, 3], [1, 2, 3, 0]):
         model.layers[-1].set_weights([np.eye(4, dtype="float32")[:3, order], np.float32([0, 0, 0, 100])[order]])

@@ -16,9 +16,10 @@ from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import PIXELS
 from l2sp_tf.models.units import freeze_first
 from l2sp_tf.penalties.weights import keyed_weights
-from l2sp_tf.training.trainer import preprocessing_of
 
-RECIPE = l2sp.Recipe(iterations=12, batch_size=8, resize=8, crop=6, blur="none", mirror=False, log_every=5, params="kernels")
+RECIPE = l2sp.Recipe(iterations=12, batch_size=8, log_every=5, params="kernels").replace(
+    resize=8, crop=6, blur="none", mirror=False
+)
 
 
 def dataset(classes=3, count=20, seed=0):
@@ -33,7 +34,7 @@ def dataset(classes=3, count=20, seed=0):
 
 
 def task(classes=3, count=20, seed=0):
-    return prepare(dataset(classes, count, seed), preprocessing_of(RECIPE))
+    return prepare(dataset(classes, count, seed), RECIPE.images)
 
 
 @pytest.fixture
@@ -294,7 +295,7 @@ def test_a_data_set_is_prepared_as_the_weights_see_pixels(pretrained, tmp_path):
     recipe = RECIPE.replace(mean="weights")
     l2sp.finetune(pretrained, dataset(), l2sp.L2SP(0.1), recipe, pixels="torch", run_dir=tmp_path / "a", verbose=0)
     assert zoo.stored_pixels(tmp_path / "a/model.keras") == zoo.pixels_of(tmp_path / "a/model.keras") == PIXELS["torch"]
-    prepared = prepare(dataset(), preprocessing_of(recipe, PIXELS["torch"]), mean=PIXELS["torch"].mean)
+    prepared = prepare(dataset(), recipe.images.with_pixels(PIXELS["torch"]), mean=PIXELS["torch"].mean)
     l2sp.finetune(pretrained, prepared, l2sp.L2SP(0.1), recipe, run_dir=tmp_path / "b", verbose=0)
     one, two = (keras.models.load_model(tmp_path / name / "model.keras").get_weights() for name in "ab")
     for a, b in zip(one, two, strict=True):
