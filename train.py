@@ -195,7 +195,7 @@ def main(argv):
     for name, reason in unused(flag_values(), {name for name in flag_values() if FLAGS[name].present}, plans):
         warnings.warn(f"--{name} is ignored: {reason}", stacklevel=1)
     if FLAGS.crop is None:
-        for weights, recipe in {plan.weights: plan.recipe for plan in plans if plan.weights.endswith(".keras")}.items():
+        for weights, recipe in {s.weights: s.recipe for s in (plan.setup for plan in plans) if s.is_whole_model}.items():
             print(f"{weights}: images are resized to {recipe.images.resize} and cropped to {recipe.images.crop} pixels")
     estimate = FLAGS.experiment is not None or bool(FLAGS.folds)
     options = {

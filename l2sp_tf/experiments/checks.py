@@ -20,17 +20,18 @@ def check_plans(plans):
     Raises:
         InputError: the first mistake that was found.
     """
-    for workdir in {plan.workdir for plan in plans}:
+    for workdir in {plan.setup.workdir for plan in plans}:
         _check_writable(workdir)
-    for plan in {plan.start_key(): plan for plan in plans}.values():
-        _check_weights(plan)
+    for setup in {plan.setup.key(): plan.setup for plan in plans}.values():
+        _check_weights(setup)
     built = {}
     for plan in plans:
-        if not plan.weights.endswith(".keras") and (plan.recipe.images.crop < SMALL or max(plan.frozen or (0,))):
-            key = (plan.backbone, plan.recipe.images.crop, plan.widths, plan.depths, plan.block)
+        setup = plan.setup
+        if not setup.is_whole_model and (setup.recipe.images.crop < SMALL or max(plan.sweep.frozen or (0,))):
+            key = (setup.backbone, *setup.shape.values())
             if key not in built:
-                built[key] = _units_of(plan)
-            plan.check_frozen(built[key])
+                built[key] = _units_of(setup)
+            plan.sweep.check_frozen(built[key])
     found = {}
     for plan in plans:
         _check_data(plan, found)
@@ -45,36 +46,35 @@ def _check_writable(workdir):
         raise InputError(f"The workdir {workdir} cannot be written ({error}): give another --workdir.") from error
 
 
-def _check_weights(plan):
+def _check_weights(setup):
     """Checks that the weights are there, say how they see pixels, and take the images of the recipe."""
-    if plan.backbone not in zoo.BACKBONES:
-        raise InputError(f"The backbone {plan.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
-    zoo.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
-    shape = zoo.input_shape(plan.weights) if plan.weights.endswith(".keras") else None
+    if setup.backbone not in zoo.BACKBONES:
+        raise InputError(f"The backbone {setup.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
+    zoo.pixels_of(None if setup.weights == "none" else setup.weights, setup.pixels)
+    shape = zoo.input_shape(setup.weights) if setup.is_whole_model else None
     if shape is None:
         return
     *sides, channels = shape
-    crop = plan.recipe.images.crop
+    crop = setup.recipe.images.crop
     if channels not in (None, 3):
-        raise InputError(f"{plan.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
+        raise InputError(f"{setup.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
     if any(side not in (None, crop) for side in sides):
         raise InputError(
-            f"{plan.weights} takes images of {'x'.join(str(side or 'any') for side in sides)} pixels, but crop is {crop}: "
+            f"{setup.weights} takes images of {'x'.join(str(side or 'any') for side in sides)} pixels, but crop is {crop}: "
             "leave --crop out, or give a model of that size."
         )
 
 
-def _units_of(plan):
-    """How many units the plan's backbone has; 0 if they cannot be told."""
+def _units_of(setup):
+    """How many units the backbone has; 0 if they cannot be told."""
     try:
-        shape = {"image_size": plan.recipe.images.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
-        model = zoo.backbone(plan.backbone, 2, **shape)
+        model = zoo.backbone(setup.backbone, 2, **setup.shape)
     except InputError:
         raise
     except ValueError as error:  # of Keras, which says how large they must be, or that a layer has nothing left to see
         raise InputError(
-            f"Images of {plan.recipe.images.crop} pixels are too small for the backbone {plan.backbone} ({_first_line(error)}): "
-            "give a larger --crop."
+            f"Images of {setup.shape['image_size']} pixels are too small for the backbone {setup.backbone} "
+            f"({_first_line(error)}): give a larger --crop."
         ) from error
     return unit_count(model)
 
@@ -85,7 +85,7 @@ def _first_line(error):
 
 def _check_data(plan, found):
     """Checks the data sets of a plan, kept in `found`, against its folds and weights."""
-    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
+    setup, places = plan.setup, plan.setup.places
 
     def load(spec, **options):
         key = (spec, *places.values(), *options.values())
@@ -93,12 +93,12 @@ def _check_data(plan, found):
             found[key] = load_dataset(spec, **places, **options)
         return found[key]
 
-    target = load(plan.target, per_class=plan.per_class, seed=plan.subset_seed)
-    if plan.folds and not plan.skip_bad_images:
-        check_folds(plan.folds, target)
-    source = None if plan.source is None else load(plan.source)
-    classes = None if plan.weights in ("none", "imagenet") else zoo.head_classes(plan.weights)
-    classes = 1000 if plan.weights == "imagenet" else classes
+    target = load(setup.target, per_class=setup.per_class, seed=setup.subset_seed)
+    if plan.sweep.folds and not setup.skip_bad_images:
+        check_folds(plan.sweep.folds, target)
+    source = None if setup.source is None else load(setup.source)
+    classes = None if setup.weights in ("none", "imagenet") else zoo.head_classes(setup.weights)
+    classes = 1000 if setup.weights == "imagenet" else classes
     if source is not None and classes is not None:
         check_classes(classes, source)
 

@@ -8,7 +8,7 @@ import json
 import pathlib
 
 from l2sp_tf.data.datasets import load_dataset
-from l2sp_tf.experiments.plans import FisherPlan, Plan, study
+from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, study
 from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
@@ -49,8 +49,8 @@ def plans_of(values):
     if values.get("experiment") is None:
         return plans
     parts = [part for plan in plans for part in study(values["experiment"], plan)]
-    for symbol in plans[0].strengths:
-        if not any(symbol in part.penalties for part in parts):
+    for symbol in plans[0].sweep.strengths:
+        if not any(symbol in part.sweep.penalties for part in parts):
             raise InputError(f"--penalty gives strengths of {symbol}, which the experiment {values['experiment']} does not run.")
     return parts
 
@@ -85,7 +85,7 @@ def _plan(values, source, weights, target, targets):
     plain = {name: values[name] for name in PLAIN if values.get(name) is not None}
     if weights.endswith(".keras"):
         values, plain = ({name: value for name, value in given.items() if name not in OF_BACKBONE} for given in (values, plain))
-    return Plan(
+    return Plan.of(
         **{"backbone": "small", **plain},
         workdir=pathlib.Path(values.get("workdir") or default_workdir(targets)),
         source=source or (DIGITS[0] if is_digits else None),
@@ -101,8 +101,8 @@ def _plan(values, source, weights, target, targets):
         seeds=_numbers(values, "seeds", int),
         recipe=recipe,
         source_recipe=source_recipe,
-        widths=_numbers(values, "widths", int) or Plan.widths,
-        depths=_numbers(values, "depths", int) or Plan.depths,
+        widths=_numbers(values, "widths", int) or Setup.widths,
+        depths=_numbers(values, "depths", int) or Setup.depths,
         per_class=25 if is_digits and per_class is None else per_class,
         jit_compile=JIT[values.get("jit_compile") or "auto"],
         fisher=_fisher(values),
@@ -238,25 +238,25 @@ def unused(values, given, plans):
         plans: what `plans_of` makes of the values.
     """
     reasons = {}
-    if all(plan.weights.endswith(".keras") for plan in plans):
+    if all(plan.setup.is_whole_model for plan in plans):
         reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file is a whole model, and that is what is fine-tuned")
-    elif plans[0].backbone != "small":
-        reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it is of the backbone small, not of {plans[0].backbone}")
-    if not any(plan.needs_fisher for plan in plans):
+    elif plans[0].setup.backbone != "small":
+        reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it is of the backbone small, not of {plans[0].setup.backbone}")
+    if not any(plan.sweep.needs_fisher for plan in plans):
         names = [f"fisher_{field.name}" for field in dataclasses.fields(FisherPlan)]
         reasons |= dict.fromkeys(names, "no penalty needs a Fisher diagonal")
-    if not any(plan.weights == "none" for plan in plans):
+    if not any(plan.setup.weights == "none" for plan in plans):
         reasons |= dict.fromkeys(
             ("source_iterations", "source_learning_rate"), "no source model is trained, as weights are given"
         )
-    reasons |= plans[0].recipe.idle(tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.penalties)))
-    if plans[0].fisher.mode == "exact":
+    reasons |= plans[0].setup.recipe.idle(tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.sweep.penalties)))
+    if plans[0].setup.fisher.mode == "exact":
         reasons.setdefault("fisher_samples", "the mode exact draws nothing")
-    if all(plan.penalties and set(plan.penalties) <= set(plan.strengths) for plan in plans):
+    if all(plan.sweep.penalties and set(plan.sweep.penalties) <= set(plan.sweep.strengths) for plan in plans):
         reasons["alpha"] = "every penalty has strengths of its own"
     if all(_counted(target)[1] is not None for target in values.get("target") or []) and values.get("target"):
         reasons["per_class"] = "every target says its number behind @"
-    if all(plan.per_class is None for plan in plans):
+    if all(plan.setup.per_class is None for plan in plans):
         reasons["subset_seed"] = "all training images are taken"
     if values.get("engine") == "local":
         reasons |= dict.fromkeys(("run_cpus", "run_gpus"), "the engine is local")
@@ -290,22 +290,23 @@ def values_of(plan, setting):
     Returns:
         A dict from the name of a flag to its value.
     """
-    recipe, fisher = plan.recipe, plan.fisher
-    values = {"workdir": str(plan.workdir), "source": plan.source and [plan.source], "target": [plan.target]}
-    values |= {"weights": [plan.weights], "per_class": plan.per_class}
-    values |= {name: getattr(plan, name) for name in PLAIN}
-    values |= {name: list(getattr(plan, name)) for name in ("widths", "depths")}
+    recipe, fisher = plan.setup.recipe, plan.setup.fisher
+    of_plan, setup = plan.values(), plan.setup
+    values = {"workdir": str(setup.workdir), "source": setup.source and [setup.source], "target": [setup.target]}
+    values |= {"weights": [setup.weights], "per_class": setup.per_class}
+    values |= {name: of_plan[name] for name in PLAIN}
+    values |= {name: list(of_plan[name]) for name in ("widths", "depths")}
     values |= {"penalty": [f"{setting.symbol}:{setting.alpha!r}"], "beta": [setting.beta]}
     values |= {"learning_rate": [setting.learning_rate], "frozen": [setting.frozen]}
-    values |= {"seeds": [setting.seed] if setting.fold is None else list(plan.seeds[:1])}
-    values |= {"folds": 0 if setting.fold is None else plan.folds}
+    values |= {"seeds": [setting.seed] if setting.fold is None else list(plan.sweep.seeds[:1])}
+    values |= {"folds": 0 if setting.fold is None else plan.sweep.folds}
     numbers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)} | recipe.images.plain()
     values |= {name: numbers[name] for name in RECIPE}
     values |= {
         "mean": [recipe.mean] if isinstance(recipe.mean, str) else list(recipe.mean),
         "blur_sigma": list(recipe.images.blur_sigma),
     }
-    source = plan.source_recipe
+    source = plan.setup.source_recipe
     values |= {"source_iterations": source.iterations, "source_learning_rate": source.learning_rate}
     values |= {"jit_compile": next(name for name, value in JIT.items() if value is plan.jit_compile or value == plan.jit_compile)}
     values |= {f"fisher_{name}": getattr(fisher, name) for name in ("mode", "samples", "images", "batch", "tolerance")}
@@ -324,7 +325,7 @@ def text_of(plan, setting):
         values = fewer
     lines = [f"# Repeats {setting}: python train.py --config=FILE"]
     if setting.fold is not None:
-        lines = [f"# Repeats the {plan.folds} folds of {setting}: python train.py --config=FILE"]
+        lines = [f"# Repeats the {plan.sweep.folds} folds of {setting}: python train.py --config=FILE"]
     if differing := _unsaid(plan, setting, values):
         lines.append(f"# It was started from Python, and no flag says its {', '.join(differing)}: those are not repeated.")
     return "\n".join([*lines, *(f"{name} = {_toml(value)}" for name, value in values.items())]) + "\n"
@@ -335,12 +336,11 @@ def _unsaid(plan, setting, values):
     (again,) = plans_of(values)
     made = {"penalties": (setting.symbol,), "strengths": {setting.symbol: (setting.alpha,)}, "alphas": ()}
     made |= {"betas": (setting.beta,), "learning_rates": (setting.learning_rate,), "frozen": (setting.frozen,)}
-    swept = {"beta": again.recipe.beta, "learning_rate": again.recipe.learning_rate}  # each run has its own
-    made |= {"recipe": plan.recipe.replace(**swept), "folds": again.folds, "seeds": again.seeds}
-    expected = dataclasses.replace(plan, **made)
-    differs = lambda name: getattr(again, name) != getattr(expected, name)  # noqa: E731
-    names = [field.name for field in dataclasses.fields(Plan) if differs(field.name)]
-    idle = OF_BACKBONE if plan.weights.endswith(".keras") else ()
+    swept = {name: getattr(again.setup.recipe, name) for name in ("beta", "learning_rate")}  # each run has its own
+    made |= {"recipe": plan.setup.recipe.replace(**swept), "folds": again.sweep.folds, "seeds": again.sweep.seeds}
+    found, expected = again.values(), plan.replace(**made).values()
+    names = [name for name, value in found.items() if value != expected[name]]
+    idle = OF_BACKBONE if plan.setup.is_whole_model else ()
     return [name for name in names if name not in idle]
 
 

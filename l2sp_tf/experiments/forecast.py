@@ -54,18 +54,18 @@ class Work:
     def steps(self):
         """Training steps, with those of the source model if it is trained first."""
         plan = self.made.plan
-        return len(self.left) * plan.recipe.iterations + self.trains * plan.source_recipe.iterations
+        return len(self.left) * plan.setup.recipe.iterations + self.trains * plan.setup.source_recipe.iterations
 
     @property
     def measured(self):
         """How many times an image goes through the network when the runs, and the source model before, are measured."""
         plan, target, source = self.made.plan, self.made.target, self.made.source
         kept = 0 if source is None else len(source.test)
-        crops, r2 = plan.recipe.crops, len(target.train) * (self.made.units > 0)
+        crops, r2 = plan.setup.recipe.crops, len(target.train) * (self.made.units > 0)
         folds = sum(setting.fold is not None for setting in self.left)
         whole = len(self.left) - folds
         return whole * (crops * (len(target.test) + 2 * kept) + r2) + crops * (
-            folds * len(target.train) // max(plan.folds, 1) + kept
+            folds * len(target.train) // max(plan.sweep.folds, 1) + kept
         )
 
     @property
@@ -73,7 +73,7 @@ class Work:
         """How many gradients of an image the pass for F_jj takes."""
         if not self.needs_fisher:
             return 0
-        f, source = self.made.plan.fisher, self.made.source
+        f, source = self.made.plan.setup.fisher, self.made.source
         return f.count(len(source.train)) * (len(source.classes) if f.mode == "exact" else FISHER_PASS * f.samples)
 
 
@@ -91,7 +91,7 @@ class Forecast:
         for work in works:
             for split, recipe in work.made.uses(work.needs_fisher):
                 how = (recipe.images.resize, recipe.images.resize_mode, recipe.images.resize_filter)
-                uses.setdefault((work.made.plan.workdir / "cache", how), []).append(split)
+                uses.setdefault((work.made.plan.setup.workdir / "cache", how), []).append(split)
         for (folder, how), splits in uses.items():
             self._add_decoding(PixelStore(folder, how), how, splits)
 
@@ -123,14 +123,14 @@ class Forecast:
         """Of the checkpoints of one run while it trains, which are removed when it ends."""
         most = 0
         for plan, network in ((work.made.plan, work.made.network) for work in self.works if work.steps):
-            written = 1 + (plan.recipe.iterations - 1) // plan.checkpoint_every if plan.checkpoint_every else 1
-            slots = {"sgd": 1, "adam": 2}[plan.recipe.solver]
+            written = 1 + (plan.setup.recipe.iterations - 1) // plan.checkpoint_every if plan.checkpoint_every else 1
+            slots = {"sgd": 1, "adam": 2}[plan.setup.recipe.solver]
             most = max(most, min(written, 3) * (1 + slots) * _bytes(network))  # two are kept while a third is written
         return most
 
     def disk(self):
         """One line on the disk."""
-        workdir = self.works[0].made.plan.workdir
+        workdir = self.works[0].made.plan.setup.workdir
         total, free = self.pixels_bytes + self.models_bytes, shutil.disk_usage(workdir).free
         line = (
             f"disk: about {_size(total)} will be written to {workdir} ({_size(self.pixels_bytes)} of decoded pixels, "
@@ -145,7 +145,7 @@ class Forecast:
         parts = {"training": sum(step * work.steps for step, work in pairs)}
         measuring = "measuring and F_jj" if any(work.gradients for work in self.works) else "measuring"
         parts[measuring] = sum(
-            step / work.made.plan.recipe.batch_size * (FORWARD * work.measured + work.gradients) for step, work in pairs
+            step / work.made.plan.setup.recipe.batch_size * (FORWARD * work.measured + work.gradients) for step, work in pairs
         )
         parts |= {"decoding": decoding * self.images} if decoding else {}
         listed = ", ".join(f"{_length(value)} of {name}" for name, value in parts.items())
@@ -206,7 +206,7 @@ class Recorded:
         found = self._records.get(setting.seed, ())
         if not found or self._made.trains_source:
             return False
-        if not self._plan.folds or setting.fold is not None:
+        if not self._plan.sweep.folds or setting.fold is not None:
             return any(self._is_of(record, setting) for record in found)
         chosen = [r for r in found if any(records.is_chosen(selection, r["settings"]) for selection in self._selections)]
         return any(self._is_of(record, _with_strengths(setting, record["settings"])) for record in chosen)
@@ -223,7 +223,7 @@ class Recorded:
         anchors = types.SimpleNamespace(digest=made.anchors_digest)
         network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
         start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
-        recipe = self._plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+        recipe = self._plan.setup.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
         return self._told(plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
 
     def _told(self, settings):
@@ -233,12 +233,12 @@ class Recorded:
 
     def _has_fisher(self, record):
         """Whether the F_jj of a record was estimated as the plan says."""
-        f, found = self._plan.fisher, record.get("fisher", {})
+        f, found = self._plan.setup.fisher, record.get("fisher", {})
         transforms = [(t["name"], None if t["name"] == "normalise" else t["value"]) for t in found.get("transforms", ())]
         count = f.count(len(self._made.source.train))
         same = [found.get("mode") == f.mode, transforms == list(f.transforms), found.get("images", 0) <= count]
         same.append(f.mode == "exact" or found.get("samples") == f.samples)
-        return all(same) and (f.tolerance is not None or self._plan.skip_bad_images or found["images"] == count)
+        return all(same) and (f.tolerance is not None or self._plan.setup.skip_bad_images or found["images"] == count)
 
 
 def _with_strengths(setting, settings):
@@ -281,7 +281,7 @@ def seconds_per_step(made, left):
         left: the settings of its runs; the first one's penalty is taken, or L2-SP for those that need F_jj.
     """
     plan, times = made.plan, []
-    recipe = plan.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # which cannot diverge
+    recipe = plan.setup.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # which cannot diverge
     classes, rng = made.target.classes, np.random.default_rng(0)
     pixels = rng.integers(0, 256, (min(recipe.batch_size, 64), recipe.images.resize, recipe.images.resize, 3), np.uint8)
     images = Images(pixels, np.arange(len(pixels), dtype=np.int32) % len(classes))
@@ -302,8 +302,8 @@ def seconds_per_step(made, left):
 
 def _network_of(work):
     """What the time of a step depends on."""
-    plan = work.made.plan
-    return plan.backbone, plan.weights, plan.widths, plan.depths, plan.block, repr(plan.recipe)
+    setup = work.made.plan.setup
+    return setup.backbone, setup.weights, setup.widths, setup.depths, setup.block, repr(setup.recipe)
 
 
 def _bytes(network):

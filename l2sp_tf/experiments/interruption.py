@@ -13,9 +13,9 @@ def kept(plans, since):
         since: when the command began, by `time.time()`.
     """
     lines = []
-    lengths = {"sources": {plan.source_recipe.iterations for plan in plans}}
-    lengths |= dict.fromkeys(("folds", "runs"), {plan.recipe.iterations for plan in plans})
-    for workdir in dict.fromkeys(plan.workdir for plan in plans):
+    lengths = {"sources": {plan.setup.source_recipe.iterations for plan in plans}}
+    lengths |= dict.fromkeys(("folds", "runs"), {plan.setup.recipe.iterations for plan in plans})
+    for workdir in dict.fromkeys(plan.setup.workdir for plan in plans):
         finished = [path for kind in ("folds", "runs") for path in sorted(workdir.glob(f"{kind}/*/run.json"))]
         new = [path.parent.name for path in finished if path.stat().st_mtime >= since - CLOCK]
         named = f", of this command {', '.join(new)}" if new else ""

@@ -21,8 +21,6 @@ MOST_FROZEN = 8
 MOST_SEEDS = 2**32
 LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
 PROTOCOLS = ("paper", "authors")
-RUN_FIELDS = ("penalties", "alphas", "betas", "learning_rates", "frozen", "folds", "seeds", "save_models")
-RUN_FIELDS += ("checkpoint_every", "distribute", "jit_compile", "strengths")
 
 
 def sample_size(available):
@@ -94,6 +92,10 @@ class Setting:
     seed: int = 0
     fold: int | None = None
 
+    def on_fold(self, fold):
+        """The same on a fold of cross-validation, whose number is the seed too."""
+        return dataclasses.replace(self, seed=fold, fold=fold)
+
     @property
     def penalty(self):
         """The penalty itself."""
@@ -111,38 +113,24 @@ class Setting:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to run: the product of penalties, strengths and seeds on one pair of tasks.
+class Setup:
+    """What the runs of a plan start from: two tasks, a pre-trained network, and how both are made.
 
     Attributes:
         workdir: the folder that gets anchors/, sources/ and runs/.
         source, target: data sets, as `load_dataset` takes them; source may be None if the
             weights come from elsewhere, and then nothing is measured on the source task.
-        backbone: as `models.backbone` takes it, with widths, depths and block.
+        backbone: as `zoo.backbone` takes it, with widths, depths and block.
         weights: "none" to train the source model from scratch, "imagenet", or a file.
-        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
-        penalties: symbols of PENALTIES.
-        alphas: strengths of the penalties that `strengths` does not name; empty for the recipe's own of each penalty
-            (with folds: its grid).
-        seeds: one run for each.
         recipe, source_recipe: of fine-tuning and of training from scratch.
+        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
         per_class: training images a class of the target; None for all.
         subset_seed: draws them at random; None as `load_dataset` takes it.
         protocol: whose splits: "paper" or "authors".
         data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
         skip_bad_images: leave out images that cannot be decoded.
-        save_models: keep each fine-tuned model beside its record.
-        jit_compile: whether XLA compiles the training steps, as in `finetune`; not part of what tells runs apart.
         fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
-        betas, learning_rates: more values than the recipe's one; empty for that.
-        frozen: how many of the first units are frozen, a run for each number; None for up to 8
-            numbers spread over all units but the last (Fig. 3).
-        folds: with 2 or more, cross-validation on the target's training images chooses one of the
-            alphas, betas and learning rates for each penalty, and only that one is run.
-        checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
         deterministic: whether TensorFlow's operations are made to repeat to the bit.
-        distribute: the devices that each training is spread over, a kind of `devices.make_strategy`.
-        strengths: by symbol the strengths of a penalty that has its own.
 
     Raises:
         InputError: a value is of another type or out of its range, or two of them contradict each other.
@@ -153,9 +141,6 @@ class Plan:
     target: str
     backbone: str
     weights: str
-    penalties: tuple
-    alphas: tuple
-    seeds: tuple
     recipe: Recipe
     source_recipe: Recipe
     pixels: str | None = None
@@ -167,41 +152,83 @@ class Plan:
     protocol: str = "paper"
     data_dir: str | None = None
     skip_bad_images: bool = False
-    save_models: bool = True
-    jit_compile: bool | str = "auto"
     fisher: FisherPlan = FisherPlan()
-    betas: tuple = ()
-    learning_rates: tuple = ()
-    frozen: tuple | None = (0,)
-    folds: int = 0
-    checkpoint_every: int = 500
     deterministic: bool = False
-    distribute: str = "none"
-    strengths: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        self._check_values()
-        self._check_penalties()
-        if not self.penalties or not self.seeds:
-            raise InputError("There is nothing to run: give at least one penalty and one seed.")
+        for name, least in (("per_class", 1), ("subset_seed", 0)):
+            if getattr(self, name) is not None:
+                fields.whole(name, getattr(self, name), least)
+        for name in ("widths", "depths"):
+            for value in getattr(self, name):
+                fields.whole(name, value)
+        if len(self.widths) != len(self.depths):
+            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage.")
+        fields.choice("protocol", self.protocol, PROTOCOLS)
         if self.weights == "none" and self.source is None:
             raise InputError("weights=none trains a source model from scratch: give its data with --source.")
         if self.weights == "none" and self.recipe.mean == "weights":
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
-    def _check_values(self):
+    def key(self):
+        """Equal for plans whose runs start from the same data and model."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
+
+    @property
+    def is_whole_model(self):
+        """Whether the weights are a `.keras` file, which is a network too."""
+        return str(self.weights).endswith(".keras")
+
+    @property
+    def places(self):
+        """Where data sets are found and kept, as `load_dataset` takes it."""
+        return {"protocol": self.protocol, "data_dir": self.data_dir, "cache_dir": self.workdir / "cache"}
+
+    @property
+    def shape(self):
+        """The size of the backbone's images and of the small one's stages, as `zoo.backbone` takes them."""
+        return {"image_size": self.recipe.images.crop, "widths": self.widths, "depths": self.depths, "block": self.block}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What is varied: the product of penalties, strengths, learning rates, frozen units and seeds.
+
+    Attributes:
+        penalties: symbols of PENALTIES.
+        seeds: one run for each.
+        alphas: strengths of the penalties that `strengths` does not name; empty for the recipe's own of each penalty
+            (with folds: its grid).
+        betas, learning_rates: more values than the recipe's one; empty for that.
+        strengths: by symbol the strengths of a penalty that has its own.
+        frozen: how many of the first units are frozen, a run for each number; None for up to 8
+            numbers spread over all units but the last (Fig. 3).
+        folds: with 2 or more, cross-validation on the target's training images chooses one of the
+            alphas, betas and learning rates for each penalty, and only that one is run.
+
+    Raises:
+        InputError: a value is of another type or out of its range, or two of them contradict each other.
+    """
+
+    penalties: tuple
+    seeds: tuple
+    alphas: tuple = ()
+    betas: tuple = ()
+    learning_rates: tuple = ()
+    strengths: dict = dataclasses.field(default_factory=dict)
+    frozen: tuple | None = (0,)
+    folds: int = 0
+
+    def __post_init__(self):
         for name, above in (("alphas", None), ("betas", None), ("learning_rates", 0)):
             object.__setattr__(self, name, fields.each_number(name[:-1], getattr(self, name), above=above))
-        for name, least in (("folds", 0), ("checkpoint_every", 0)):
-            fields.whole(name, getattr(self, name), least)
+        fields.whole("folds", self.folds, 0)
         if self.folds == 1:
             raise InputError("folds is 1: give at least 2, or 0 for no cross-validation.")
-        for name, least in (("per_class", 1), ("subset_seed", 0)):
-            if getattr(self, name) is not None:
-                fields.whole(name, getattr(self, name), least)
-        for name, least in (("seeds", 0), ("frozen", 0), ("widths", 1), ("depths", 1)):
+        for name in ("seeds", "frozen"):
             for value in getattr(self, name) or ():
-                fields.whole(name, value, least)
+                fields.whole(name, value, 0)
         if any(seed >= MOST_SEEDS for seed in self.seeds):
             raise InputError(f"seeds has {max(self.seeds)}: give numbers below {MOST_SEEDS}, as NumPy takes no larger ones.")
         twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
@@ -209,9 +236,9 @@ class Plan:
             raise InputError(f"seeds has {twice} twice, which is one run and not two: give each seed once.")
         if self.frozen == ():
             raise InputError("frozen is empty: give 0 for nothing frozen.")
-        if len(self.widths) != len(self.depths):
-            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage.")
-        fields.choice("protocol", self.protocol, PROTOCOLS)
+        self._check_penalties()
+        if not self.penalties or not self.seeds:
+            raise InputError("There is nothing to run: give at least one penalty and one seed.")
 
     def _check_penalties(self):
         for symbol in self.penalties:
@@ -219,27 +246,16 @@ class Plan:
                 like = fields.nearest(symbol, PENALTIES)
                 did_you_mean = f" Did you mean {like}?" if like else ""
                 raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.{did_you_mean}")
-            if needs_fisher(symbol) and self.source is None:
-                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
-            if self.recipe.penalty_step == "decoupled":
-                Decoupled.check(PENALTIES[symbol](1.0))
         for symbol in self.strengths:
             if symbol not in self.penalties:
                 raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
         strengths = {symbol: fields.each_number(f"alpha of {symbol}", values) for symbol, values in self.strengths.items()}
         object.__setattr__(self, "strengths", strengths)
-        for symbol in self.penalties:
-            self.axes(symbol)  # raises where nobody gives its alphas
 
     @property
     def needs_fisher(self):
         """Whether any penalty needs F_jj."""
         return any(map(needs_fisher, self.penalties))
-
-    @property
-    def devices(self):
-        """The `Devices` that each training is spread over."""
-        return Devices.of(self.distribute)
 
     def check_frozen(self, units):
         """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.
@@ -251,17 +267,66 @@ class Plan:
         if max(self.frozen or (0,)) > most:
             raise InputError(f"frozen is {max(self.frozen)}, but of this backbone's units at most {most} can be frozen.")
 
-    def start_key(self):
-        """Equal for plans whose runs start from the same data and model."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in RUN_FIELDS}
-        return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: a sweep from one setup.
+
+    Attributes:
+        setup: the `Setup`.
+        sweep: the `Sweep`.
+        save_models: keep each fine-tuned model beside its record.
+        checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
+        distribute: the devices that each training is spread over, a kind of `devices.make_strategy`.
+        jit_compile: whether XLA compiles the training steps, as in `Execution`; not part of what tells runs apart.
+
+    Raises:
+        InputError: the setup cannot serve the sweep.
+    """
+
+    setup: Setup
+    sweep: Sweep
+    save_models: bool = True
+    checkpoint_every: int = 500
+    distribute: str = "none"
+    jit_compile: bool | str = "auto"
+
+    def __post_init__(self):
+        fields.whole("checkpoint_every", self.checkpoint_every, 0)
+        for symbol in self.sweep.penalties:
+            if needs_fisher(symbol) and self.setup.source is None:
+                raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
+            if self.setup.recipe.penalty_step == "decoupled":
+                Decoupled.check(PENALTIES[symbol](1.0))
+            self.axes(symbol)  # raises where nobody gives its alphas
+
+    @classmethod
+    def of(cls, **values):
+        """The plan of values that have the names of attributes of its setup, of its sweep, or of its own."""
+        parts = {part: {name: values.pop(name) for name in names if name in values} for part, names in PARTS.items()}
+        return cls(**values, setup=Setup(**parts["setup"]), sweep=Sweep(**parts["sweep"]))
+
+    def replace(self, **changes):
+        """A copy with other values, named as in `of`."""
+        return Plan.of(**{**self.values(), **changes})
+
+    def values(self):
+        """Its values as `of` takes them."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in PARTS}
+        return own | {name: getattr(getattr(self, part), name) for part, names in PARTS.items() for name in names}
+
+    @property
+    def devices(self):
+        """The `Devices` that each training is spread over."""
+        return Devices.of(self.distribute)
 
     def axes(self, symbol):
         """The alphas, betas and learning rates of a penalty, by name, each once."""
-        published = self.recipe.grid_for if self.folds else lambda symbol: (self.recipe.alpha_for(symbol),)
-        alphas = self.strengths.get(symbol) or self.alphas or published(symbol)
-        rates = self.learning_rates or (self.recipe.learning_rate,)
-        axes = {"alpha": alphas, "beta": self.betas or (self.recipe.beta_for(symbol),), "learning_rate": rates}
+        recipe, sweep = self.setup.recipe, self.sweep
+        published = recipe.grid_for if sweep.folds else lambda symbol: (recipe.alpha_for(symbol),)
+        alphas = sweep.strengths.get(symbol) or sweep.alphas or published(symbol)
+        rates = sweep.learning_rates or (recipe.learning_rate,)
+        axes = {"alpha": alphas, "beta": sweep.betas or (recipe.beta_for(symbol),), "learning_rate": rates}
         return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
 
     def grid(self, symbol):
@@ -270,8 +335,8 @@ class Plan:
 
     def trials(self):
         """What cross-validation runs: every setting of every penalty on every fold."""
-        settings = (setting for symbol in dict.fromkeys(self.penalties) for setting in self.grid(symbol))
-        return [dataclasses.replace(s, seed=fold, fold=fold) for s in settings for fold in range(self.folds)]
+        settings = (setting for symbol in dict.fromkeys(self.sweep.penalties) for setting in self.grid(symbol))
+        return [setting.on_fold(fold) for setting in settings for fold in range(self.sweep.folds)]
 
     def runs(self, units=0, chosen=None):
         """What is run on all training images.
@@ -280,11 +345,15 @@ class Plan:
             units: how many units the backbone has; needed where `frozen` is None.
             chosen: the setting of each penalty that cross-validation chose, by symbol; of penalties without one nothing is run.
         """
-        frozen = self.frozen if self.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
-        for symbol in dict.fromkeys(self.penalties):
+        sweep = self.sweep
+        frozen = sweep.frozen if sweep.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
+        for symbol in dict.fromkeys(sweep.penalties):
             for setting in self.grid(symbol) if chosen is None else filter(None, [chosen.get(symbol)]):
-                for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(self.seeds)):
+                for n, seed in itertools.product(dict.fromkeys(frozen), dict.fromkeys(sweep.seeds)):
                     yield dataclasses.replace(setting, frozen=n, seed=seed)
+
+
+PARTS = {part: [field.name for field in dataclasses.fields(kind)] for part, kind in (("setup", Setup), ("sweep", Sweep))}
 
 
 def spread(last, most):
@@ -311,12 +380,13 @@ def study(name, plan):
         raise InputError(f"The experiment {name!r} is unknown: give one of {', '.join(STUDIES)}.")
     if name == "all":
         return [part for each in ("figure_2", "figure_3", "figure_1") for part in study(each, plan)]
+    sweep = plan.sweep
     penalties = PENALTIES_OF.get(name, ("l2", "l2_sp", "l2_sp_fisher"))
-    changes = {"penalties": penalties, "strengths": {symbol: v for symbol, v in plan.strengths.items() if symbol in penalties}}
+    changes = {"penalties": penalties, "strengths": {symbol: v for symbol, v in sweep.strengths.items() if symbol in penalties}}
     if name == "figure_1":
-        rates = plan.learning_rates if len(plan.learning_rates) == 1 else ()
-        alphas = plan.strengths.get("l2_sp") or plan.alphas or plan.recipe.grid_for("l2_sp")
-        changes |= {"strengths": {}, "alphas": alphas, "betas": plan.betas or FIGURE_1_BETAS, "learning_rates": rates}
-        return [dataclasses.replace(plan, **changes, seeds=plan.seeds[:1], folds=0, frozen=(0,))]
-    frozen = plan.frozen if plan.frozen is None or any(plan.frozen) else None
-    return [dataclasses.replace(plan, **changes, frozen=frozen if name == "figure_3" else (0,))]
+        rates = sweep.learning_rates if len(sweep.learning_rates) == 1 else ()
+        alphas = sweep.strengths.get("l2_sp") or sweep.alphas or plan.setup.recipe.grid_for("l2_sp")
+        changes |= {"strengths": {}, "alphas": alphas, "betas": sweep.betas or FIGURE_1_BETAS, "learning_rates": rates}
+        return [plan.replace(**changes, seeds=sweep.seeds[:1], folds=0, frozen=(0,))]
+    frozen = sweep.frozen if sweep.frozen is None or any(sweep.frozen) else None
+    return [plan.replace(**changes, frozen=frozen if name == "figure_3" else (0,))]

@@ -1,7 +1,6 @@
 """From plans to records: every setting is run once, and each run leaves a run.json."""
 
 import collections
-import dataclasses
 import functools
 
 import keras
@@ -17,11 +16,10 @@ from l2sp_tf.experiments.engines import run_jobs
 from l2sp_tf.experiments.forecast import FirstSteps, Forecast, Recorded, Work, recorded_in
 from l2sp_tf.experiments.plans import Setting
 from l2sp_tf.experiments.runs import folder_of, run_record, settings_of
-from l2sp_tf.experiments.selection import MOST_EXTENSIONS, Search, accuracy_of, fold_tasks, write_selection
+from l2sp_tf.experiments.selection import MOST_EXTENSIONS, Search, fold_tasks, search_all, write_selection
 from l2sp_tf.experiments.starts import exactness, outline, prepare_start, short_name
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.writing import link_or_copy, write_text
-from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.training.checkpoints import Checkpoints
 
 
@@ -75,10 +73,10 @@ def _outlines(plans, say):
     """The `Outline` of each start, by its key."""
     made = {}
     for plan in plans:
-        key = plan.start_key()
+        key = plan.setup.key()
         if key not in made:
             made[key] = outline(plan, say=say)
-        plan.check_frozen(made[key].units)
+        plan.sweep.check_frozen(made[key].units)
     return made
 
 
@@ -87,28 +85,28 @@ def _run_all(plans, made, clock, verbose, options):
     say, units = options["say"], {key: start.units for key, start in made.items()}
     for start in made.values():
         start.tasks  # noqa: B018  a bad image is told before anything is trained
-    _NEEDED.update(plan.start_key() for plan in plans)  # until all runs are known
+    _NEEDED.update(plan.setup.key() for plan in plans)  # until all runs are known
     questions = {}
     for i, plan in enumerate(plans):
-        start = _start_of(plan, say, verbose, made=made.pop(plan.start_key(), None), callbacks=clock)
-        if plan.needs_fisher:
+        start = _start_of(plan, say, verbose, made=made.pop(plan.setup.key(), None), callbacks=clock)
+        if plan.sweep.needs_fisher:
             start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
-        questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.penalties if plan.folds}
+        questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.sweep.penalties if plan.sweep.folds}
     if options["engine"] != "local":
         _STARTS.clear()  # each worker prepares its own
     work = functools.partial(_run_job, say, verbose)
 
     def run(jobs):
         if options["engine"] == "local":
-            _NEEDED.update(job[0].start_key() for job in jobs)
+            _NEEDED.update(job[0].setup.key() for job in jobs)
         return run_jobs(work, jobs, **options)
 
     choices = _cross_validate(plans, questions, run, say)
     pairs = zip(plans, choices, strict=True)
-    jobs = _jobs((plan, setting) for plan, chosen in pairs for setting in plan.runs(units[plan.start_key()], chosen))
-    _NEEDED.subtract(plan.start_key() for plan in plans)
+    jobs = _jobs((plan, setting) for plan, chosen in pairs for setting in plan.runs(units[plan.setup.key()], chosen))
+    _NEEDED.subtract(plan.setup.key() for plan in plans)
     found = run(jobs)
-    selected = {path: None for plan in plans for path in sorted(plan.workdir.glob("selections/*/selection.json"))}
+    selected = {path: None for plan in plans for path in sorted(plan.setup.workdir.glob("selections/*/selection.json"))}
     return found + [records.read_record(path) for path in selected]
 
 
@@ -116,25 +114,25 @@ def _share(plan, engine, say, verbose):
     """Refuses what the devices of a plan cannot share; returns what this worker says and shows."""
     if engine != "local" and plan.distribute == "multiworker":
         raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
-    for recipe in (plan.recipe, plan.source_recipe):
+    for recipe in (plan.setup.recipe, plan.setup.source_recipe):
         plan.devices.check_batch_size(recipe.batch_size)
         plan.devices.check_optimizer(recipe.optimizer(), plan.jit_compile is True)
-    plan.devices.check_shared(plan.workdir)
+    plan.devices.check_shared(plan.setup.workdir)
     return (say, verbose) if plan.devices.is_chief else (lambda text: None, 0)
 
 
 def _jobs(pairs):
     """Numbered jobs (plan, setting, title), those that would leave the same record only once."""
-    unique = list({(plan.start_key(), setting): (plan, setting) for plan, setting in pairs}.values())
+    unique = list({(plan.setup.key(), setting): (plan, setting) for plan, setting in pairs}.values())
     return [(*pair, f"[{number}/{len(unique)}] {pair[1]}") for number, pair in enumerate(unique, start=1)]
 
 
 def _run_job(say, verbose, job):
     plan, setting, title = job
     record = _run(_start_of(plan, say, verbose), plan, setting, lambda text: say(f"{title}: {text}"), verbose)
-    _NEEDED.subtract([plan.start_key()])
-    if _NEEDED[plan.start_key()] == 0:
-        _STARTS.pop(plan.start_key(), None)
+    _NEEDED.subtract([plan.setup.key()])
+    if _NEEDED[plan.setup.key()] == 0:
+        _STARTS.pop(plan.setup.key(), None)
     return record
 
 
@@ -144,7 +142,7 @@ _NEEDED = collections.Counter()  # jobs to come in this process, by start; a Ray
 
 def _start_of(plan, say, verbose, **options):
     """What a plan starts from, held until the last job that needs it; where none is known to come, until another is asked for."""
-    key = plan.start_key()
+    key = plan.setup.key()
     if key not in _STARTS:
         for other in [other for other in _STARTS if _NEEDED[other] <= 0]:
             del _STARTS[other]
@@ -155,11 +153,11 @@ def _start_of(plan, say, verbose, **options):
 def _run(start, plan, setting, say, verbose):
     """One fine-tuning with its evaluation, or its record if it has one."""
     fisher = start.fisher if setting.needs_fisher else None
-    recipe = plan.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    recipe = plan.setup.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     is_fold = setting.fold is not None
-    task = _folds(start.target, plan.folds)[setting.fold] if is_fold else start.target
+    task = _folds(start.target, plan.sweep.folds)[setting.fold] if is_fold else start.target
     settings = _settings(plan, start, setting, task, recipe, fisher)
-    path = folder_of(plan.workdir, setting, settings) / "run.json"
+    path = folder_of(plan.setup.workdir, setting, settings) / "run.json"
     devices = plan.devices
     if devices.chief_says(path.exists):
         record = records.read_record(path)
@@ -220,26 +218,20 @@ def _measure(run, start, recipe):
 def _cross_validate(plans, questions, run, say):
     """For each plan with folds the chosen setting of each penalty, by symbol, and a record of each selection; else None.
 
-    The penalties whose every setting diverged are left out. All searches go on side by side, so that `run` gets many jobs.
+    The penalties whose every setting diverged are left out.
     """
-    searches = {(i, symbol): Search(plan.axes(symbol)) for i, plan in enumerate(plans) if plan.folds for symbol in plan.penalties}
-    while pending := {place: values for place, search in searches.items() if (values := search.pending())}:
-        settings = {place: [Setting(place[1], *values) for values in found] for place, found in pending.items()}
-        jobs = _jobs(
-            (plans[i], dataclasses.replace(setting, seed=fold, fold=fold))
-            for (i, _), found in settings.items()
-            for setting in found
-            for fold in range(plans[i].folds)
-        )
-        scores = {(job[0].start_key(), job[1]): accuracy_of(made) for job, made in zip(jobs, run(jobs), strict=True)}
-        for (i, symbol), found in settings.items():
-            plan = plans[i]
-            key = lambda s, fold, plan=plan: (plan.start_key(), dataclasses.replace(s, seed=fold, fold=fold))  # noqa: E731
-            told = {(s.alpha, s.beta, s.learning_rate): [scores[key(s, fold)] for fold in range(plan.folds)] for s in found}
-            searches[i, symbol].tell(told)
-    choices = [{} if plan.folds else None for plan in plans]
+    places = [(i, symbol) for i, plan in enumerate(plans) if plan.sweep.folds for symbol in plan.sweep.penalties]
+    searches = {(i, symbol): Search(symbol, plans[i].axes(symbol), plans[i].sweep.folds) for i, symbol in places}
+
+    def run_all(pairs):
+        jobs = _jobs((plans[i], setting) for (i, _), setting in pairs)
+        found = {(job[0].setup.key(), job[1]): record for job, record in zip(jobs, run(jobs), strict=True)}
+        return [found[plans[i].setup.key(), setting] for (i, _), setting in pairs]
+
+    search_all(searches, run_all)
+    choices = [{} if plan.sweep.folds else None for plan in plans]
     for (i, symbol), search in searches.items():
-        choices[i] |= _choice(plans[i], questions[i, symbol], symbol, search, say)
+        choices[i] |= _choice(plans[i], questions[i, symbol], search, say)
     return choices
 
 
@@ -247,39 +239,38 @@ def _question(plan, start, symbol):
     """What a selection of a penalty's setting answers."""
     setting = plan.grid(symbol)[0]
     fisher = start.fisher if setting.needs_fisher else None
-    return records.question(_settings(plan, start, setting, start.target, plan.recipe, fisher))
+    return records.question(_settings(plan, start, setting, start.target, plan.setup.recipe, fisher))
 
 
-def _choice(plan, question, symbol, search, say):
+def _choice(plan, question, search, say):
     """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
-    selection = search.selection(PENALTIES[symbol], plan.recipe)
+    selection, symbol = search.selection(plan.setup.recipe), search.symbol
     if plan.devices.is_chief:
-        write_selection(plan.workdir, selection.record(question, plan.folds))
+        write_selection(plan.setup.workdir, selection.record(question, plan.sweep.folds))
     if selection.best is None:
-        say(f"{plan.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")
+        say(f"{plan.setup.target}: every setting of {symbol} diverged in cross-validation, so none is run on all training images")
         return {}
     best = Setting(symbol, selection.best.alpha, selection.best.beta, selection.best.learning_rate)
     edge = f", at the edge of what was tried ({', '.join(selection.edges)})" if selection.edges else ""
-    say(f"{plan.target}: cross-validation chose {best.penalty}, beta {best.beta:g}, rate {best.learning_rate:g}{edge}")
+    say(f"{plan.setup.target}: cross-validation chose {best.penalty}, beta {best.beta:g}, rate {best.learning_rate:g}{edge}")
     return {symbol: best}
 
 
 def _say_plan(plans, made, say):
     """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
     counted, left = set(), {key: [] for key in made}
-    found = {workdir: recorded_in(workdir) for workdir in {plan.workdir for plan in plans}}
+    found = {workdir: recorded_in(workdir) for workdir in {plan.setup.workdir for plan in plans}}
     for plan in plans:
-        key = plan.start_key()
-        recorded = Recorded(plan, made[key], found[plan.workdir], _settings)
+        key = plan.setup.key()
+        recorded = Recorded(plan, made[key], found[plan.setup.workdir], _settings)
         for setting in (*plan.trials(), *plan.runs(made[key].units, _guess(plan))):
             if (key, setting) not in counted and not recorded.has(setting):
                 left[key].append(setting)
             counted.add((key, setting))
     trials = sum(setting.fold is not None for _, setting in counted)
     count = sum(map(len, left.values()))
-    grows = any(
-        len(values) > 1 for plan in plans if plan.folds for symbol in plan.penalties for values in plan.axes(symbol).values()
-    )
+    swept = ((plan, symbol) for plan in plans if plan.sweep.folds for symbol in plan.sweep.penalties)
+    grows = any(len(values) > 1 for plan, symbol in swept for values in plan.axes(symbol).values())
     more = f" and up to {MOST_EXTENSIONS} values beyond the end of a grid at which its best lies" if grows else ""
     say(f"plan: {trials} runs on folds{more}, then {len(counted) - trials} runs; {count} are left")
     first = {start.trained_path: key for key, start in reversed(made.items()) if start.trains_source}
@@ -290,20 +281,20 @@ def _say_plan(plans, made, say):
 
 def _guess(plan):
     """Any setting of each penalty in place of what cross-validation will choose: the number of runs is the same."""
-    return {symbol: plan.grid(symbol)[0] for symbol in plan.penalties} if plan.folds else None
+    return {symbol: plan.grid(symbol)[0] for symbol in plan.sweep.penalties} if plan.sweep.folds else None
 
 
 def _settings(plan, start, setting, task, recipe, fisher):
     """What a run's result depends on; the key of the run is made of it."""
     source = start.source
     settings = {
-        "source": short_name(source.name if source is not None else plan.weights),
+        "source": short_name(source.name if source is not None else plan.setup.weights),
         "target": short_name(start.target.name),
         "source_digest": source.digest if source is not None else None,
         "skipped": [len(start.target.train.skipped), len(start.target.test.skipped)],
-        "per_class": plan.per_class,
-        "subset_seed": drawing_seed(plan.target, plan.per_class, plan.subset_seed, plan.protocol),
-        "protocol": plan.protocol,
+        "per_class": plan.setup.per_class,
+        "subset_seed": drawing_seed(plan.setup.target, plan.setup.per_class, plan.setup.subset_seed, plan.setup.protocol),
+        "protocol": plan.setup.protocol,
         "weights": start.origin,
         "backbone": start.backbone,
         "source_mean": source.mean.tolist() if source is not None else None,
@@ -312,5 +303,5 @@ def _settings(plan, start, setting, task, recipe, fisher):
     if start.mean_of is not None:
         settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:
-        settings["fold"] = [setting.fold, plan.folds]
+        settings["fold"] = [setting.fold, plan.sweep.folds]
     return settings_of(setting, task, recipe, start.anchors, fisher, **settings)

@@ -119,29 +119,35 @@ class Search:
     0.1, 1 and then 10, but at most ten times as much. Nothing is tried beyond 0.
 
     Args:
+        symbol: of the penalty.
         axes: by the names of AXES the values to begin with.
+        folds: the number of folds.
+        frozen: how many of the first units are frozen.
     """
 
-    def __init__(self, axes):
+    def __init__(self, symbol, axes, folds, frozen=0):
+        self.symbol, self.folds, self.frozen = symbol, folds, frozen
         self.axes = {name: list(dict.fromkeys(axes[name])) for name in AXES}
         self._added = {}
-        self._scores = {}
+        self._scores = {}  # from values of the axes to the accuracies on the folds
 
     def pending(self):
-        """The settings (alpha, beta, learning rate) whose scores are to be told next; none when the search is over."""
-        return self._missing() or (self._missing() if self._extend() else [])
+        """The runs to score next, a `Setting` for each fold of what has no score; none when the search is over."""
+        values = self._missing() or (self._missing() if self._extend() else [])
+        settings = [Setting(self.symbol, *combination, frozen=self.frozen) for combination in values]
+        return [setting.on_fold(fold) for setting in settings for fold in range(self.folds)]
 
     def _missing(self):
         return [values for values in itertools.product(*self.axes.values()) if values not in self._scores]
 
-    def tell(self, scores):
-        """Takes the accuracies on each fold, None where it diverged, by setting."""
-        self._scores.update(scores)
+    def score(self, setting, accuracy):
+        """Takes the accuracy of a run on a fold, None where it diverged; folds come in order."""
+        self._scores.setdefault((setting.alpha, setting.beta, setting.learning_rate), []).append(accuracy)
 
-    def selection(self, penalty, recipe):
-        """The `Selection` among all settings that were scored."""
+    def selection(self, recipe=None):
+        """The `Selection` among all settings that were scored, of a recipe."""
         candidates = tuple(Candidate(*values, tuple(accuracies)) for values, accuracies in self._scores.items())
-        made = Selection(penalty, recipe, candidates)
+        made = Selection(PENALTIES[self.symbol], recipe, candidates)
         if made.best is None:
             return made
         return dataclasses.replace(made, edges=tuple(f"{name} {value:g}" for name, value, _ in self._edges(made.best)))
@@ -157,7 +163,7 @@ class Search:
 
     def _extend(self):
         """Adds the values beyond the ends at which the best setting lies; returns whether there was any."""
-        best = self.selection(None, None).best if self._scores else None
+        best = self.selection().best if self._scores else None
         found = False
         for name, value, beyond in [] if best is None else list(self._edges(best)):
             side = (name, beyond > value)
@@ -166,6 +172,23 @@ class Search:
                 self.axes[name].append(beyond)
                 found = True
         return found
+
+
+def search_all(searches, run):
+    """Runs cross-validation until every search is over. All searches go on side by side, so that `run` gets many runs at once.
+
+    Args:
+        searches: a dict from any key to a `Search`.
+        run: of a list of pairs (key, `Setting` on a fold), returns a record for each.
+    """
+    while pending := [(key, setting) for key, search in searches.items() for setting in search.pending()]:
+        for (key, setting), record in zip(pending, run(pending), strict=True):
+            searches[key].score(setting, accuracy_of(record))
+
+
+def accuracy_of(record):
+    """The accuracy of a record, None where the run diverged."""
+    return None if records.diverged(record) else record["results"]["accuracy"]
 
 
 def cross_validate(
@@ -221,22 +244,22 @@ def cross_validate(
         _axis("betas", betas, (recipe.beta_for(penalty.symbol),)),
         _axis("learning_rates", learning_rates, LEARNING_RATES, above=0),
     ]
-    search = Search(dict(zip(AXES, axes, strict=True)))
+    search = Search(penalty.symbol, dict(zip(AXES, axes, strict=True)), folds, frozen)
     anchors = anchors if anchors is not None else Anchors.of(pretrained)
     options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}
     made = {"source": "model", "weights": "model", "backbone": pretrained.name, "target": task.name}
     # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
     made |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "start": Anchors.of(pretrained).digest}
-    while pending := search.pending():
-        for values in pending:
-            chosen, accuracies = recipe.replace(beta=values[1], learning_rate=values[2]), []
-            for number, part in enumerate(parts):
-                setting = Setting(penalty.symbol, *values, frozen=frozen, seed=number, fold=number)
-                settings = settings_of(setting, part, chosen, anchors, fisher, **made, fold=[number, folds, seed])
-                folder = None if run_dir is None else folder_of(pathlib.Path(run_dir), setting, settings)
-                accuracies.append(accuracy_of(_recorded(folder, pretrained, part, setting, chosen, settings, options)))
-            search.tell({values: accuracies})
-    found = search.selection(penalty, recipe)
+
+    def run(setting):
+        chosen = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+        fold = {"fold": [setting.fold, folds, seed]}
+        settings = settings_of(setting, parts[setting.fold], chosen, anchors, fisher, **made, **fold)
+        folder = None if run_dir is None else folder_of(pathlib.Path(run_dir), setting, settings)
+        return _recorded(folder, pretrained, parts[setting.fold], setting, chosen, settings, options)
+
+    search_all({penalty.symbol: search}, lambda pairs: [run(setting) for _, setting in pairs])
+    found = search.selection(recipe)
     if run_dir is not None:
         first = Setting(penalty.symbol, *next(itertools.product(*search.axes.values())), frozen=frozen)
         settings = settings_of(first, task, recipe, anchors, fisher, **made)
@@ -261,11 +284,6 @@ def _recorded(folder, pretrained, part, setting, recipe, settings, options):
     if folder is not None:
         records.write_record(folder / "run.json", record)
     return record
-
-
-def accuracy_of(record):
-    """The accuracy of a record, None where the run diverged."""
-    return None if records.diverged(record) else record["results"]["accuracy"]
 
 
 def write_selection(workdir, record):

@@ -66,19 +66,19 @@ class Outline:
     @property
     def origin(self):
         """Where the weights come from: "scratch", "imagenet" or "file"."""
-        return {"none": "scratch", "imagenet": "imagenet"}.get(self.plan.weights, "file")
+        return {"none": "scratch", "imagenet": "imagenet"}.get(self.plan.setup.weights, "file")
 
     @functools.cached_property
     def anchors_digest(self):
         """The digest of the anchors; None where the source model is trained first."""
-        if self.plan.weights == "none":
+        if self.plan.setup.weights == "none":
             return Anchors.load(self.trained_path).digest if self.is_trained else None
         return Anchors.of(self.network).digest
 
     @property
     def trains_source(self):
         """Whether the source model is trained first, on all training images of the source."""
-        return self.plan.weights == "none" and not self.is_trained
+        return self.plan.setup.weights == "none" and not self.is_trained
 
     @functools.cached_property
     def is_trained(self):
@@ -90,24 +90,24 @@ class Outline:
         """Where the weights of the source model of weights "none" lie, or will lie."""
         plan = self.plan
         skipped = len(self.source_images.skipped)
-        identity = {"data": self.source.digest, "skipped": skipped, "recipe": plain(plan.source_recipe.record())}
-        made_by = {"backbone": plan.backbone, "versions": versions(), "code": RESULTS_VERSION, **exactness(plan)}
-        key = records.run_key({**identity, **plain(_shape(plan)), **made_by})
-        return plan.workdir / "sources" / key / "weights.safetensors"
+        identity = {"data": self.source.digest, "skipped": skipped, "recipe": plain(plan.setup.source_recipe.record())}
+        made_by = {"backbone": plan.setup.backbone, "versions": versions(), "code": RESULTS_VERSION, **exactness(plan)}
+        key = records.run_key({**identity, **plain(plan.setup.shape), **made_by})
+        return plan.setup.workdir / "sources" / key / "weights.safetensors"
 
     @functools.cached_property
     def source_mean(self):
         """The mean to subtract from source images: three numbers, or None where images tell it, and in words whose it is."""
         plan = self.plan
-        mean = plan.source_recipe.mean_for(self.source.name, self.pixels)
+        mean = plan.setup.source_recipe.mean_for(self.source.name, self.pixels)
         if mean is not None:
-            return mean, _origin_of_mean(plan.source_recipe.mean, mean)
-        known = zoo.stored_pixels(self.trained_path) if plan.weights == "none" and self.is_trained else self.pixels
+            return mean, _origin_of_mean(plan.setup.source_recipe.mean, mean)
+        known = zoo.stored_pixels(self.trained_path) if plan.setup.weights == "none" and self.is_trained else self.pixels
         if not self.trains_source and known.mean is not None:  # the network was trained on images without it
             return known.mean, "that of the weights"
         if self.mean_of is not None:
             return None, f"that of {len(self.mean_of)} of its {len(self.source.train)} training images, drawn at random"
-        return None, _origin_of_mean(plan.source_recipe.mean, None)
+        return None, _origin_of_mean(plan.setup.source_recipe.mean, None)
 
     @functools.cached_property
     def mean_of(self):
@@ -118,21 +118,21 @@ class Outline:
     def uses(self, with_fisher):
         """What runs look at, with F_jj or without: a list of pairs of a `Split` and the recipe by which it is decoded."""
         plan = self.plan
-        uses = [(self.target.train, plan.recipe), (self.target.test, plan.recipe)]
+        uses = [(self.target.train, plan.setup.recipe), (self.target.test, plan.setup.recipe)]
         if self.source is None:
             return uses
         train, needed = self.source.train, 0
         if with_fisher:
-            needed = plan.fisher.count(len(train))
+            needed = plan.setup.fisher.count(len(train))
         if self.trains_source or self.source_mean[0] is None:
             needed = max(needed, len(train) if self.mean_of is None else len(self.mean_of))
-        some = [(train.take(sample_order(train)[:needed]) if needed < len(train) else train, plan.source_recipe)]
-        return uses + [(self.source.test, plan.source_recipe)] + some * (needed > 0)
+        some = [(train.take(sample_order(train)[:needed]) if needed < len(train) else train, plan.setup.source_recipe)]
+        return uses + [(self.source.test, plan.setup.source_recipe)] + some * (needed > 0)
 
     @functools.cached_property
     def source_images(self):
         """The training images of the source, decoded as far as they are asked for."""
-        preprocessing, options = _preparation(self.plan, self.plan.source_recipe, self.pixels)
+        preprocessing, options = _preparation(self.plan, self.plan.setup.source_recipe, self.pixels)
         return undecoded(self.source.train, preprocessing, **options)
 
     @functools.cached_property
@@ -142,13 +142,13 @@ class Outline:
         A bad image among them is thereby told before anything is trained.
         """
         plan = self.plan
-        mean = plan.recipe.mean_for(self.target.name, self.pixels)
-        target = self._task(self.target, plan.recipe, mean, _origin_of_mean(plan.recipe.mean, mean))
+        mean = plan.setup.recipe.mean_for(self.target.name, self.pixels)
+        target = self._task(self.target, plan.setup.recipe, mean, _origin_of_mean(plan.setup.recipe.mean, mean))
         _decode([target.train, target.test], target.name, self.say)
         if self.source is None:
             return target, None
         options = {"train": self.source_images, "mean_of": self.mean_of}
-        source = self._task(self.source, plan.source_recipe, *self.source_mean, **options)
+        source = self._task(self.source, plan.setup.source_recipe, *self.source_mean, **options)
         _decode([source.test] + [source.train] * self.trains_source, source.name, self.say)
         return target, source
 
@@ -198,8 +198,8 @@ class Start:
     def anchors_origin(self):
         """Where the anchors come from, in words for the records: the recipe of a source model, or the name of a file."""
         if self.origin == "scratch":
-            return {"recipe": plain(self.plan.source_recipe.record())}
-        return {"weights": short_name(self.plan.weights)} if self.origin == "file" else {}
+            return {"recipe": plain(self.plan.setup.source_recipe.record())}
+        return {"weights": short_name(self.plan.setup.weights)} if self.origin == "file" else {}
 
     @property
     def backbone(self):
@@ -214,19 +214,18 @@ def outline(plan, *, say=print):
         InputError: bad data or weights.
         OSError: the workdir cannot be written.
     """
-    if plan.deterministic:
+    if plan.setup.deterministic:
         tf.config.experimental.enable_op_determinism()
-    plan.workdir.mkdir(parents=True, exist_ok=True)
-    pixels = zoo.pixels_of(None if plan.weights == "none" else plan.weights, plan.pixels)
-    places = {"protocol": plan.protocol, "data_dir": plan.data_dir, "cache_dir": plan.workdir / "cache"}
-    target = load_dataset(plan.target, per_class=plan.per_class, seed=plan.subset_seed, **places)
-    source = None if plan.source is None else load_dataset(plan.source, **places)
-    for dataset, recipe in ((target, plan.recipe), (source, plan.source_recipe)):
+    plan.setup.workdir.mkdir(parents=True, exist_ok=True)
+    pixels = zoo.pixels_of(None if plan.setup.weights == "none" else plan.setup.weights, plan.setup.pixels)
+    target = load_dataset(plan.setup.target, per_class=plan.setup.per_class, seed=plan.setup.subset_seed, **plan.setup.places)
+    source = None if plan.setup.source is None else load_dataset(plan.setup.source, **plan.setup.places)
+    for dataset, recipe in ((target, plan.setup.recipe), (source, plan.setup.source_recipe)):
         if dataset is not None:
             recipe.mean_for(dataset.name, pixels)  # raises where nobody tells it
             counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
             say(f"{dataset.name}: {counts}")
-    network = _network(plan, source)
+    network = _network(plan.setup, source)
     if source is not None:
         check_classes(network.output_shape[-1], source)
     return Outline(plan, target, source, pixels, network, say)
@@ -261,7 +260,7 @@ def prepare_start(plan, *, say=print, verbose=0, made=None, callbacks=()):
 
 
 def _backbone_name(plan, network):
-    return network.name if str(plan.weights).endswith(".keras") else plan.backbone
+    return network.name if plan.setup.is_whole_model else plan.setup.backbone
 
 
 def sample_order(split):
@@ -271,7 +270,8 @@ def sample_order(split):
 
 def _preparation(plan, recipe, pixels):
     """How a plan's images are prepared: a `Preprocessing`, and where and how strictly they are decoded."""
-    return recipe.images.with_pixels(pixels), {"skip_bad_images": plan.skip_bad_images, "cache_dir": plan.workdir / "cache"}
+    strictness = {"skip_bad_images": plan.setup.skip_bad_images, "cache_dir": plan.setup.workdir / "cache"}
+    return recipe.images.with_pixels(pixels), strictness
 
 
 def _decode(splits, name, say):
@@ -281,35 +281,31 @@ def _decode(splits, name, say):
         say(f"{name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
 
 
-def _shape(plan):
-    return {"image_size": plan.recipe.images.crop, "widths": plan.widths, "depths": plan.depths, "block": plan.block}
-
-
-def _network(plan, source):
+def _network(setup, source):
     """The pre-trained model, downloaded or read; with weights "none" that model with random weights."""
-    if plan.weights.endswith(".keras"):
-        return zoo.load_model(plan.weights)
-    classes = len(source.classes) if source is not None else zoo.head_classes(plan.weights) or 1000
-    if plan.weights == "none":
+    if setup.is_whole_model:
+        return zoo.load_model(setup.weights)
+    classes = len(source.classes) if source is not None else zoo.head_classes(setup.weights) or 1000
+    if setup.weights == "none":
         keras.utils.set_random_seed(0)
-    return zoo.backbone(plan.backbone, classes, weights=None if plan.weights == "none" else plan.weights, **_shape(plan))
+    return zoo.backbone(setup.backbone, classes, weights=None if setup.weights == "none" else setup.weights, **setup.shape)
 
 
 def _pretrained(made, source, say, verbose, callbacks):
     """The pre-trained model: trained from scratch, downloaded or read."""
     plan, model = made.plan, made.network
-    if plan.weights != "none":
+    if plan.setup.weights != "none":
         return model
     path, devices = made.trained_path, plan.devices
     if devices.chief_says(path.exists):  # perhaps since a moment ago, for another plan
         zoo.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
         return detached_copy(model)
-    say(f"source model: training {plan.backbone} from scratch, {plan.source_recipe.iterations} iterations")
+    say(f"source model: training {plan.setup.backbone} from scratch, {plan.setup.source_recipe.iterations} iterations")
     folder = path.parent
     options = {"run_dir": folder, "save": False, "checkpoint_every": plan.checkpoint_every, "verbose": verbose}
     options |= {"strategy": devices.strategy, "jit_compile": plan.jit_compile, "callbacks": callbacks}
-    run = train_source(model, source, plan.source_recipe, **options)
+    run = train_source(model, source, plan.setup.source_recipe, **options)
     if devices.is_chief:
         Anchors.of(model, {"pixels": source.pixels.plain()}).save(path)
         Checkpoints(folder / "checkpoints").remove()
@@ -326,7 +322,7 @@ def _stored_anchors(plan, pretrained, pixels):
     """
     anchors = Anchors.of(pretrained, {"pixels": pixels.plain()})
     seen = records.run_key(plain(pixels))
-    path = plan.workdir / "anchors" / f"{anchors.digest[:16]}-{seen}.safetensors"
+    path = plan.setup.workdir / "anchors" / f"{anchors.digest[:16]}-{seen}.safetensors"
     if path.exists():
         return Anchors.load(path), path
     if plan.devices.is_chief:
@@ -337,11 +333,11 @@ def _stored_anchors(plan, pretrained, pixels):
 def _source_accuracy(plan, pretrained, source, anchors):
     """The accuracy of the pre-trained model on the source's test images: measured once, then read."""
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.test.skipped), **_seen(source)}
-    key = records.run_key({**identity, "crops": plan.recipe.crops, "versions": versions(), "code": RESULTS_VERSION})
-    path = plan.workdir / "before" / f"{key}.json"
+    key = records.run_key({**identity, "crops": plan.setup.recipe.crops, "versions": versions(), "code": RESULTS_VERSION})
+    path = plan.setup.workdir / "before" / f"{key}.json"
     if plan.devices.chief_says(lambda: _is_measured(path)):
         return read_json(path, f"{path} is damaged")
-    before = evaluate(pretrained, source, crops=plan.recipe.crops)
+    before = evaluate(pretrained, source, crops=plan.setup.recipe.crops)
     if plan.devices.is_chief:
         write_text(path, json.dumps(before) + "\n")
     return before
@@ -356,7 +352,7 @@ def _is_measured(path):
 
 def exactness(plan):
     """Whether operations are deterministic, as a key has it: what was made without cannot stand for what was made with."""
-    return {"deterministic": True} if plan.deterministic else {}
+    return {"deterministic": True} if plan.setup.deterministic else {}
 
 
 def _seen(task):
@@ -389,14 +385,14 @@ def _doubt(before, source, origin):
 
 def _fisher(plan, pretrained, source, anchors, say, verbose):
     """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
-    f, train = plan.fisher, source.train
+    f, train = plan.setup.fisher, source.train
     order = sample_order(train.split)[: f.count(len(train.split))]
-    skipped = len(train.sample(order).skipped) if plan.skip_bad_images else 0
+    skipped = len(train.sample(order).skipped) if plan.setup.skip_bad_images else 0
     count = len(order) - skipped
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": skipped, "images": count}
     identity |= {"mode": f.mode, "samples": f.samples, "tolerance": f.tolerance, "batch": f.batch if f.tolerance else None}
     key = records.run_key({**identity, **_seen(source), "code": RESULTS_VERSION, **exactness(plan)})
-    path = plan.workdir / "fisher" / f"{key}.safetensors"
+    path = plan.setup.workdir / "fisher" / f"{key}.safetensors"
     devices = plan.devices
     if devices.chief_says(path.exists):
         say(f"Fisher diagonal: estimated before, read from {path}")

@@ -261,24 +261,25 @@ def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
         pairs = ["--source=a,b", "--weights=x.h5,y.h5", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
         train.FLAGS(["train.py", *pairs, "--learning_rate=0.02"])
         plans = train.plans_from_flags()
-        assert [(p.source, p.weights, p.target, p.per_class) for p in plans] == [
+        assert [(p.setup.source, p.setup.weights, p.setup.target, p.setup.per_class) for p in plans] == [
             (source, weights, "t", n) for source, weights in (("a", "x.h5"), ("b", "y.h5")) for n in (30, 60)
         ]
-        assert {(p.betas, p.frozen, p.learning_rates, p.folds) for p in plans} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
+        sweeps = [p.sweep for p in plans]
+        assert {(s.betas, s.frozen, s.learning_rates, s.folds) for s in sweeps} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
         train.FLAGS(["train.py", "--experiment=figure_3"])
         (first, *_) = train.plans_from_flags()
-        assert first.penalties == ("l2", "l2_sp") and first.folds == 5
+        assert first.sweep.penalties == ("l2", "l2_sp") and first.sweep.folds == 5
     with flagsaver.flagsaver():
         train.FLAGS(["train.py", "--experiment=table_2"])
         (plan,) = train.plans_from_flags()
-        assert (plan.source, plan.target, plan.per_class) == ("digits/source", "digits/target", 25)
+        assert (plan.setup.source, plan.setup.target, plan.setup.per_class) == ("digits/source", "digits/target", 25)
         assert plan.jit_compile == "auto"
         for text, value in (("on", True), ("off", False)):
             train.FLAGS(["train.py", f"--jit_compile={text}"])
             assert {p.jit_compile for p in train.plans_from_flags()} == {value}
         train.FLAGS(["train.py", "--experiment=figure_1"])
-        assert [len(p.betas) for p in train.plans_from_flags()] == [4]
-        assert plan.learning_rates == (0.005, 0.01, 0.02) and plan.fisher.transforms == (("normalise", None),)
+        assert [len(p.sweep.betas) for p in train.plans_from_flags()] == [4]
+        assert plan.sweep.learning_rates == (0.005, 0.01, 0.02) and plan.setup.fisher.transforms == (("normalise", None),)
     from l2sp_tf.experiments import plans
     from l2sp_tf.training import recipe
 

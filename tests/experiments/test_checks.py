@@ -1,6 +1,5 @@
 """What is told before anything is trained, and what a command that was stopped leaves."""
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -103,7 +102,7 @@ def test_a_stopped_command_knows_what_is_finished_and_where_the_others_are(tmp_p
     began = time.time() + 1000
     names = {"old": began - 500, "new": began + 5, "cut": began + 6, "bare": began + 7, "older": began - 600}
     for name, at in names.items():
-        folder = base.workdir / "runs" / name
+        folder = base.setup.workdir / "runs" / name
         folder.mkdir(parents=True)
         files = {"old": ["run.json"], "new": ["run.json"], "cut": ["checkpoints/step-0000000012/manifest.json"]}.get(name, [])
         files += ["checkpoints/step-0000000007/manifest.json"] if name in ("cut", "older") else ["config.toml"]
@@ -112,10 +111,10 @@ def test_a_stopped_command_knows_what_is_finished_and_where_the_others_are(tmp_p
             (folder / file).write_text("{}")
         for path in (*folder.rglob("*"), folder):
             os.utime(path, (at, at))
-    lines = kept([base, dataclasses.replace(base, seeds=(7,))], began)
+    lines = kept([base, base.replace(seeds=(7,))], began)
     assert lines == [
-        f"finished in {base.workdir}: 2 runs, of this command new",
+        f"finished in {base.setup.workdir}: 2 runs, of this command new",
         "under way: runs/bare, not saved yet, and begins anew",
         "under way: runs/cut, saved after step 12 of 200",
     ]
-    assert np.all([path.exists() for path in base.workdir.glob("runs/*")])
+    assert np.all([path.exists() for path in base.setup.workdir.glob("runs/*")])

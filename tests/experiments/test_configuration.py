@@ -67,24 +67,24 @@ def test_mistakes_are_told(values, message):
 
 def test_folds_of_an_experiment_are_5_unless_they_are_given():
     strengths = ["l2:1e-4", "l2_sp:0.1", "l2_sp_fisher:0.1"]
-    assert only(experiment="table_2").folds == 5 and only().folds == 0 and only(folds=3).folds == 3
+    assert only(experiment="table_2").sweep.folds == 5 and only().sweep.folds == 0 and only(folds=3).sweep.folds == 3
     made = only(experiment="table_2", folds=0, penalty=strengths)
-    assert made.folds == 0 and made.trials() == [] and len(list(made.runs())) == 3
-    assert made.learning_rates == () and only(experiment="table_2").learning_rates == (0.005, 0.01, 0.02)
+    assert made.sweep.folds == 0 and made.trials() == [] and len(list(made.runs())) == 3
+    assert made.sweep.learning_rates == () and only(experiment="table_2").sweep.learning_rates == (0.005, 0.01, 0.02)
 
 
 @pytest.mark.parametrize("folds", [0, 2])
 def test_the_fisher_diagonal_is_normalised_whatever_the_folds(folds):
     raw = {"fisher_transforms": ["none"]}
-    assert only(folds=folds).fisher.transforms == (("normalise", None),)
-    assert only(folds=folds, **raw).fisher.transforms == ()
-    clipped = only(folds=folds, fisher_transforms=["clip=2.5", "normalise"]).fisher
+    assert only(folds=folds).setup.fisher.transforms == (("normalise", None),)
+    assert only(folds=folds, **raw).setup.fisher.transforms == ()
+    clipped = only(folds=folds, fisher_transforms=["clip=2.5", "normalise"]).setup.fisher
     assert clipped.transforms == (("clip", 2.5), ("normalise", None))
 
 
 def test_the_exact_fisher_diagonal_takes_no_draws():
     values = {"penalty": ["l2_sp_fisher:1"], "fisher_mode": "exact", "fisher_samples": 4}
-    assert only(**values).fisher == only(**values | {"fisher_samples": 1}).fisher
+    assert only(**values).setup.fisher == only(**values | {"fisher_samples": 1}).setup.fisher
     assert ("fisher_samples", "the mode exact draws nothing") in unused(values, set(values), plans_of(values | {"seeds": ["0"]}))
     with pytest.raises(l2sp.InputError, match="fisher_samples is 4, but the mode exact draws nothing"):
         FisherPlan(mode="exact", samples=4)
@@ -92,13 +92,13 @@ def test_the_exact_fisher_diagonal_takes_no_draws():
 
 def test_numbers_of_the_recipe_that_flags_give():
     made = only(target=["t"], source=["s"], momentum=0.5, decay_at=7, log_every=3, blur_kernel=3, blur_sigma=["0.2", "1"])
-    recipe = made.recipe
+    recipe = made.setup.recipe
     assert (recipe.momentum, recipe.decay_at, recipe.log_every, recipe.images.blur_kernel) == (0.5, 7, 3, 3)
     assert recipe.images.blur_sigma == (0.2, 1.0)
     authors = {"target": ["t"], "source": ["s"], "protocol": "authors"}
-    assert only(**authors).recipe == Recipe.authors()
-    assert only(**authors, iterations=90).recipe.decay_step == 60
-    assert only(**authors, iterations=90, decay_at=50).recipe.decay_step == 50
+    assert only(**authors).setup.recipe == Recipe.authors()
+    assert only(**authors, iterations=90).setup.recipe.decay_step == 60
+    assert only(**authors, iterations=90, decay_at=50).setup.recipe.decay_step == 50
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_numbers_of_the_recipe_that_flags_give():
 def test_the_workdir_is_named_after_the_task(targets, expected):
     assert default_workdir(targets) == pathlib.Path("runs") / expected
     made = plans_of({"target": targets, "source": ["s"], "seeds": ["0"]})
-    assert {part.workdir for part in made} == {pathlib.Path("runs") / expected}
+    assert {part.setup.workdir for part in made} == {pathlib.Path("runs") / expected}
 
 
 def model_file(path, shape=(16, 16, 3), classes=4):
@@ -128,17 +128,17 @@ def model_file(path, shape=(16, 16, 3), classes=4):
 def test_the_crop_is_the_size_that_a_keras_file_takes(tmp_path):
     weights, task = [model_file(tmp_path / "m.keras", (128, 128, 3))], {"target": ["t"]}
     made = only(weights=weights, **task)
-    assert (made.recipe.images.crop, made.recipe.images.resize) == (128, 146)  # 256/224 of it
-    assert only(weights=weights, crop=96, **task).recipe.images.crop == 96  # which is refused before anything runs
-    images = only(weights=weights, resize=128, **task).recipe.images
+    assert (made.setup.recipe.images.crop, made.setup.recipe.images.resize) == (128, 146)  # 256/224 of it
+    assert only(weights=weights, crop=96, **task).setup.recipe.images.crop == 96  # which is refused before anything runs
+    images = only(weights=weights, resize=128, **task).setup.recipe.images
     assert (images.crop, images.resize) == (
         128,
         128,
     )
     free = [model_file(tmp_path / "free.keras", (None, None, 3))]
-    assert only(weights=free, **task).recipe.images.crop == 224
+    assert only(weights=free, **task).setup.recipe.images.crop == 224
     keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]).save(tmp_path / "s.keras")
-    assert only(weights=[str(tmp_path / "s.keras")], **task).recipe.images.crop == 32
+    assert only(weights=[str(tmp_path / "s.keras")], **task).setup.recipe.images.crop == 32
     with pytest.raises(l2sp.InputError, match="takes images of 16x20 pixels, but crops are square"):
         only(weights=[model_file(tmp_path / "wide.keras", (16, 20, 3))], **task)
 
@@ -148,8 +148,8 @@ def test_paths_with_commas_are_put_together_again_or_refused(tmp_path, monkeypat
     (tmp_path / "cats,dogs").mkdir()
     (tmp_path / "a,b.zip").write_bytes(b"")
     for target in ("cats,dogs", "a,b.zip/inner", "cats,dogs@30"):
-        assert only(target=target.split(","), source=["s"]).target == target.removesuffix("@30")
-    assert only(target=["cats,dogs"], source=["s"]).target == "cats,dogs"
+        assert only(target=target.split(","), source=["s"]).setup.target == target.removesuffix("@30")
+    assert only(target=["cats,dogs"], source=["s"]).setup.target == "cats,dogs"
     with pytest.raises(l2sp.InputError, match="but there is cats,dogs: write --target='\"cats,dogs\"'"):
         plans_of({**BASE, "target": ["x", "cats", "dogs"], "source": ["s"]})
     (tmp_path / "cats").mkdir()
@@ -216,10 +216,10 @@ def test_the_file_of_a_run_repeats_it(changes, setting):
     text = text_of(made, setting)
     (again,) = plans_of(tomllib.loads(text))
     runs = again.trials() if setting.fold is not None else list(again.runs())
-    assert setting in runs and len(runs) == (made.folds if setting.fold is not None else 1)
-    swept = {"beta": made.recipe.beta, "learning_rate": made.recipe.learning_rate}
-    again = dataclasses.replace(again, recipe=again.recipe.replace(**swept))
-    assert again.start_key() == made.start_key() and again.save_models == made.save_models
+    assert setting in runs and len(runs) == (made.sweep.folds if setting.fold is not None else 1)
+    swept = {"beta": made.setup.recipe.beta, "learning_rate": made.setup.recipe.learning_rate}
+    again = again.replace(recipe=again.setup.recipe.replace(**swept))
+    assert again.setup.key() == made.setup.key() and again.save_models == made.save_models
     assert (again.jit_compile, again.distribute, again.checkpoint_every) == (made.jit_compile, made.distribute, 500)
     assert "no flag says" not in text
 
@@ -234,7 +234,7 @@ def test_every_value_of_a_run_has_a_flag():
 
     recipe = Recipe(decay_at=5, log_every=2, batch_norm_decay=0.9)
     made = plan(per_class=3, subset_seed=1, data_dir="d", pixels="rgb", recipe=recipe)
-    made = dataclasses.replace(made, fisher=FisherPlan(images=4, tolerance=0.5))
+    made = made.replace(fisher=FisherPlan(images=4, tolerance=0.5))
     assert set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01))) <= set(flags_of("train.py"))
     named = {"alpha", "beta", "learning_rate", "images"}
     fields = {*IMAGES, *(field.name for field in dataclasses.fields(Recipe))}

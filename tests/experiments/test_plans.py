@@ -13,7 +13,7 @@ from l2sp_tf.training.recipe import Recipe
 def plan(**changes):
     given = {"penalties": ("l2", "l2_sp"), "alphas": (), "seeds": (0, 1), "source": "digits/source", "weights": "none"}
     paths = {"workdir": pathlib.Path("w"), "target": "digits/target", "backbone": "small"}
-    return Plan(**{**paths, **given, "recipe": Recipe(), "source_recipe": Recipe(), **changes})
+    return Plan.of(**{**paths, **given, "recipe": Recipe(), "source_recipe": Recipe(), **changes})
 
 
 def test_runs_are_the_product_in_order_and_each_once():
@@ -26,19 +26,19 @@ def test_runs_are_the_product_in_order_and_each_once():
 def test_a_penalty_has_its_own_strengths_and_the_others_share_alpha():
     made = plan(penalties=("l2", "l2_sp", "l1_sp"), alphas=(0.5,), strengths={"l2_sp": (0.1, 1.0)}, seeds=(0,))
     assert [(r.symbol, r.alpha) for r in made.runs()] == [("l2", 0.5), ("l2_sp", 0.1), ("l2_sp", 1.0), ("l1_sp", 0.5)]
-    assert made.start_key() == plan().start_key()
+    assert made.setup.key() == plan().setup.key()
     mixed = plan(strengths={"l2_sp": (7.0,)}, folds=2)
     assert [s.alpha for s in mixed.grid("l2_sp")] == [7.0] and len(mixed.grid("l2")) == 4
     for name, expected in (("table_2", {"l2_sp": (7.0,)}), ("figure_1", {})):
         (part,) = study(name, mixed)
-        assert part.strengths == expected and {s.alpha for s in part.grid("l2_sp")} == {7.0}
-    assert [part.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02,)))] == [(0.02,)]
-    assert [part.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02, 0.01)))] == [()]
+        assert part.sweep.strengths == expected and {s.alpha for s in part.grid("l2_sp")} == {7.0}
+    assert [part.sweep.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02,)))] == [(0.02,)]
+    assert [part.sweep.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02, 0.01)))] == [()]
 
 
 def test_the_fisher_diagonal_has_mean_1_whatever_else_is_asked_for():
     assert FisherPlan().transforms == (("normalise", None),)
-    assert {plan(folds=folds).fisher for folds in (0, 2)} == {FisherPlan()}
+    assert {plan(folds=folds).setup.fisher for folds in (0, 2)} == {FisherPlan()}
 
 
 def test_trials_are_every_setting_on_every_fold():
@@ -46,7 +46,7 @@ def test_trials_are_every_setting_on_every_fold():
     trials = made.trials()
     assert len(trials) == len(set(trials)) == 2 * 4 * 2 * 3
     assert {t.fold for t in trials} == {0, 1, 2} and all(t.seed == t.fold and t.frozen == 0 for t in trials)
-    chosen = {symbol: made.grid(symbol)[3] for symbol in made.penalties}
+    chosen = {symbol: made.grid(symbol)[3] for symbol in made.sweep.penalties}
     assert {(r.symbol, r.alpha, r.learning_rate) for r in made.runs(0, chosen)} == {("l2", 1e-4, 0.02), ("l2_sp", 0.01, 0.02)}
     assert plan().trials() == []
 
@@ -60,26 +60,26 @@ def test_frozen_units_are_spread_over_the_backbone():
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_asks_for_what_its_table_or_figure_shows(name):
     plans = study(name, plan(folds=5))
-    penalties = {symbol for part in plans for symbol in part.penalties}
+    penalties = {symbol for part in plans for symbol in part.sweep.penalties}
     expected = {"figure_1": {"l2_sp"}, "figure_3": {"l2", "l2_sp"}, "figure_2": set(PENALTIES), "all": set(PENALTIES)}
     assert penalties == expected.get(name, {"l2", "l2_sp", "l2_sp_fisher"})
-    assert any(part.frozen is None for part in plans) == (name in ("figure_3", "all"))
-    assert any(len(part.betas) > 1 for part in plans) == (name in ("figure_1", "all"))
-    assert len({part.start_key() for part in plans}) == 1
+    assert any(part.sweep.frozen is None for part in plans) == (name in ("figure_3", "all"))
+    assert any(len(part.sweep.betas) > 1 for part in plans) == (name in ("figure_1", "all"))
+    assert len({part.setup.key() for part in plans}) == 1
 
 
 def test_the_papers_five_runs_are_kept_and_figure_1_takes_one_seed():
     (table,) = study("table_2", plan(folds=5, seeds=(0, 1, 2, 3, 4)))
-    assert len(list(table.runs(0, {s: table.grid(s)[0] for s in table.penalties}))) == 15
+    assert len(list(table.runs(0, {s: table.grid(s)[0] for s in table.sweep.penalties}))) == 15
     (grid,) = study("figure_1", plan(folds=5))
     assert not grid.trials() and len(list(grid.runs())) == 4 * 4
 
 
 def test_what_a_run_starts_from_does_not_depend_on_the_grid():
-    assert plan(alphas=(1.0,), seeds=(3,), folds=2).start_key() == plan().start_key()
+    assert plan(alphas=(1.0,), seeds=(3,), folds=2).setup.key() == plan().setup.key()
     others = {"fisher": FisherPlan(mode="exact")}, {"recipe": Recipe().replace(crop=200)}
     for changes in ({"per_class": 3}, {"weights": "w.keras"}, *others):
-        assert plan(**changes).start_key() != plan().start_key()
+        assert plan(**changes).setup.key() != plan().setup.key()
 
 
 def test_mistakes_are_told():

@@ -60,9 +60,10 @@ def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
 
 def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(finished):
     made, found, _ = finished
-    folds = [records.read_record(path) for path in made.workdir.glob("folds/*/run.json")]
+    folds = [records.read_record(path) for path in made.setup.workdir.glob("folds/*/run.json")]
     scores = {
-        alpha: np.mean([r["results"]["accuracy"] for r in folds if r["settings"]["alpha"] == alpha]) for alpha in made.alphas
+        alpha: np.mean([r["results"]["accuracy"] for r in folds if r["settings"]["alpha"] == alpha])
+        for alpha in made.sweep.alphas
     }
     assert {r["settings"]["alpha"] for r in records.runs_of(found)} == {max(scores, key=scores.get)}
     (made,) = records.selections_of(found)
@@ -86,7 +87,7 @@ def test_a_record_holds_what_tables_and_figures_need(finished):
 @pytest.mark.slow
 def test_proximal_and_plain_runs_are_told_apart(tmp_path):
     made = tiny(tmp_path, penalties=("l1_sp",), alphas=(0.1,))
-    stepped = dataclasses.replace(made, recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
+    stepped = made.replace(recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
     found, said = run([made, stepped])
     assert "penalty_step" not in found[0]["settings"]["recipe"] and "frozen" not in found[0]["results"]
     assert found[1]["settings"]["recipe"]["penalty_step"] == "proximal" and found[1]["settings"]["recipe"]["solver"] == "adam"
@@ -100,15 +101,15 @@ def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
     made, found, _ = finished
     again, said = run([made])
     assert again == found and sum("already finished" in line for line in said) == 6
-    more = dataclasses.replace(made, alphas=(5.0,))
+    more = made.replace(alphas=(5.0,))
     nothing, said = run([more], dry_run=True)
-    assert nothing == [] and not list(made.workdir.glob("folds/l2_sp-5-*"))
+    assert nothing == [] and not list(made.setup.workdir.glob("folds/l2_sp-5-*"))
 
 
 def test_an_interrupted_experiment_goes_on(finished):
     made, found, _ = finished
     for pattern in ("folds/l2_sp-0.1-fold1-*/run.json", "runs/*/run.json"):
-        next(made.workdir.glob(pattern)).unlink()
+        next(made.setup.workdir.glob(pattern)).unlink()
     again, said = run([made])
     assert sum("already finished" in line for line in said) == 4
     assert [r["settings"] for r in records.runs_of(again)] == [r["settings"] for r in records.runs_of(found)]
@@ -118,7 +119,7 @@ def test_an_interrupted_experiment_goes_on(finished):
 def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
     made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
     shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
-    grid = dataclasses.replace(made, folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
+    grid = made.replace(folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
     first, _ = run([grid])
     assert not records.selections_of(first) and len(tables.table_2(first).rows) == 2
     found, said = run([made])
@@ -126,8 +127,8 @@ def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier
     chosen = records.selections_of(found)[0]["chosen"]["alpha"]
     (line,) = tables.table_2(records.read_records(tmp_path)).rows
     assert line[1].endswith("(2)")
-    other = next(alpha for alpha in made.alphas if alpha != chosen)
-    found, _ = run([dataclasses.replace(made, alphas=(other,))])
+    other = next(alpha for alpha in made.sweep.alphas if alpha != chosen)
+    found, _ = run([made.replace(alphas=(other,))])
     (made_last,) = records.selections_of(records.read_records(tmp_path))
     assert made_last["chosen"]["alpha"] == other and len(made_last["candidates"]) == 1
     (line,) = tables.table_2(records.read_records(tmp_path)).rows
@@ -146,7 +147,7 @@ def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, t
 
 def test_plans_that_share_runs_run_them_once(tmp_path):
     made = tiny(tmp_path)
-    found, said = run([made, dataclasses.replace(made, alphas=(0.1, 1.0))])
+    found, said = run([made, made.replace(alphas=(0.1, 1.0))])
     assert [r["settings"]["alpha"] for r in found] == [1.0, 0.1]  # 1 is the digits' own
     assert sum("source model: training" in line for line in said) == 1
 
@@ -178,7 +179,7 @@ def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and
 @pytest.mark.slow
 def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
-    monkeypatch.setattr(runner, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
+    monkeypatch.setattr(selection, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
     asked = tiny(tmp_path, folds=2, alphas=(0.1, 1.0))
     found, said = run([asked])
     (made,) = records.selections_of(found)
@@ -229,10 +230,10 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
 
 def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
     made, *_ = finished
-    whole = dataclasses.replace(made, folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
+    whole = made.replace(folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
     cut = dataclasses.replace(whole, workdir=tmp_path / "b")
     for part in (whole, cut):
-        shutil.copytree(made.workdir / "sources", part.workdir / "sources")
+        shutil.copytree(made.setup.workdir / "sources", part.setup.workdir / "sources")
     (expected,), _ = run([whole])
     save = Checkpoints.save
 

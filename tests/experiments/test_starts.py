@@ -189,17 +189,17 @@ def test_starts_are_prepared_once_and_held_no_longer_than_needed(folder, tmp_pat
     asked = [made(folder, tmp_path, per_class=n, seeds=(0, 1), alphas=(0.1,), frozen=(0,)) for n in (2, 3, 4, 5, 6)]
     prepared, held = [], []
     prepare = runner.prepare_start
-    monkeypatch.setattr(runner, "prepare_start", lambda plan, **o: prepared.append(plan.per_class) or prepare(plan, **o))
+    monkeypatch.setattr(runner, "prepare_start", lambda plan, **o: prepared.append(plan.setup.per_class) or prepare(plan, **o))
 
     def spied(start, *args):
-        held.append(sorted(start.plan.per_class for start in runner._STARTS.values()))
+        held.append(sorted(start.plan.setup.per_class for start in runner._STARTS.values()))
         return {}
 
     monkeypatch.setattr(runner, "_run", spied)
     runner.run_plans(asked, say=lambda line: None)
     assert prepared == [2, 3, 4, 5, 6] and not runner._STARTS
     assert held == [list(range(n, 7)) for n in (2, 3, 4, 5, 6) for _ in range(2)]
-    monkeypatch.setattr(runner, "prepare_start", lambda plan, **o: plan.per_class)
+    monkeypatch.setattr(runner, "prepare_start", lambda plan, **o: plan.setup.per_class)
     kept = []
     for n in (0, 0, 1, 0):  # as in a Ray worker, which knows of no jobs to come
         runner._start_of(asked[n], print, 0)

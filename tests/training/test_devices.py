@@ -5,7 +5,6 @@ replica would take them over its own share of the batch, and no two numbers of d
 """
 
 import csv
-import dataclasses
 import json
 import os
 import pathlib
@@ -206,14 +205,14 @@ def test_a_batch_that_replicas_cannot_share_is_refused(mirrored):
 def test_a_plan_is_told_at_start_what_cannot_be_distributed(mirrored, tmp_path, monkeypatch):
     made = small_plan(tmp_path, distribute="mirrored")
     with pytest.raises(InputError, match="batch_size is 15"):
-        run_plans([dataclasses.replace(made, recipe=made.recipe.replace(batch_size=15))])
+        run_plans([made.replace(recipe=made.setup.recipe.replace(batch_size=15))])
     with pytest.raises(InputError, match="On several replicas jit_compile fails"):
-        run_plans([dataclasses.replace(made, jit_compile=True)])
+        run_plans([made.replace(jit_compile=True)])
     monkeypatch.setattr("l2sp_tf.training.devices.make_strategy", lambda kind: None)
     with pytest.raises(InputError, match="distribute is multiworker and engine is ray"):
-        run_plans([dataclasses.replace(made, distribute="multiworker")], engine="ray")
+        run_plans([made.replace(distribute="multiworker")], engine="ray")
     monkeypatch.undo()
-    monkeypatch.setattr(type(made.recipe), "optimizer", lambda recipe: keras.optimizers.SGD(0.1, clipnorm=1.0))
+    monkeypatch.setattr(type(made.setup.recipe), "optimizer", lambda recipe: keras.optimizers.SGD(0.1, clipnorm=1.0))
     with pytest.raises(InputError, match="clipnorm clips each replica's share"):
         run_plans([made])
     assert not list(tmp_path.iterdir())
@@ -223,7 +222,7 @@ def test_a_plan_is_told_at_start_what_cannot_be_distributed(mirrored, tmp_path, 
 def test_a_plan_on_two_devices_leaves_the_record_of_one(mirrored, tmp_path):
     made = small_plan(tmp_path, distribute="mirrored")
     (record,), _ = run_plans([made])
-    (other,), said = run_plans([dataclasses.replace(made, distribute="none")])
+    (other,), said = run_plans([made.replace(distribute="none")])
     assert other == record and any("already finished" in line for line in said)  # how it is computed is no part of a run
 
 
