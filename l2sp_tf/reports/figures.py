@@ -11,13 +11,13 @@ from l2sp_tf import theory
 from l2sp_tf.experiments.records import run_key
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.writing import atomic_path, write_text
-from l2sp_tf.reports import tables
-from l2sp_tf.reports.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, frozen_text, labelled, notes_across, summary
+from l2sp_tf.reports import paper, tables
+from l2sp_tf.reports.summary import STATISTICS, STRENGTHS, by_place, chosen, frozen_text, labelled, notes_across, summary
 
 matplotlib.use("Agg")
 from matplotlib import patheffects, pyplot
 
-COLORS = dict(zip(LABELS, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
+COLORS = dict(zip(paper.PENALTIES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
 BOX = ("whislo", "q1", "med", "q3", "whishi")
 MOST_BOXES = 12
 # An example for appendix A: J is about 10 times as curved across its valley as along it.
@@ -82,7 +82,7 @@ def figure_1(records):
     rows = [row for row in summary(records) if row["penalty"] == "l2_sp" and not row["frozen"]]
     grids = collections.defaultdict(list)
     for row in labelled(rows, shown=STRENGTHS[:2]):
-        grids[_name((row["title"], row["origin"])) + row["label"].removeprefix(LABELS["l2_sp"])].append(row)
+        grids[_name((row["title"], row["origin"])) + row["label"].removeprefix(paper.PENALTIES["l2_sp"])].append(row)
     grids = {name: rows for name, rows in grids.items() if len(rows) > 1}
     _check(grids, "Fig. 1", "L2-SP with several --alpha and --beta")
     drawing, axes = _panels(1, len(grids), width=5)
@@ -112,7 +112,9 @@ def figure_2(records):
     rows = labelled(chosen(summary(records)))
     _check(rows, "Fig. 2", "some penalties with --frozen=0")
     titles, sources = (sorted({row[name] for row in rows}) for name in ("title", "origin"))
-    labels = list(dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: list(LABELS).index(row["penalty"]))))
+    labels = list(
+        dict.fromkeys(row["label"] for row in sorted(rows, key=lambda row: list(paper.PENALTIES).index(row["penalty"])))
+    )
     drawing, axes = _panels(1, len(titles), width=1.5 + 0.8 * len(labels))
     for panel, name in zip(axes[0], titles, strict=True):
         for number, source in enumerate(sources):

@@ -7,17 +7,9 @@ import statistics
 from l2sp_tf.experiments.records import CHOICE, diverged, identity, is_chosen, question, runs_of, selections_of
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.provenance import RESULTS_VERSION
+from l2sp_tf.reports import paper
 
-LABELS = {
-    "l2": "L2",
-    "l2_sp": "L2-SP",
-    "l2_sp_fisher": "L2-SP-Fisher",
-    "l1_sp": "L1-SP",
-    "gl_sp": "GL-SP",
-    "gl_sp_fisher": "GL-SP-Fisher",
-}
 STATISTICS = {"target_statistics": "fine-tuned statistics", "source_statistics": "source statistics"}
-PAPER_NAMES = {"mit_indoors67": "MIT Indoors 67", "stanford_dogs": "Stanford Dogs 120", "caltech256": "Caltech 256"}
 STRENGTHS = ("alpha", "beta", "recipe.learning_rate")
 TARGET = ("target", "per_class", "subset_seed", "protocol", "skipped", "target_digest")
 SOURCE = ("source", "source_digest")
@@ -61,8 +53,10 @@ def summary(records):
     repeated = collections.Counter()
     for record in runs_of(records):
         penalty = record["settings"]["penalty"]
-        if penalty not in LABELS:
-            raise InputError(f"A record has the penalty {penalty[:100]!r}: remove it, or give one of {', '.join(LABELS)}.")
+        if penalty not in paper.PENALTIES:
+            raise InputError(
+                f"A record has the penalty {penalty[:100]!r}: remove it, or give one of {', '.join(paper.PENALTIES)}."
+            )
         key, seed = _key(identity(record["settings"])), record["settings"]["seed"]
         repeated[key] += seed in groups[key]
         groups[key].setdefault(seed, record)  # a copy of a run is no run of its own
@@ -77,7 +71,7 @@ def summary(records):
 def _order(row):
     """By this the rows of a table are sorted."""
     own = [row[name] for name in ("name", "frozen", "alpha", "beta")]
-    return (*place(row)[::-1], list(LABELS).index(row["penalty"]), *own, _key(row["identity"]))
+    return (*place(row)[::-1], list(paper.PENALTIES).index(row["penalty"]), *own, _key(row["identity"]))
 
 
 def _row(found, selections):
@@ -86,7 +80,11 @@ def _row(found, selections):
     finished = [record["results"] for record in found if not diverged(record)]
     row = {name: settings[name] for name in ("source", "target", "penalty", "alpha", "beta")}
     row |= {"identity": identity(settings), "records": found, "frozen": settings.get("frozen", 0)}
-    row |= {"runs": len(finished), "diverged": len(found) - len(finished), "name": LABELS[row["penalty"]] + variant(settings)}
+    row |= {
+        "runs": len(finished),
+        "diverged": len(found) - len(finished),
+        "name": paper.PENALTIES[row["penalty"]] + variant(settings),
+    }
     about = [answer for selection in selections if (answer := is_chosen(selection, settings)) is not None]
     # records of the first format say themselves that they were chosen
     row["selected"] = any(about) if about else any("selection" in record for record in found)
@@ -108,7 +106,7 @@ def variant(settings):
 
 def title(settings):
     """What to call a target: the paper's name of its data set, with the training images a class where they were limited."""
-    name, per_class = PAPER_NAMES.get(settings["target"], settings["target"]), settings.get("per_class")
+    name, per_class = paper.DATA_SETS.get(settings["target"], settings["target"]), settings.get("per_class")
     return f"{name} - {per_class}" if per_class is not None else name
 
 
@@ -284,7 +282,7 @@ def notes(rows, records):
             each = "; ".join(f"{digest:.8}: {', '.join(dict.fromkeys(labels))}" for digest, labels in models.items())
             found.append(f"The runs on {where} do not start from one pre-trained model. By its digest, {each}.")
     for selection in selections_of(records):
-        name = f"{LABELS[selection['question']['penalty']]} on {title(selection['question'])}"
+        name = f"{paper.PENALTIES[selection['question']['penalty']]} on {title(selection['question'])}"
         if selection["chosen"] is None:
             found.append(f"Every setting of {name} diverged in cross-validation, so that none was run on all training images.")
         elif selection.get("edges"):

@@ -7,29 +7,9 @@ import numpy as np
 from l2sp_tf.experiments.records import diverged, run_key
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.table import Table
+from l2sp_tf.reports import paper
 from l2sp_tf.reports.significance import holm, permutation_test, worst_beats_best
-from l2sp_tf.reports.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, notes_across, place, summary
-
-# The paper's numbers for its data sets: Table 2 (mean, standard deviation of 5 runs) and Table 3 (accuracy lost).
-PAPER_TABLE_2 = {
-    "MIT Indoors 67": {"l2": (79.6, 0.5), "l2_sp": (84.2, 0.3), "l2_sp_fisher": (84.0, 0.4)},
-    "Stanford Dogs 120": {"l2": (81.4, 0.2), "l2_sp": (85.1, 0.2), "l2_sp_fisher": (85.1, 0.2)},
-    "Caltech 256 - 30": {"l2": (83.5, 0.3), "l2_sp": (85.7, 0.1), "l2_sp_fisher": (85.7, 0.1)},
-    "Caltech 256 - 60": {"l2": (88.2, 0.2), "l2_sp": (89.6, 0.1), "l2_sp_fisher": (89.6, 0.1)},
-}
-PAPER_TABLE_3 = {
-    "MIT Indoors 67": {"l2": 24.1, "l2_sp": 5.3, "l2_sp_fisher": 4.9},
-    "Stanford Dogs 120": {"l2": 14.1, "l2_sp": 4.7, "l2_sp_fisher": 4.2},
-    "Caltech 256 - 30": {"l2": 18.2, "l2_sp": 3.6, "l2_sp_fisher": 3.0},
-    "Caltech 256 - 60": {"l2": 21.8, "l2_sp": 3.4, "l2_sp_fisher": 2.8},
-}
-# The paper's Table 1: database, task category, training and test images a class, classes.
-PAPER_TABLE_1 = {
-    "caltech256/30": ("Caltech 256 - 30", "generic object recog.", "30", "> 20", 257),
-    "caltech256/60": ("Caltech 256 - 60", "generic object recog.", "60", "> 20", 257),
-    "stanford_dogs": ("Stanford Dogs 120", "specific object recog.", "100", "~ 72", 120),
-    "mit_indoors67": ("MIT Indoors 67", "scene classification", "80", "20", 67),
-}
+from l2sp_tf.reports.summary import STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, notes_across, place, summary
 
 
 def overview(records):
@@ -76,14 +56,14 @@ def table_1(rows):
     columns = ("database", "task category", "classes (paper)", "training a class (paper)", "test a class (paper)")
     lines = []
     for row in rows:
-        name, task, train, test, classes = PAPER_TABLE_1[row["name"]]
+        name, task, train, test, classes = paper.TABLE_1[row["name"]]
         found = ["-"] * 5
         if "missing" not in row:
             a_class = ["-".join(str(n) for n in sorted(set(row[key]))) for key in ("train_per_class", "test_per_class")]
             found = [row["classes"], *a_class, f"{row['train']:,}", f"{row['test']:,}"]
-        cells = [f"{ours} ({paper})" for ours, paper in zip(found[:3], (classes, train, test), strict=True)]
+        cells = [f"{ours} ({theirs})" for ours, theirs in zip(found[:3], (classes, train, test), strict=True)]
         lines.append((name, task, *cells, *found[3:]))
-    notes = [f"{PAPER_TABLE_1[row['name']][0]}: {row['missing']}" for row in rows if "missing" in row]
+    notes = [f"{paper.TABLE_1[row['name']][0]}: {row['missing']}" for row in rows if "missing" in row]
     return Table((*columns, "training", "test"), lines, "\n".join(notes))
 
 
@@ -93,17 +73,17 @@ def table_2(records):
     Raises:
         InputError: no record is without frozen layers, or two rows would look alike.
     """
-    rows = sorted(_rows_of_a_table(records), key=lambda row: list(LABELS).index(row["penalty"]))
+    rows = sorted(_rows_of_a_table(records), key=lambda row: list(paper.PENALTIES).index(row["penalty"]))
     places = list(by_place(rows))
     cells = {label: {} for label in dict.fromkeys(row["label"] for row in rows)}
     for row in rows:
         cells[row["label"]][place(row)] = _show(row["target_accuracy"], _count(row))
     columns = ["penalty"] + [f"{target} (from {source})" for target, source in places]
     lines = [(label, *(line.get(name, "-") for name in places)) for label, line in cells.items()]
-    if any(name in PAPER_TABLE_2 for name, _ in places):
+    if any(name in paper.TABLE_2 for name, _ in places):
         for symbol in ("l2", "l2_sp", "l2_sp_fisher"):
-            found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in places)
-            lines.append((f"{LABELS[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
+            found = (paper.TABLE_2.get(name, {}).get(symbol) for name, _ in places)
+            lines.append((f"{paper.PENALTIES[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
     text = "Test accuracy in percent, mean ± standard deviation (number of runs)."
     told = [text, *notes_across(rows), *notes(rows, records)]
     return Table(tuple(columns), lines, "\n\n".join(told))
@@ -179,7 +159,7 @@ def table_3(records):
     rows = [row for row in rows if place(row) in measured and ("before" in row or row["diverged"])]
     if not rows:
         raise InputError("No run has measured its source task: run train.py with --source.")
-    rows.sort(key=lambda row: list(LABELS).index(row["penalty"]))
+    rows.sort(key=lambda row: list(paper.PENALTIES).index(row["penalty"]))
     labels = {row["label"]: row["penalty"] for row in rows}
     lines = []
     for (target, source), here in by_place(rows).items():
@@ -187,9 +167,9 @@ def table_3(records):
         for name, reading in STATISTICS.items():
             cells = {row["label"]: _drop(row, name) for row in here}
             lines.append((target, source, reading, ", ".join(befores), *(cells.get(label, "-") for label in labels)))
-        if target in PAPER_TABLE_3:
-            paper = {symbol: str(drop) for symbol, drop in PAPER_TABLE_3[target].items()}
-            lines.append((target, "-", "paper", "-", *(paper.pop(symbol, "-") for symbol in labels.values())))
+        if target in paper.TABLE_3:
+            drops = {symbol: str(drop) for symbol, drop in paper.TABLE_3[target].items()}
+            lines.append((target, "-", "paper", "-", *(drops.pop(symbol, "-") for symbol in labels.values())))
     text = (
         "Percentage points lost on the source task after fine-tuning, mean ± standard deviation over runs: the fine-tuned "
         "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given."

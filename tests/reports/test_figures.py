@@ -8,8 +8,7 @@ from test_tables import RECORDS, runs
 
 import l2sp_tf as l2sp
 from l2sp_tf import theory
-from l2sp_tf.reports import figures
-from l2sp_tf.reports.summary import LABELS
+from l2sp_tf.reports import figures, paper
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +108,7 @@ def test_equal_records_give_equal_files(tmp_path):
 
 
 def test_every_penalty_has_a_colour():
-    assert set(figures.COLORS) == set(LABELS)
+    assert set(figures.COLORS) == set(paper.PENALTIES)
 
 
 def test_the_figure_of_appendix_a_draws_both_paths_over_the_objective():
