@@ -1,5 +1,6 @@
 """Figures: what is drawn where, from records alone."""
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot
@@ -9,12 +10,6 @@ from test_tables import RECORDS, runs
 import l2sp_tf as l2sp
 from l2sp_tf import theory
 from l2sp_tf.reports import figures, paper
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    pyplot.close("all")
 
 
 def box(median):
@@ -64,6 +59,17 @@ def test_fig_3_is_a_line_over_frozen_units_and_a_dashed_one_for_none():
     assert labels(panel) == ["L2, nothing frozen", "L2"]
 
 
+def test_fig_3_distinguishes_lines_that_have_no_n_in_common():
+    found = [made for n, weights in ((1, "a"), (2, "b")) for made in runs("l2", [0.5], frozen=n, anchors=weights)]
+    assert labels(figures.figure_3(found).axes[0]) == ["L2, anchors a", "L2, anchors b"]
+
+
+def test_figures_leave_pyplot_alone():
+    backend = matplotlib.rcParams["backend"]
+    figures.overview(RECORDS), figures.figure_path()
+    assert pyplot.get_fignums() == [] and matplotlib.rcParams["backend"] == backend
+
+
 def test_fig_4_has_a_box_for_each_layer_and_penalty_of_the_lowest_seed():
     found = runs("l2", [0.5, 0.6]) + runs("l2_sp", [0.7])
     for made in found:
@@ -88,6 +94,11 @@ def test_without_runs_a_figure_says_what_to_run():
             draw(RECORDS)
     with pytest.raises(l2sp.InputError, match="--frozen=0"):
         figures.figure_2(runs("l2", [0.5], frozen=1))
+
+
+def test_strengths_that_read_alike_are_not_drawn():
+    with pytest.raises(l2sp.InputError, match="Two values of alpha would read alike"):
+        figures.figure_1(runs("l2_sp", [0.5], alpha=0.1) + runs("l2_sp", [0.6], alpha=0.1 + 1e-9))
 
 
 def test_the_summary_is_written_in_four_formats(tmp_path):

@@ -6,7 +6,6 @@ import functools
 import io
 
 import pytest
-from matplotlib import pyplot
 from test_records import record
 
 import l2sp_tf as l2sp
@@ -14,7 +13,8 @@ from l2sp_tf.experiments import records
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.reports import figures, tables
-from l2sp_tf.reports.summary import by_place, chosen, labelled, summary
+from l2sp_tf.reports.labels import by_place, labelled
+from l2sp_tf.reports.summary import chosen, summary
 from l2sp_tf.training.recipe import Recipe
 
 BASE = {
@@ -41,12 +41,6 @@ BASE = {
     "recipe": plain(Recipe.digits().replace(blur="gaussian").record()) | {"solver": "sgd", "penalty_step": "gradient"},
 }
 SAME = {("recipe", "alpha"), ("recipe", "log_every")}  # no result depends on them
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    pyplot.close("all")
 
 
 def leaves(settings, path=()):
