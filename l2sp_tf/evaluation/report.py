@@ -204,11 +204,13 @@ def pretrained_of(model, anchors):
     pairs = _matched(weights, anchors)
     assign(copy, {key: anchors[other] for key, other in pairs.items()})
     new = weights.keys() - pairs.keys()
-    left = {key.rpartition("/")[2]: anchors[key] for key in anchors if key not in pairs.values()}
+    unused = [key for key in anchors if key not in pairs.values()]
+    left = {key.rpartition("/")[2]: anchors[key] for key in unused}
     if not new and not left:
         return copy
     head = next((weights[key].layer for key in new), None)
-    if not isinstance(head, keras.layers.Dense) or new != set(head_of(copy).keys) or not _fits(head, left):
+    is_head = isinstance(head, keras.layers.Dense) and new == set(head_of(copy).keys)
+    if not is_head or len(left) < len(unused) or not _fits(head, left):
         raise InputError(
             f"The pre-trained classifier cannot be had from {model.name!r} and its anchors, which differ in more than one last "
             "Dense layer: give the model that it started from, too."

@@ -100,6 +100,16 @@ def test_a_start_that_cannot_be_rebuilt_is_asked_for(small_network):
     assert l2sp.retention_report(model, anchors, source=batches(), pretrained=pretrained).accuracies["before"]["total"] == 10
 
 
+def test_a_start_of_two_last_layers_is_not_rebuilt_with_one():
+    inputs = keras.Input((4,))
+    features = keras.layers.Dense(4, name="stem")(inputs)
+    x = keras.layers.Dense(4, use_bias=False, name="first")(features)
+    pretrained = keras.Model(inputs, keras.layers.Dense(3, use_bias=False, name="second")(x))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="new_head")(features))
+    with pytest.raises(l2sp.InputError, match="more than one last Dense layer"):
+        pretrained_of(model, l2sp.Anchors.of(pretrained))
+
+
 def test_accuracies_and_r2_are_those_of_the_library(small_network):
     pretrained = small_network()
     model = moved_copy(pretrained)
