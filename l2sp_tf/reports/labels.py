@@ -123,17 +123,24 @@ def lines(rows, along):
 
     Args:
         rows: of `summary`.
-        along: names of these settings.
+        along: names of these settings. The recipe's own values for them may differ too.
 
     Returns:
         A list of rows for `labelled`, one for each line: its last row, whose identity lacks these settings, and whose
         "points" are all rows of the line, in their order.
+
+    Raises:
+        InputError: two rows of a line would look alike.
     """
-    found = collections.defaultdict(list)
+    found, left_out = {}, {*along, *(f"recipe.{name}" for name in along)}
     for row in rows:
-        shared = {name: value for name, value in row["identity"].items() if name not in along}
-        found[key(shared)].append((row, shared))
-    return [{**pairs[-1][0], "identity": pairs[-1][1], "points": [row for row, _ in pairs]} for pairs in found.values()]
+        shared = {name: value for name, value in row["identity"].items() if name not in left_out}
+        points = found[key(shared)]["points"] if key(shared) in found else []
+        found[key(shared)] = row | {"identity": shared, "points": [*points, row]}
+    for line in found.values():
+        cells = [tuple(_phrase(name, row["identity"].get(name)) for name in along) for row in line["points"]]
+        _check_different(cells, place(line))
+    return list(found.values())
 
 
 def differences(rows):

@@ -1,4 +1,4 @@
-"""R² of activations against NumPy's correlations of stored activations."""
+"""Checks R² of activations against NumPy's correlations of stored activations."""
 
 import keras
 import numpy as np

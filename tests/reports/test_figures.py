@@ -1,4 +1,4 @@
-"""Figures: what is drawn where, from records alone."""
+"""Checks what each figure draws where, from records alone."""
 
 import matplotlib
 import numpy as np
@@ -51,7 +51,7 @@ def test_fig_2_has_a_panel_for_each_target_and_a_colour_for_each_source():
 
 def test_fig_3_is_a_line_over_frozen_units_and_a_dashed_one_for_none():
     found = [made for n in (1, 2) for made in runs("l2", [0.5 + 0.1 * n, 0.7 + 0.1 * n], frozen=n)]
-    found += runs("l2", [0.4]) + runs("l2", [0.9], alpha=7.0)  # the second is of another strength, and not drawn
+    found += runs("l2", [0.4]) + runs("l2", [0.9], alpha=7.0)  # the second has another strength and is not drawn
     panel = figures.figure_3(found).axes[0]
     solid, dashed = (line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_linestyle() in ("-", "--"))
     assert list(solid.get_xdata()) == [1, 2] and list(solid.get_ydata()) == pytest.approx([70, 80])
@@ -96,9 +96,12 @@ def test_without_runs_a_figure_says_what_to_run():
         figures.figure_2(runs("l2", [0.5], frozen=1))
 
 
-def test_strengths_that_read_alike_are_not_drawn():
-    with pytest.raises(l2sp.InputError, match="Two values of alpha would read alike"):
-        figures.figure_1(runs("l2_sp", [0.5], alpha=0.1) + runs("l2_sp", [0.6], alpha=0.1 + 1e-9))
+def test_two_rows_are_never_one_cell():
+    grid = runs("l2_sp", [0.5], alpha=0.1, recipe={"beta": 0.01}) + runs("l2_sp", [0.7], alpha=1.0, recipe={"beta": 0.02})
+    assert [text.get_text() for text in figures.figure_1(grid).axes[0].texts] == ["50.0", "70.0"]
+    for other in ({"alpha": 0.1 + 1e-9, "recipe": {"beta": 0.01}}, {"alpha": 0.1, "recipe": {"beta": 0.02}}):
+        with pytest.raises(l2sp.InputError, match="2 rows of t .* would all read 'alpha 0.1, beta 0.01'"):
+            figures.figure_1([*grid, *runs("l2_sp", [0.6], **other)])
 
 
 def test_the_summary_is_written_in_four_formats(tmp_path):
