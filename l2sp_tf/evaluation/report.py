@@ -212,8 +212,8 @@ def pretrained_of(model, anchors):
     is_head = isinstance(head, keras.layers.Dense) and new == set(head_of(copy).keys)
     if not is_head or len(left) < len(unused) or not _fits(head, left):
         raise InputError(
-            f"The pre-trained classifier cannot be had from {model.name!r} and its anchors, which differ in more than one last "
-            "Dense layer: give the model that it started from, too."
+            f"The pre-trained classifier cannot be rebuilt from {model.name!r} and its anchors, which differ in more than one "
+            "last Dense layer: give the model that it started from, too."
         )
     left["kernel"] = left["kernel"].reshape(-1, left["kernel"].shape[-1])
     old = keras.layers.Dense(left["kernel"].shape[1], use_bias="bias" in left, name="pretrained_head")

@@ -171,7 +171,7 @@ def figure_4(records):
     """
     rows = [row for row in labelled(chosen(summary(records))) if _lowest_with_r2(row)]
     places = by_place(rows)
-    _check(places, "Fig. 4", "a backbone whose units can be told")
+    _check(places, "Fig. 4", "a backbone whose units are known")
     drawing, axes = _panels(len(places), 1, width=9)
     for (panel,), (where, here) in zip(axes, places.items(), strict=True):
         for number, row in enumerate(here):
