@@ -3,26 +3,26 @@
 import keras
 import numpy as np
 import tensorflow as tf
+from matplotlib.cbook import boxplot_stats
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.units import graph_of, nodes_of, units
 
-BOX = ("whislo", "q1", "med", "q3", "whishi")
+BOX = ("whislo", "q1", "med", "q3", "whishi")  # the names that `matplotlib.axes.Axes.bxp` takes
 
 
 def activation_r2(finetuned, pretrained, images, *, layers=None):
-    """R² of each feature's activations after fine-tuning with respect to those before (Fig. 4).
+    """Measures R² between each feature's activations before and after fine-tuning (Fig. 4).
 
-    R² = cov(a, b)² / (var(a) var(b)), the share of a feature's variance that a linear function of
-    its pre-trained self explains; a runs over all images and positions. Sums are streamed in float64, and
-    no activation is stored.
+    R² = cov(a, b)² / (var(a) var(b)), over all images and positions: the share of a feature's variance that a linear
+    function of its pre-trained self explains. The sums are streamed in float64; no activation is stored.
 
     Args:
-        finetuned, pretrained: two functional models with layers of the same names and shapes, also in nested models.
-        images: an iterable of float32 [b, h, w, c], or of tuples that begin with them, which is
-            read once.
-        layers: names of the layers to compare; by default the last layer of each of the `units.units`: of the first
-            convolution and of each block.
+        finetuned, pretrained: two functional models. The compared layers have the same names and shapes in both; they may
+            lie in nested models.
+        images: an iterable of float32 [b, h, w, c], or of tuples that begin with them. It is read once.
+        layers: the names of the layers to compare; by default the last layer of each unit (`units.units`): the first
+            convolution and each block.
 
     Returns:
         A dict from layer to float64 [channels]; NaN for a feature that is constant in either model.
@@ -45,7 +45,7 @@ def activation_r2(finetuned, pretrained, images, *, layers=None):
 
 
 def box(values):
-    """What a box plot shows of R² values: quartiles, and whiskers that end at the outermost values within 1.5 boxes.
+    """Computes the box of a box plot of R² values: quartiles, and whiskers of at most 1.5 times the box.
 
     Args:
         values: [n], NaN for undefined ones.
@@ -56,26 +56,23 @@ def box(values):
     """
     values = np.asarray(values, np.float64)
     defined = values[~np.isnan(values)]
-    counts = {"features": len(values), "undefined": len(values) - len(defined)}
-    if not len(defined):
-        return {**dict.fromkeys(BOX), **counts}
-    q1, med, q3 = np.percentile(defined, [25, 50, 75])
-    inside = defined[(defined >= q1 - 1.5 * (q3 - q1)) & (defined <= q3 + 1.5 * (q3 - q1))]
-    return {**{name: float(v) for name, v in zip(BOX, (inside.min(), q1, med, q3, inside.max()), strict=True)}, **counts}
+    (stats,) = boxplot_stats(defined)
+    drawn = {name: float(stats[name]) if defined.size else None for name in BOX}
+    return {**drawn, "features": values.size, "undefined": values.size - defined.size}
 
 
 def _features(model, layers):
-    """The model as a function of images that returns the outputs of the layers, in inference mode."""
+    """Makes a function of images that returns the outputs of the layers in inference mode."""
     known = _outputs(model, set(layers))
     missing = [name for name in layers if name not in known]
     if missing:
         raise InputError(f"The model {model.name!r} has no layer {missing[0]!r}: give layers that both models have.")
     inner = keras.Model(model.inputs[0], [known[name] for name in layers])
-    return lambda x: tf.nest.flatten(inner(x, training=False))  # Keras gives a single output bare
+    return lambda x: tf.nest.flatten(inner(x, training=False))  # Keras returns a single output without a list
 
 
 def _outputs(model, names):
-    """The symbolic output of each layer of these names in a functional model, or in one nested in it, by name."""
+    """Finds the symbolic outputs of the layers of these names in a functional model and the models nested in it, by name."""
     found = {}
     for node in nodes_of(graph_of(model)):
         layer = node.operation
@@ -92,8 +89,8 @@ def _flat(a):
 
 
 def _moments(extract, x):
-    """A traced function of images: for each layer n, sum a, sum b, sum a², sum b² and sum ab, float64 [6, channels]."""
-    # sums about the first batch's means lose no digits to large means
+    """Traces a function of images: for each layer n, sum a, sum b, sum a², sum b² and sum ab, float64 [6, channels]."""
+    # subtracts the means of the first batch, so that large means cost no digits
     shifts = [[tf.reduce_mean(_flat(a), 0) for a in features(x)] for features in extract]
 
     def moments(x):
@@ -107,9 +104,10 @@ def _moments(extract, x):
 
 
 def _r2(sums):
+    """Computes R² [channels] from the sums of `_moments`."""
     n, a, b, aa, bb, ab = sums
     variance_a, variance_b = aa - a * a / n, bb - b * b / n
-    # what is left of a constant's variance by rounding is no variance
+    # rounding leaves a constant a little variance
     varies = (variance_a > 1e-12 * (aa + n * 1e-12)) & (variance_b > 1e-12 * (bb + n * 1e-12))
     covariance = ab - a * b / n
     product = np.where(varies, variance_a * variance_b, np.nan)

@@ -1,5 +1,6 @@
-"""What one fine-tuned model kept of its pre-training: distances and R² by layer, and the accuracy on the source task."""
+"""What a fine-tuned model kept of its pre-training: distances and R² by layer, and the accuracy on the source task."""
 
+import collections
 import dataclasses
 import math
 
@@ -27,11 +28,11 @@ R2_BATCH = 16  # the outputs of all compared layers are in memory at once
 
 @dataclasses.dataclass(frozen=True)
 class LayerDistance:
-    """How far one layer moved: over its weights, with biases, gamma and beta, but not the statistics of batch norm.
+    """How far one layer moved. Counts its kernel, biases, gamma and beta, but not the statistics of batch norm.
 
     Attributes:
-        layer: its key.
-        numbers: how many.
+        layer: the key of the layer.
+        numbers: how many numbers its weights have.
         distance: ||w - w0||.
         norm: ||w0||.
     """
@@ -43,17 +44,17 @@ class LayerDistance:
 
     @property
     def relative(self):
-        """||w - w0|| / ||w0||; None where w0 = 0."""
+        """||w - w0|| / ||w0||; None if w0 = 0."""
         return self.distance / self.norm if self.norm else None
 
 
 @dataclasses.dataclass(frozen=True)
 class RetentionReport:
-    """What a fine-tuned model kept; `save` writes it as a page, `log` for TensorBoard.
+    """What a fine-tuned model kept. `save` writes it as a page, `log` for TensorBoard.
 
     Attributes:
-        title: the model's name, or the run's.
-        facts: a dict of what else is known about the run, words by label.
+        title: the name of the model or the run.
+        facts: a dict from label to text: what else is known about the run.
         layers: a list of `LayerDistance`, from the input to the output.
         new: the keys of weights without an anchor, such as the new head's.
         accuracies: what `retention` returns, or None without source images.
@@ -88,20 +89,20 @@ class RetentionReport:
         return self.distance / (math.sqrt(sum(layer.norm**2 for layer in self.layers)) or math.nan)
 
     def most_moved(self, count=5):
-        """The layers that moved, by relative distance, the largest first and NaN before."""
+        """Returns the layers that moved, sorted by relative distance: NaN first, then the largest."""
         moved = [layer for layer in self.layers if layer.relative]
         return sorted(moved, key=lambda x: math.inf if math.isnan(x.relative) else x.relative, reverse=True)[:count]
 
     def html(self):
-        """The page that `save` writes."""
+        """Returns the page that `save` writes."""
         return report_page.page(self)
 
     def markdown(self):
-        """The distances by layer as a Markdown table."""
+        """Returns the distances by layer as a Markdown table."""
         return report_page.markdown(self)
 
     def save(self, path):
-        """Writes one HTML page that needs no other file, atomically.
+        """Writes one HTML page, atomically. It needs no other file.
 
         Raises:
             OSError: the file cannot be written.
@@ -109,7 +110,7 @@ class RetentionReport:
         write_text(path, self.html())
 
     def log(self, folder):
-        """Writes TensorBoard scalars: the totals at step 0, and a curve over the layers, whose steps are their positions."""
+        """Writes TensorBoard scalars: totals at step 0, and curves over the layers, whose steps are the layers' positions."""
         writer = tf.summary.create_file_writer(str(folder))
         with writer.as_default(step=0):
             tf.summary.scalar("retention/distance", self.distance)
@@ -117,14 +118,11 @@ class RetentionReport:
             for name in ("before", "target_statistics", "source_statistics") if self.accuracies else ():
                 tf.summary.scalar(f"retention/source_accuracy/{name}", self.accuracies[name]["accuracy"])
             tf.summary.text("retention/layers", self.markdown())
-        for position, layer in enumerate(self.layers):
-            tf.summary.experimental.set_step(position)
-            with writer.as_default():
-                tf.summary.scalar("retention/relative_distance_by_depth", layer.relative or 0.0)
-        for position, values in enumerate(self.r2.values()):
-            if values["med"] is not None:
-                with writer.as_default(step=position):
-                    tf.summary.scalar("retention/median_r2_by_depth", values["med"])
+            for position, layer in enumerate(self.layers):
+                tf.summary.scalar("retention/relative_distance_by_depth", layer.relative or 0.0, step=position)
+            for position, values in enumerate(self.r2.values()):
+                if values["med"] is not None:
+                    tf.summary.scalar("retention/median_r2_by_depth", values["med"], step=position)
         writer.close()
 
 
@@ -134,8 +132,7 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
     Args:
         model: the fine-tuned model; a functional or Sequential one if `source` is given.
         anchors: the `Anchors` that it started from.
-        source: the source task, as `evaluate` takes it, which can be read several times;
-            None leaves accuracies and R² out.
+        source: the source task, as `evaluate` takes it. It is read several times. None leaves accuracies and R² out.
         pretrained: the model that it started from; by default `pretrained_of(model, anchors)`.
         title: of the report; by default the model's name.
         crops: 1 or 10 of each source image, as in `evaluate`.
@@ -144,8 +141,7 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
         A `RetentionReport`.
 
     Raises:
-        InputError: the model shares no weights with the anchors, or the pre-trained model cannot be
-            had from the two.
+        InputError: the model shares no weights with the anchors, or the pre-trained model cannot be rebuilt from the two.
     """
     layers, new = distances(model, anchors)
     accuracies, r2 = None, {}
@@ -159,27 +155,25 @@ def retention_report(model, anchors, *, source=None, pretrained=None, title=None
 
 
 def distances(model, anchors):
-    """||w - w0|| of each layer of a model that has anchors, and the keys of the weights that have none.
+    """Measures ||w - w0|| of each layer of a model that has anchors, and lists the keys of the weights that have none.
+
+    Returns:
+        (a list of `LayerDistance`, a list of keys).
 
     Raises:
         InputError: the model shares no weights with the anchors, or it is not clear which of them.
     """
     weights = keyed_weights(model)
-    found = match(weights, anchors)
-    found.refuse()
-    matches = found.pairs
-    sums, new = {}, []
+    pairs = _matched(weights, anchors)
+    sums, new = collections.defaultdict(lambda: np.zeros(3)), []
     for key, weight in weights.items():
         if isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS:
             continue
-        if key not in matches:
+        if key not in pairs:
             new.append(key)
             continue
-        w0 = anchors[matches[key]].astype("float64")
-        w = weight.variable.numpy().astype("float64")
-        added = np.array([w.size, np.sum((w - w0) ** 2), np.sum(w0**2)])
-        layer = key.rpartition("/")[0]
-        sums[layer] = sums.get(layer, 0) + added
+        w, w0 = weight.variable.numpy().astype("float64"), anchors[pairs[key]].astype("float64")
+        sums[key.rpartition("/")[0]] += [w.size, np.sum((w - w0) ** 2), np.sum(w0**2)]
     if not sums:
         raise InputError(
             f"The model {model.name!r} shares no weights with the anchors ({', '.join(list(anchors)[:3])}, ...): "
@@ -188,52 +182,56 @@ def distances(model, anchors):
     return [LayerDistance(layer, int(n), math.sqrt(d), math.sqrt(s)) for layer, (n, d, s) in sums.items()], new
 
 
+def _matched(weights, anchors):
+    """Returns the key of the anchor of each weight that has one, or raises InputError where it is not clear which."""
+    found = match(weights, anchors)
+    found.refuse()
+    return found.pairs
+
+
 def pretrained_of(model, anchors):
-    """The classifier that a fine-tuned one started from: its layers at their anchors, and the head that the anchors hold.
+    """Rebuilds the classifier that a fine-tuned one started from: its layers at their anchors, and the anchors' head.
 
     Args:
-        model: a functional or Sequential model whose last layer is a new Dense one, or that has no new layer.
-        anchors: the `Anchors`.
+        model: a functional or Sequential model. At most its last layer, a Dense one, is new.
+        anchors: the `Anchors`. At most a Dense layer, or a 1x1 convolution of features that are no image, is left over.
 
     Raises:
-        InputError: what is new in the model, or left over in the anchors, is more than one last Dense layer (or 1x1
-            convolution of features that are no image), or not clear.
+        InputError: more than that is new in the model or left over in the anchors, or it is not clear what.
     """
     copy = detached_copy(model)
     weights = keyed_weights(copy)
-    found = match(weights, anchors)
-    found.refuse()
-    matches = found.pairs
-    assign(copy, {key: anchors[other] for key, other in matches.items()})
-    new = {key for key in weights if key not in matches}
-    left = {key.rpartition("/")[2]: anchors[key] for key in anchors if key not in matches.values()}
+    pairs = _matched(weights, anchors)
+    assign(copy, {key: anchors[other] for key, other in pairs.items()})
+    new = weights.keys() - pairs.keys()
+    unused = [key for key in anchors if key not in pairs.values()]
+    left = {key.rpartition("/")[2]: anchors[key] for key in unused}
     if not new and not left:
         return copy
     head = next((weights[key].layer for key in new), None)
-    if not new or not isinstance(head, keras.layers.Dense) or new != set(head_of(copy).keys) or not _fits(head, left):
+    is_head = isinstance(head, keras.layers.Dense) and new == set(head_of(copy).keys)
+    if not is_head or len(left) < len(unused) or not _fits(head, left):
         raise InputError(
-            f"The pre-trained classifier cannot be had from {model.name!r} and its anchors, which differ in more than one last "
-            "Dense layer: give the model that it started from, too."
+            f"The pre-trained classifier cannot be rebuilt from {model.name!r} and its anchors, which differ in more than one "
+            "last Dense layer: give the model that it started from, too."
         )
-    kernel = left["kernel"].reshape(-1, left["kernel"].shape[-1])
-    old = keras.layers.Dense(kernel.shape[1], use_bias="bias" in left, name="pretrained_head")
+    left["kernel"] = left["kernel"].reshape(-1, left["kernel"].shape[-1])
+    old = keras.layers.Dense(left["kernel"].shape[1], use_bias="bias" in left, name="pretrained_head")
     restored = keras.Model(inputs_of(copy), old(head.input), name=model.name)
-    old.kernel.assign(kernel)
-    if old.use_bias:
-        old.bias.assign(left["bias"])
+    old.set_weights([left[name] for name in ("kernel", "bias") if name in left])
     return restored
 
 
 def _fits(head, left):
-    """Whether the left-over anchors are a kernel, and perhaps a bias, that stood where a Dense layer stands now."""
+    """Whether the anchors left over are a kernel, and perhaps a bias, of a layer on the features of a Dense layer."""
     if set(left) not in ({"kernel"}, {"kernel", "bias"}) or left["kernel"].shape[-2:-1] != tuple(head.kernel.shape[:1]):
         return False
-    is_pooled = head.input._keras_history.operation.name.startswith("new_pool")  # an activation may have stood before it
+    is_pooled = head.input._keras_history.operation.name.startswith("new_pool")  # an activation may have come before it
     return left["kernel"].ndim == 2 or (set(left["kernel"].shape[:-2]) == {1} and not is_pooled)
 
 
 def _compared(model, pretrained):
-    """The layers whose activations are compared: its units, else all with weights that both have."""
+    """Returns the layers whose activations are compared: the last of each unit, or without units all that both models have."""
     try:
         return [unit[-1].name for unit in units(pretrained)]
     except InputError:
@@ -243,7 +241,7 @@ def _compared(model, pretrained):
 
 
 def _some_images(source, pretrained, crops):
-    """Batches of at most `R2_IMAGES` source images; of ten crops the central one."""
+    """Yields batches of in all at most `R2_IMAGES` source images; of ten crops the central one."""
     if isinstance(source, Task):
         order = np.random.default_rng(0).permutation(len(source.test))[:R2_IMAGES]
         batches = test_batches(source.test, source.preprocessing, source.mean, batch_size=R2_BATCH, order=order)

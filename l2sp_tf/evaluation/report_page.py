@@ -3,6 +3,8 @@
 import html
 import math
 
+from l2sp_tf.evaluation.activations import BOX
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d232b; --soft: #5c6672; --line: #d9dee4; --page: #ffffff; --card: #f4f6f8;
   --bar: #2f6fb0; --top: #c2571a; }
@@ -30,7 +32,7 @@ svg { display: block; width: 100%; height: 14px; }
 
 
 def page(report):
-    """The report as an HTML document; names are escaped, figures are inline SVG, and nothing is loaded."""
+    """Writes the report as an HTML document. It escapes names, draws in inline SVG and loads nothing."""
     title = _text(f"What was kept: {report.title}")
     parts = [f"<h1>{title}</h1>", _facts(report), _cards(report), _most_moved(report), _distances(report), _r2(report)]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
@@ -39,7 +41,7 @@ def page(report):
 
 
 def markdown(report):
-    """The distances by layer as a Markdown table."""
+    """Writes the distances by layer as a Markdown table."""
     rows = [f"| {_cell(x.layer)} | {x.numbers:,} | {_number(x.distance)} | {_percent(x.relative)} |" for x in report.layers]
     return "\n".join(["| layer | numbers | distance | relative |", "| --- | --- | --- | --- |", *rows])
 
@@ -52,24 +54,18 @@ def _facts(report):
 
 
 def _cards(report):
-    cards = [
-        (
-            "distance to the start",
-            _percent(report.relative),
-            f"‖w\u00a0−\u00a0w⁰‖\u00a0/\u00a0‖w⁰‖, where ‖w\u00a0−\u00a0w⁰‖\u00a0=\u00a0{_number(report.distance)}",
-        ),
-    ]
+    distance = f"‖w\u00a0−\u00a0w⁰‖\u00a0/\u00a0‖w⁰‖, where ‖w\u00a0−\u00a0w⁰‖\u00a0=\u00a0{_number(report.distance)}"
+    cards = [("distance to the start", _percent(report.relative), distance)]
     found = report.accuracies
     if found is None:
         cards.append(("source accuracy", "not measured", "no source images were given"))
     else:
         images = f"on {found['before']['total']:,} images"
         cards.append(("source accuracy before", f"{found['before']['accuracy']:.1%}", images))
-        for name, words in (
-            ("target_statistics", "batch norm as fine-tuned"),
-            ("source_statistics", "batch norm of the start"),
-        ):
-            cards.append(("source accuracy after", f"{found[name]['accuracy']:.1%}", f"{words}; lost {_points(found, name)}"))
+        readings = {"target_statistics": "batch norm as fine-tuned", "source_statistics": "batch norm of the start"}
+        for name, words in readings.items():
+            lost = f"{100 * found[f'drop_{name}']:.1f} points"
+            cards.append(("source accuracy after", f"{found[name]['accuracy']:.1%}", f"{words}; lost {lost}"))
     items = [f'<div class="card"><dt>{_text(a)}</dt><dd>{_text(b)}<small>{_text(c)}</small></dd></div>' for a, b, c in cards]
     return f'<dl class="cards">{"".join(items)}</dl>'
 
@@ -118,12 +114,12 @@ def _r2(report):
     return f'<h2>R² of activations by layer</h2><p class="soft">{note}</p><table>{head}{"".join(rows)}</table>'
 
 
-def _box(box):
-    """A box plot from 0 to 1, in a picture of 100 by 10."""
+def _box(values):
+    """Draws a box plot from 0 to 1, 100 wide and 10 high."""
     track = '<rect class="track" width="100" height="10"/>'
-    if box["med"] is None:
+    if values["med"] is None:
         return track
-    low, q1, median, q3, high = (100 * box[name] for name in ("whislo", "q1", "med", "q3", "whishi"))
+    low, q1, median, q3, high = (100 * values[name] for name in BOX)
     return (
         f'{track}<line class="whisker" x1="{low:.2f}" x2="{high:.2f}" y1="5" y2="5"/>'
         f'<rect class="bar" x="{q1:.2f}" y="2" width="{max(q3 - q1, 0.5):.2f}" height="6"/>'
@@ -140,7 +136,7 @@ def _text(value):
 
 
 def _cell(value):
-    """A name in a cell of a Markdown table, which TensorBoard shows as HTML."""
+    """Escapes a name for a cell of a Markdown table, which TensorBoard shows as HTML."""
     return html.escape(str(value)).replace("|", "&#124;")
 
 
@@ -154,7 +150,3 @@ def _percent(value):
     if not math.isfinite(value):
         return "not finite"
     return f"{100 * value:.2f}%" if value == 0 or value >= 1e-4 else f"{100 * value:.1g}%"
-
-
-def _points(accuracies, name):
-    return f"{100 * accuracies[f'drop_{name}']:.1f} points"

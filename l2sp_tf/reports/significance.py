@@ -1,4 +1,4 @@
-"""Whether one method is better than another: exact tests on runs and on test images."""
+"""Tests whether one method is better than another: exact ones on runs and on test images."""
 
 import math
 
@@ -7,17 +7,17 @@ from scipy import stats
 
 from l2sp_tf.files.errors import InputError
 
-MOST_COUNTED = 200_000  # ways to name the runs; beyond them a sample is drawn
+MOST_COUNTED = 200_000  # ways to name the runs; of more a sample is drawn
 SAMPLED = 99_999
 
 
 def permutation_test(a, b):
-    """The p-value of a difference in mean accuracy between two methods, from repeated runs.
+    """Computes the p-value of a difference in mean accuracy between two methods, from repeated runs.
 
-    Under the null hypothesis it is chance which runs carry which name, so |mean(a) - mean(b)| is
-    compared with its value under every way to name them: exact, two-sided, and without a
-    normal distribution. The smallest p-value of five runs a side is 2 / 252 = 0.008. Where there are more than
-    `MOST_COUNTED` ways, `SAMPLED` of them are drawn, always the same, and the smallest p-value is 1 / (SAMPLED + 1).
+    Under the null hypothesis chance gives the runs their names. So |mean(a) - mean(b)| is compared with its value under
+    every way to name them: exact, two-sided, and without a normal distribution. The smallest p-value of five runs a side is
+    2 / 252 = 0.008. Of more than `MOST_COUNTED` ways a fixed sample of `SAMPLED` is drawn; the smallest p-value is then
+    1 / (SAMPLED + 1).
 
     Args:
         a, b: the accuracies of the runs of each method.
@@ -38,10 +38,10 @@ def permutation_test(a, b):
 
 
 def holm(p_values):
-    """The p-values of several comparisons, corrected so that one false finding among them all is as unlikely as in one.
+    """Corrects the p-values of several comparisons, so that one false finding among all is as unlikely as in one.
 
-    Holm's step-down method (1979): the i-th smallest of m is multiplied by m - i + 1, and none becomes smaller than the
-    one before it.
+    Holm's step-down method (1979): multiplies the i-th smallest of m by m - i + 1, and lets none be smaller than the one
+    before it.
 
     Args:
         p_values: numbers from 0 to 1.
@@ -57,16 +57,16 @@ def holm(p_values):
 
 
 def mcnemar_test(right_a, right_b):
-    """The p-value of a difference between two classifiers on the same test images: McNemar's exact test.
+    """Computes the p-value of a difference between two classifiers on the same test images: McNemar's exact test.
 
-    Of the images that only one of them gets right, each is as likely to be one's as the other's
-    under the null hypothesis: a two-sided binomial test.
+    Under the null hypothesis an image that only one of them gets right is as likely to be one's as the other's: a
+    two-sided binomial test.
 
     Args:
         right_a, right_b: bool [n], which images each classifier gets right.
 
     Raises:
-        InputError: the two are not of the same length.
+        InputError: the two have different lengths.
     """
     right_a, right_b = np.asarray(right_a, bool), np.asarray(right_b, bool)
     if right_a.shape != right_b.shape or right_a.ndim != 1:
@@ -76,10 +76,10 @@ def mcnemar_test(right_a, right_b):
 
 
 def worst_beats_best(better, worse):
-    """The paper's criterion (section 4.3.1): the worst run of one method against the best run of another.
+    """Applies the paper's criterion (section 4.3.1): compares the worst run of one method with the best run of another.
 
-    The paper has "classical pairwise tests at the 5% level" and does not name one; for two
-    classifiers on one test set McNemar's is the classical one.
+    The paper uses "classical pairwise tests at the 5% level" without a name. McNemar's is the classical test for two
+    classifiers on one test set.
 
     Args:
         better, worse: for each run of a method a bool [n], which test images it gets right.

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 and the overview of any runs: the first from counts of images, the others from records alone."""
+"""Tables 1 to 3 and the overview of any runs. Table 1 counts images; the others need only records."""
 
 import itertools
 
@@ -7,33 +7,14 @@ import numpy as np
 from l2sp_tf.experiments.records import diverged, run_key
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.table import Table
+from l2sp_tf.reports import paper
+from l2sp_tf.reports.labels import STRENGTHS, by_place, differences, labelled, place
 from l2sp_tf.reports.significance import holm, permutation_test, worst_beats_best
-from l2sp_tf.reports.summary import LABELS, STATISTICS, STRENGTHS, by_place, chosen, labelled, notes, notes_across, place, summary
-
-# The paper's numbers for its data sets: Table 2 (mean, standard deviation of 5 runs) and Table 3 (accuracy lost).
-PAPER_TABLE_2 = {
-    "MIT Indoors 67": {"l2": (79.6, 0.5), "l2_sp": (84.2, 0.3), "l2_sp_fisher": (84.0, 0.4)},
-    "Stanford Dogs 120": {"l2": (81.4, 0.2), "l2_sp": (85.1, 0.2), "l2_sp_fisher": (85.1, 0.2)},
-    "Caltech 256 - 30": {"l2": (83.5, 0.3), "l2_sp": (85.7, 0.1), "l2_sp_fisher": (85.7, 0.1)},
-    "Caltech 256 - 60": {"l2": (88.2, 0.2), "l2_sp": (89.6, 0.1), "l2_sp_fisher": (89.6, 0.1)},
-}
-PAPER_TABLE_3 = {
-    "MIT Indoors 67": {"l2": 24.1, "l2_sp": 5.3, "l2_sp_fisher": 4.9},
-    "Stanford Dogs 120": {"l2": 14.1, "l2_sp": 4.7, "l2_sp_fisher": 4.2},
-    "Caltech 256 - 30": {"l2": 18.2, "l2_sp": 3.6, "l2_sp_fisher": 3.0},
-    "Caltech 256 - 60": {"l2": 21.8, "l2_sp": 3.4, "l2_sp_fisher": 2.8},
-}
-# The paper's Table 1: database, task category, training and test images a class, classes.
-PAPER_TABLE_1 = {
-    "caltech256/30": ("Caltech 256 - 30", "generic object recog.", "30", "> 20", 257),
-    "caltech256/60": ("Caltech 256 - 60", "generic object recog.", "60", "> 20", 257),
-    "stanford_dogs": ("Stanford Dogs 120", "specific object recog.", "100", "~ 72", 120),
-    "mit_indoors67": ("MIT Indoors 67", "scene classification", "80", "20", 67),
-}
+from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, notes, summary
 
 
 def overview(records):
-    """What was gained on the target task and lost on the source task, for every setting that was run."""
+    """Makes the table of every setting that was run: what it gained on the target task and lost on the source task."""
     columns = ("source", "target", "penalty", "alpha", "beta", "rate", "runs")
     columns += ("target accuracy", "source before", "source after", "drop")
     rows, lines = labelled(summary(records), shown=STRENGTHS), []
@@ -54,7 +35,7 @@ def overview(records):
 
 
 def table_csv(records):
-    """The summary as CSV, with both batch-norm readings of the source accuracy; "row" tells rows of other settings apart."""
+    """Returns the summary as CSV, with both batch-norm readings of the source accuracy; "row" is a hash of the identity."""
     columns = ("source", "target", "penalty", "setting", "frozen", "alpha", "beta", "rate", "runs", "diverged")
     columns += ("target_mean", "target_sd", "source_before")
     columns += tuple(f"source_{name}_{kind}" for name in STATISTICS for kind in ("mean", "sd"))
@@ -68,7 +49,7 @@ def table_csv(records):
 
 
 def table_1(rows):
-    """Table 1: the characteristics of the target databases, as loaded and as the paper gives them.
+    """Makes Table 1: the characteristics of the target databases, as loaded and in the paper.
 
     Args:
         rows: dicts as `data.table_1_rows` returns them.
@@ -76,63 +57,58 @@ def table_1(rows):
     columns = ("database", "task category", "classes (paper)", "training a class (paper)", "test a class (paper)")
     lines = []
     for row in rows:
-        name, task, train, test, classes = PAPER_TABLE_1[row["name"]]
+        name, task, train, test, classes = paper.TABLE_1[row["name"]]
         found = ["-"] * 5
         if "missing" not in row:
             a_class = ["-".join(str(n) for n in sorted(set(row[key]))) for key in ("train_per_class", "test_per_class")]
             found = [row["classes"], *a_class, f"{row['train']:,}", f"{row['test']:,}"]
-        cells = [f"{ours} ({paper})" for ours, paper in zip(found[:3], (classes, train, test), strict=True)]
+        cells = [f"{ours} ({theirs})" for ours, theirs in zip(found[:3], (classes, train, test), strict=True)]
         lines.append((name, task, *cells, *found[3:]))
-    notes = [f"{PAPER_TABLE_1[row['name']][0]}: {row['missing']}" for row in rows if "missing" in row]
+    notes = [f"{paper.TABLE_1[row['name']][0]}: {row['missing']}" for row in rows if "missing" in row]
     return Table((*columns, "training", "test"), lines, "\n".join(notes))
 
 
 def table_2(records):
-    """Table 2: target accuracies by penalty and data set, with the paper's numbers where the data set is the paper's.
+    """Makes Table 2: target accuracies by penalty and data set, with the paper's numbers for the paper's data sets.
 
     Raises:
-        InputError: no record is without frozen layers, or two rows would look alike.
+        InputError: all runs have frozen layers, or two rows would look alike.
     """
-    rows = sorted(_rows_of_a_table(records), key=lambda row: list(LABELS).index(row["penalty"]))
+    rows = by_penalty(_rows_of_a_table(records))
     places = list(by_place(rows))
     cells = {label: {} for label in dict.fromkeys(row["label"] for row in rows)}
     for row in rows:
         cells[row["label"]][place(row)] = _show(row["target_accuracy"], _count(row))
     columns = ["penalty"] + [f"{target} (from {source})" for target, source in places]
     lines = [(label, *(line.get(name, "-") for name in places)) for label, line in cells.items()]
-    if any(name in PAPER_TABLE_2 for name, _ in places):
+    if any(name in paper.TABLE_2 for name, _ in places):
         for symbol in ("l2", "l2_sp", "l2_sp_fisher"):
-            found = (PAPER_TABLE_2.get(name, {}).get(symbol) for name, _ in places)
-            lines.append((f"{LABELS[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
+            found = (paper.TABLE_2.get(name, {}).get(symbol) for name, _ in places)
+            lines.append((f"{paper.PENALTIES[symbol]}, paper", *(_show(pair) if pair else "-" for pair in found)))
     text = "Test accuracy in percent, mean ± standard deviation (number of runs)."
-    told = [text, *notes_across(rows), *notes(rows, records)]
-    return Table(tuple(columns), lines, "\n\n".join(told))
+    return Table(tuple(columns), lines, "\n\n".join([text, *differences(rows), *notes(rows, records)]))
 
 
 def table_2_tests(records):
-    """Whether the differences of Table 2 are more than chance, for each pair of penalties on each data set.
+    """Tests whether the differences of Table 2 are more than chance, for each pair of penalties on each data set.
 
-    The permutation test compares the two methods over their runs, and McNemar's test the worst
-    run of the better one with the best run of the other, as section 4.3.1 does. Both are corrected by Holm's method for
-    the number of comparisons in the table.
+    The permutation test compares the runs of the two methods. McNemar's test compares the worst run of the better method
+    with the best run of the other, as in section 4.3.1. Holm's method corrects both for the number of comparisons.
 
     Raises:
         InputError: as `table_2`.
     """
     pairs = [pair for rows in by_place(_rows_of_a_table(records)).values() for pair in itertools.combinations(rows, 2)]
     pairs = [sorted(pair, key=lambda row: row["target_accuracy"] or (-1,), reverse=True) for pair in pairs]
-    means = [_test_of_means(*pair) for pair in pairs]
-    worst = [_worst_against_best(*pair) for pair in pairs]
-    corrected = _corrected(means), _corrected([p for _, p in worst])
+    means, worst = ([test(*pair) for pair in pairs] for test in (_test_of_means, _worst_against_best))
+    corrected = zip(_corrected(means), _corrected([p for _, p in worst]), strict=True)
     lines = []
-    for i, (better, worse) in enumerate(pairs):
-        difference = "-"
-        if better["target_accuracy"] and worse["target_accuracy"]:
-            difference = f"{better['target_accuracy'][0] - worse['target_accuracy'][0]:.1f}"
-        text, p = worst[i]
-        criterion = text if p is None else f"{text if corrected[1][i] < 0.05 else 'no'} (p = {p:.2g}, {corrected[1][i]:.2g})"
-        mean = means[i] if isinstance(means[i], str) else f"{means[i]:.2g}, {corrected[0][i]:.2g}"
-        lines.append((*place(better), better["label"], worse["label"], difference, mean, criterion))
+    for (better, worse), mean, (is_higher, criterion), (p, q) in zip(pairs, means, worst, corrected, strict=True):
+        if p is not None:
+            mean = f"{mean:.2g}, {p:.2g}"
+        if q is not None:
+            criterion = f"{'yes' if is_higher and q < 0.05 else 'no'} (p = {criterion:.2g}, {q:.2g})"
+        lines.append((*place(better), better["label"], worse["label"], _difference(better, worse), mean, criterion))
     return Table(
         ("target", "source", "better", "worse", "difference", "p of the means", "worst run beats best at 5%"),
         lines,
@@ -142,44 +118,49 @@ def table_2_tests(records):
     )
 
 
+def _difference(better, worse):
+    """Returns the difference of two rows' mean accuracies as text."""
+    if not (better["target_accuracy"] and worse["target_accuracy"]):
+        return "-"
+    return f"{better['target_accuracy'][0] - worse['target_accuracy'][0]:.1f}"
+
+
 def _test_of_means(a, b):
-    """The p-value of the difference of two rows, or why there is none."""
+    """Returns the p-value of the difference of two rows' means, or why there is none."""
     if a["diverged"] or b["diverged"]:
         return "runs diverged"
     return permutation_test(a["accuracies"], b["accuracies"]) if min(a["runs"], b["runs"]) > 1 else "-"
 
 
 def _worst_against_best(better, worse):
-    """Whether the worst run of one row is above the best of another, and McNemar's p, or None and why there is none."""
+    """Returns whether one row's worst run is above another's best, and McNemar's p-value, or why there is none."""
     records = better["records"] + worse["records"]
     if better["diverged"] or worse["diverged"]:
-        return "runs diverged", None
+        return None, "runs diverged"
     if any(right(record) is None for record in records):
-        return "-", None
+        return None, "-"
     if len({record["results"].get("test_digest") for record in records}) > 1:
-        return "other test images", None
-    higher, p = worst_beats_best(*([right(record) for record in row["records"]] for row in (better, worse)))
-    return "yes" if higher else "no", p
+        return None, "other test images"
+    return worst_beats_best(*([right(record) for record in row["records"]] for row in (better, worse)))
 
 
 def _corrected(values):
-    """Holm's correction of those values that are p-values, at their places."""
-    places = [i for i, value in enumerate(values) if isinstance(value, float)]
-    return dict(zip(places, holm([values[i] for i in places]), strict=True))
+    """Corrects p-values by Holm's method; None for those that are reasons why there is none."""
+    corrected = iter(holm([p for p in values if not isinstance(p, str)]))
+    return [None if isinstance(p, str) else next(corrected) for p in values]
 
 
 def table_3(records):
-    """Table 3: accuracy lost on the source task, with both readings of the batch-norm statistics.
+    """Makes Table 3: accuracy lost on the source task, by both readings of the batch-norm statistics.
 
     Raises:
         InputError: no record has measured the source task, or two rows would look alike.
     """
     rows = _rows_of_a_table(records)
     measured = {place(row) for row in rows if "before" in row}
-    rows = [row for row in rows if place(row) in measured and ("before" in row or row["diverged"])]
+    rows = by_penalty(row for row in rows if place(row) in measured and ("before" in row or row["diverged"]))
     if not rows:
         raise InputError("No run has measured its source task: run train.py with --source.")
-    rows.sort(key=lambda row: list(LABELS).index(row["penalty"]))
     labels = {row["label"]: row["penalty"] for row in rows}
     lines = []
     for (target, source), here in by_place(rows).items():
@@ -187,19 +168,19 @@ def table_3(records):
         for name, reading in STATISTICS.items():
             cells = {row["label"]: _drop(row, name) for row in here}
             lines.append((target, source, reading, ", ".join(befores), *(cells.get(label, "-") for label in labels)))
-        if target in PAPER_TABLE_3:
-            paper = {symbol: str(drop) for symbol, drop in PAPER_TABLE_3[target].items()}
-            lines.append((target, "-", "paper", "-", *(paper.pop(symbol, "-") for symbol in labels.values())))
+        if target in paper.TABLE_3:
+            drops = {symbol: str(drop) for symbol, drop in paper.TABLE_3[target].items()}
+            lines.append((target, "-", "paper", "-", *(drops.pop(symbol, "-") for symbol in labels.values())))
     text = (
         "Percentage points lost on the source task after fine-tuning, mean ± standard deviation over runs: the fine-tuned "
         "backbone under the original head. Table 3 does not say whose batch-norm statistics it takes; both are given."
     )
-    told = [text, *notes_across(rows), *notes(rows, records)]
-    return Table(("target", "source", "batch norm", "before", *labels), lines, "\n\n".join(told))
+    columns = ("target", "source", "batch norm", "before", *labels)
+    return Table(columns, lines, "\n\n".join([text, *differences(rows), *notes(rows, records)]))
 
 
 def _drop(row, name):
-    """What was lost on the source by the statistics of this name, and how many runs diverged."""
+    """Returns what a row lost on the source by the statistics of this name, and how many of its runs diverged."""
     if "before" not in row:
         return "diverged"
     lost = _show((row["before"] - row[name][0], row[name][1]))
@@ -207,7 +188,7 @@ def _drop(row, name):
 
 
 def right(record):
-    """Which test images a run got right: bool [n], or None if the record does not hold it."""
+    """Reads from a record which test images its run got right: bool [n], or None if it does not say."""
     text = record["results"].get("right")
     if diverged(record) or text is None:
         return None
@@ -216,6 +197,7 @@ def right(record):
 
 
 def _rows_of_a_table(records):
+    """Returns the labelled rows of the paper's tables, or raises InputError if there are none."""
     rows = chosen(summary(records))
     if not rows:
         raise InputError("Every run has frozen layers, and the tables are about runs without: run train.py with --frozen=0.")
@@ -223,14 +205,14 @@ def _rows_of_a_table(records):
 
 
 def _count(row):
-    """How many runs a row has, and how many of them diverged."""
+    """Returns how many runs a row has, and how many of them diverged."""
     return str(row["runs"]) if not row["diverged"] else f"{row['runs'] + row['diverged']}, {row['diverged']} diverged"
 
 
 def _show(pair, count=None):
-    if pair is None:
-        text = "diverged"
-    else:
+    """Writes mean ± standard deviation with one decimal, and the number of runs in brackets."""
+    text = "diverged"
+    if pair is not None:
         mean, sd = pair
         text = _one_decimal(mean) if sd is None else f"{_one_decimal(mean)} ± {sd:.1f}"
     return text if count is None else f"{text} ({count})"

@@ -1,11 +1,11 @@
-"""R² of activations against NumPy's correlations of stored activations."""
+"""Checks R² of activations against NumPy's correlations of stored activations."""
 
 import keras
 import numpy as np
 import pytest
 
 import l2sp_tf as l2sp
-from l2sp_tf.evaluation.activations import activation_r2, box
+from l2sp_tf.evaluation.activations import BOX, activation_r2, box
 from l2sp_tf.models import zoo
 
 LAYERS = ["conv1_relu", "conv2_block1_out", "conv3_block1_out"]
@@ -92,12 +92,14 @@ def test_what_is_missing_is_named(pretrained):
         activation_r2(moved(pretrained, 0.1), pretrained, [])
 
 
-def test_a_box_is_what_matplotlib_draws():
-    from matplotlib.cbook import boxplot_stats
+def test_a_box_has_quartiles_and_whiskers_to_the_outermost_values_within_1_5_boxes():
+    def drawn(values):
+        return [box(values)[name] for name in BOX]
 
-    values = np.random.default_rng(0).exponential(size=200)
-    found, expected = box(np.append(values, [np.nan] * 3)), boxplot_stats(values)[0]
-    for name in ("whislo", "q1", "med", "q3", "whishi"):
-        assert found[name] == pytest.approx(expected[name])
-    assert (found["features"], found["undefined"]) == (203, 3)
-    assert box([np.nan])["med"] is None
+    # the box from 3 to 7 reaches to 13 at most
+    assert drawn([*range(1, 9), 100]) == [1, 3, 5, 7, 8] and drawn([*range(1, 9), 13]) == [1, 3, 5, 7, 13]
+    assert drawn([0, 0, 0, 100]) == [0, 0, 0, 25, 25]  # no whisker ends inside the box
+    found = box([0.5, np.nan, 0.7, np.nan, np.nan])
+    assert (found["med"], found["features"], found["undefined"]) == (pytest.approx(0.6), 5, 3)
+    for values in ([np.nan], []):
+        assert box(values) == {**dict.fromkeys(BOX), "features": len(values), "undefined": len(values)}

@@ -1,4 +1,4 @@
-"""The retention report: numbers against loops, the start rebuilt from the anchors, and a page that stands alone."""
+"""Checks the retention report: numbers against loops, the rebuilt start, and a page that loads nothing."""
 
 import html.parser
 import json
@@ -100,12 +100,22 @@ def test_a_start_that_cannot_be_rebuilt_is_asked_for(small_network):
     assert l2sp.retention_report(model, anchors, source=batches(), pretrained=pretrained).accuracies["before"]["total"] == 10
 
 
+def test_a_start_of_two_last_layers_is_not_rebuilt_with_one():
+    inputs = keras.Input((4,))
+    features = keras.layers.Dense(4, name="stem")(inputs)
+    x = keras.layers.Dense(4, use_bias=False, name="first")(features)
+    pretrained = keras.Model(inputs, keras.layers.Dense(3, use_bias=False, name="second")(x))
+    model = keras.Model(inputs, keras.layers.Dense(2, name="new_head")(features))
+    with pytest.raises(l2sp.InputError, match="more than one last Dense layer"):
+        pretrained_of(model, l2sp.Anchors.of(pretrained))
+
+
 def test_accuracies_and_r2_are_those_of_the_library(small_network):
     pretrained = small_network()
     model = moved_copy(pretrained)
     report = l2sp.retention_report(model, l2sp.Anchors.of(pretrained), source=batches())
     assert report.accuracies == l2sp.retention(model, pretrained, batches())
-    assert set(report.r2) == {"conv1_conv", "conv1_bn", "conv2_conv"}  # all that both have: the names tell no units
+    assert set(report.r2) == {"conv1_conv", "conv1_bn", "conv2_conv"}  # all that both have, as no names are those of units
     x = np.concatenate([x for x, _ in batches()])
     a, b = (keras.Model(m.inputs[0], m.get_layer("conv1_bn").output)(x, training=False).numpy() for m in (pretrained, model))
     expected = [np.corrcoef(a[..., k].ravel(), b[..., k].ravel())[0, 1] ** 2 for k in range(4)]
@@ -134,7 +144,9 @@ def test_the_page_stands_alone_and_escapes_names(small_network, tmp_path):
     inputs = keras.Input((6, 6, 3))
     named = keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Flatten()(keras.layers.Conv2D(4, 3, name="a<b>&c")(inputs))))
     anchors = l2sp.Anchors.of(named)
-    report = l2sp.retention_report(moved_copy(named, 3), anchors, title=evil)  # TensorFlow traces no layer of such a name
+    report = l2sp.retention_report(
+        moved_copy(named, 3), anchors, title=evil
+    )  # no images: TensorFlow traces no layer of such a name
     report.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     links = Links()

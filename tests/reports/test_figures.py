@@ -1,5 +1,6 @@
-"""Figures: what is drawn where, from records alone."""
+"""Checks what each figure draws where, from records alone."""
 
+import matplotlib
 import numpy as np
 import pytest
 from matplotlib import pyplot
@@ -8,14 +9,7 @@ from test_tables import RECORDS, runs
 
 import l2sp_tf as l2sp
 from l2sp_tf import theory
-from l2sp_tf.reports import figures
-from l2sp_tf.reports.summary import LABELS
-
-
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    pyplot.close("all")
+from l2sp_tf.reports import figures, paper
 
 
 def box(median):
@@ -57,12 +51,23 @@ def test_fig_2_has_a_panel_for_each_target_and_a_colour_for_each_source():
 
 def test_fig_3_is_a_line_over_frozen_units_and_a_dashed_one_for_none():
     found = [made for n in (1, 2) for made in runs("l2", [0.5 + 0.1 * n, 0.7 + 0.1 * n], frozen=n)]
-    found += runs("l2", [0.4]) + runs("l2", [0.9], alpha=7.0)  # the second is of another strength, and not drawn
+    found += runs("l2", [0.4]) + runs("l2", [0.9], alpha=7.0)  # the second has another strength and is not drawn
     panel = figures.figure_3(found).axes[0]
     solid, dashed = (line for line in panel.lines if len(line.get_xdata()) == 2 and line.get_linestyle() in ("-", "--"))
     assert list(solid.get_xdata()) == [1, 2] and list(solid.get_ydata()) == pytest.approx([70, 80])
     assert list(dashed.get_ydata()) == pytest.approx([40, 40])
     assert labels(panel) == ["L2, nothing frozen", "L2"]
+
+
+def test_fig_3_distinguishes_lines_that_have_no_n_in_common():
+    found = [made for n, weights in ((1, "a"), (2, "b")) for made in runs("l2", [0.5], frozen=n, anchors=weights)]
+    assert labels(figures.figure_3(found).axes[0]) == ["L2, anchors a", "L2, anchors b"]
+
+
+def test_figures_leave_pyplot_alone():
+    backend = matplotlib.rcParams["backend"]
+    figures.overview(RECORDS), figures.figure_path()
+    assert pyplot.get_fignums() == [] and matplotlib.rcParams["backend"] == backend
 
 
 def test_fig_4_has_a_box_for_each_layer_and_penalty_of_the_lowest_seed():
@@ -91,6 +96,14 @@ def test_without_runs_a_figure_says_what_to_run():
         figures.figure_2(runs("l2", [0.5], frozen=1))
 
 
+def test_two_rows_are_never_one_cell():
+    grid = runs("l2_sp", [0.5], alpha=0.1, recipe={"beta": 0.01}) + runs("l2_sp", [0.7], alpha=1.0, recipe={"beta": 0.02})
+    assert [text.get_text() for text in figures.figure_1(grid).axes[0].texts] == ["50.0", "70.0"]
+    for other in ({"alpha": 0.1 + 1e-9, "recipe": {"beta": 0.01}}, {"alpha": 0.1, "recipe": {"beta": 0.02}}):
+        with pytest.raises(l2sp.InputError, match="2 rows of t .* would all read 'alpha 0.1, beta 0.01'"):
+            figures.figure_1([*grid, *runs("l2_sp", [0.6], **other)])
+
+
 def test_the_summary_is_written_in_four_formats(tmp_path):
     said = []
     paths = figures.write_summary(RECORDS, tmp_path, say=said.append)
@@ -109,7 +122,7 @@ def test_equal_records_give_equal_files(tmp_path):
 
 
 def test_every_penalty_has_a_colour():
-    assert set(figures.COLORS) == set(LABELS)
+    assert set(figures.COLORS) == set(paper.PENALTIES)
 
 
 def test_the_figure_of_appendix_a_draws_both_paths_over_the_objective():

@@ -1,4 +1,4 @@
-"""The published tables are those of the published records."""
+"""Redraws the published tables from the published records."""
 
 import pathlib
 

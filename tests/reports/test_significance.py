@@ -1,4 +1,4 @@
-"""The tests between methods: against SciPy, by hand, and by how often they are wrong when there is no difference."""
+"""Checks the tests between methods: against SciPy, by hand, and by how often they are wrong without a difference."""
 
 import fractions
 import itertools
@@ -12,7 +12,7 @@ from l2sp_tf.reports import significance
 
 
 def counted(a, b):
-    """The share of all ways to name the runs under which the means differ at least as much, one by one."""
+    """Counts, one by one, in what share of all ways to name the runs the means differ at least as much."""
     runs, observed = [*a, *b], abs(mean_of(a) - mean_of(b))
     ways = list(itertools.combinations(range(len(runs)), len(a)))
     others = [[i for i in range(len(runs)) if i not in way] for way in ways]
@@ -22,7 +22,7 @@ def counted(a, b):
 
 
 def mean_of(values):
-    """The exact mean of numbers of two decimals: floats that differ in the last bit would break ties."""
+    """Computes the exact mean of numbers of two decimals: floats that differ in the last bit would break ties."""
     values = [fractions.Fraction(round(100 * float(value)), 100) for value in values]
     return sum(values) / len(values)
 
@@ -40,7 +40,7 @@ def test_of_twelve_runs_a_side_a_sample_is_drawn():
     rng = np.random.default_rng(5)
     a, b = rng.normal(0.9, 1, 12), rng.normal(0, 1, 12)
     p = significance.permutation_test(a, b)
-    # a sum of many ways is nearly normal: Student's t, whose own error is far below the tolerance here
+    # a sum over many ways is nearly normal: the error of Student's t is far below the tolerance here
     expected, share = stats.ttest_ind(a, b).pvalue, significance.SAMPLED + 1
     assert abs(p - expected) < 0.1 * expected + 4 * np.sqrt(expected / share)
     assert p == significance.permutation_test(a, b)
@@ -85,7 +85,7 @@ def test_the_worst_run_is_held_against_the_best():
     assert not significance.worst_beats_best([runs[90], runs[50]], [runs[60]])[0]
 
 
-def test_what_cannot_be_compared_is_told():
+def test_what_cannot_be_compared_is_refused():
     with pytest.raises(InputError, match="0 runs"):
         significance.permutation_test([], [1, 2])
     with pytest.raises(InputError, match="1 runs"):

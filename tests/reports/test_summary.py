@@ -1,4 +1,4 @@
-"""One row for each identity: whatever a result depends on parts its runs, and every table and figure says how they differ."""
+"""Checks that runs of different settings make different rows, and that every table and figure says how they differ."""
 
 import copy
 import csv
@@ -6,7 +6,6 @@ import functools
 import io
 
 import pytest
-from matplotlib import pyplot
 from test_records import record
 
 import l2sp_tf as l2sp
@@ -14,7 +13,8 @@ from l2sp_tf.experiments import records
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.reports import figures, tables
-from l2sp_tf.reports.summary import by_place, chosen, labelled, summary
+from l2sp_tf.reports.labels import by_place, labelled
+from l2sp_tf.reports.summary import chosen, summary
 from l2sp_tf.training.recipe import Recipe
 
 BASE = {
@@ -43,19 +43,13 @@ BASE = {
 SAME = {("recipe", "alpha"), ("recipe", "log_every")}  # no result depends on them
 
 
-@pytest.fixture(autouse=True)
-def _close():
-    yield
-    pyplot.close("all")
-
-
 def leaves(settings, path=()):
     for name, value in settings.items():
         yield from leaves(value, (*path, name)) if isinstance(value, dict) and name != "alpha" else [(*path, name)]
 
 
 def another(value):
-    """A value of the same kind that differs."""
+    """Returns a different value of the same kind."""
     if isinstance(value, bool) or value is None:
         return {True: False, False: True, None: 7}[value]
     if isinstance(value, (int, float)):
@@ -66,7 +60,7 @@ def another(value):
 
 
 def made(path=(), value=None, accuracies=(0.5, 0.6)):
-    """Runs of the base settings with one of them changed."""
+    """Makes runs of the base settings with one of them changed."""
     settings = copy.deepcopy(BASE)
     if path:
         *way, last = path
@@ -82,7 +76,7 @@ def made(path=(), value=None, accuracies=(0.5, 0.6)):
 
 
 def shown(drawing):
-    """All words of a figure."""
+    """Returns all words of a figure."""
     texts = [panel.get_title() for panel in drawing.axes]
     for panel in drawing.axes:
         texts += [text.get_text() for text in [*panel.get_xticklabels(), *panel.texts]]
@@ -99,13 +93,13 @@ PATHS = [path for path in leaves(BASE) if path != ("recipe", "beta")]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
-def test_whatever_a_result_depends_on_makes_a_row_of_its_own_and_is_seen(path):
+def test_whatever_a_result_depends_on_makes_another_row_and_is_seen(path):
     value = BASE
     for name in path:
         value = value[name]
     found = made() + made(path, another(value), accuracies=(0.7, 0.8))
     rows = summary(found)
-    if path in SAME:  # of other seeds, as no run counts twice
+    if path in SAME:  # other seeds, as no run counts twice
         for each in found[2:]:
             each["settings"]["seed"] += 2
         rows = summary(found)
@@ -175,7 +169,7 @@ def test_a_line_over_several_targets_says_what_its_cells_do_not_share(path):
     assert "L2-SP: " not in tables.table_2(same).notes
 
 
-def test_two_subset_seeds_and_two_targets_have_titles_of_their_own():
+def test_two_subset_seeds_of_a_target_have_different_titles():
     found = []
     for seed in (0, 1):
         settings = {"subset_seed": seed, "target_digest": f"{seed}" * 64, "target": "caltech256", "per_class": 30}
@@ -187,7 +181,7 @@ def test_two_subset_seeds_and_two_targets_have_titles_of_their_own():
     assert len(figures.overview(found).axes) == 4  # a panel for each target and each source
 
 
-def test_rows_that_no_text_tells_apart_stop_the_table():
+def test_rows_that_read_alike_stop_the_table():
     found = made(("alpha",), 0.1) + made(("alpha",), 0.1 + 1e-9)
     for draw in (tables.overview, tables.table_2, tables.table_2_tests, tables.table_3, figures.figure_2, figures.overview):
         with pytest.raises(l2sp.InputError, match=r"2 rows of digits/target - 25 .* would all read"):
@@ -273,7 +267,7 @@ def test_a_selection_decides_which_rows_the_tables_are_about():
     assert [row["alpha"] for row in chosen(summary([*noted, selection(0.1)]))] == [0.1]
 
 
-def test_a_selection_in_which_all_diverged_or_that_met_its_limit_is_told():
+def test_a_note_names_a_selection_in_which_all_diverged_or_that_met_its_limit():
     grid = made(("alpha",), 0.1, (0.9,))
     assert "Every setting of L2-SP on digits/target - 25 diverged" in tables.table_2([*grid, selection(None)]).notes
     edge = selection(0.1, edges=["alpha 0.1"])
@@ -297,7 +291,7 @@ def test_places_are_in_order():
     assert list(by_place(rows)) == [("a - 25", "digits/source"), ("b - 25", "digits/source")]
 
 
-def test_source_models_and_fisher_diagonals_are_told_apart_in_words_where_the_records_have_some():
+def test_labels_distinguish_source_models_and_fisher_diagonals_by_the_words_of_their_records():
     first, second = made(), made(("anchors",), "e" * 64)
     for each, iterations in zip(first + second, (100, 100, 200, 200), strict=True):
         each["anchors"]["recipe"] = {"iterations": iterations, "batch_size": 64, "alpha": {"l2": 1e-4}}

@@ -1,4 +1,4 @@
-"""Tables against numbers worked out by hand."""
+"""Checks tables against numbers computed by hand."""
 
 import csv
 import io
@@ -17,7 +17,7 @@ RECORDS = [record(p, s, a, source=(0.9, a)) for p, values in ACCURACIES.items() 
 
 
 def runs(penalty, accuracies, right=False, selected=False, **settings):
-    """Records of one setting, a run for each accuracy; `right` fills in which of 200 images are right."""
+    """Makes records of one setting, a run for each accuracy; `right` adds which of 200 images are right."""
     found = []
     for seed, accuracy in enumerate(accuracies):
         made = record(penalty, seed, accuracy, **settings)
@@ -70,7 +70,7 @@ def test_table_2_has_a_column_for_each_data_set_and_the_papers_numbers_beside_ou
     assert not any("paper" in row[0] for row in tables.table_2(runs("l2", [0.5], **own)).rows)
 
 
-def test_caltech_is_told_by_its_images_a_class():
+def test_caltech_is_named_by_its_images_a_class():
     for per_class, l2_paper in ((30, "83.5 ± 0.3"), (60, "88.2 ± 0.2")):
         table = tables.table_2(runs("l2", [0.8], target="caltech256", per_class=per_class))
         assert table.columns[1] == f"Caltech 256 - {per_class} (from s)"
