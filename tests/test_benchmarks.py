@@ -71,7 +71,7 @@ def test_the_parts_of_the_default_job_are_there():
     from l2sp_tf.experiments import runner, runs, starts
     from l2sp_tf.training import trainer
 
-    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.models": starts.models, "training": trainer}
+    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.zoo": starts.zoo, "training": trainer}
     assert all(callable(getattr(modules[module], name)) for places in default_job.PARTS.values() for module, name in places)
 
 

@@ -42,7 +42,7 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
     seed = drawing_seed(spec, per_class, seed, protocol)
     dataset = load_files(spec, cache_dir)
     if dataset is None:
-        from l2sp_tf.data import tfds_sets
+        from l2sp_tf.data import tfds_sets  # TensorFlow Datasets takes seconds to import, and the other sets do not need it
 
         name = TFDS_NAME.fullmatch(str(spec))[1]
         if name.partition("/")[0] == "caltech256":

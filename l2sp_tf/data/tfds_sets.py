@@ -115,6 +115,7 @@ def data_folder(data_dir=None):
 
 def known_names():
     """The names of the sets that can be prepared: those of TFDS and those of `builders`."""
+    from l2sp_tf.data import builders  # noqa: F401  its classes register themselves
 
     return tfds.list_builders(with_community_datasets=False)
 

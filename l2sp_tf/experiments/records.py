@@ -14,7 +14,7 @@ from l2sp_tf.files.writing import write_text
 
 FORMAT = "l2sp_tf.run.v2"
 FIRST_FORMAT = "l2sp_tf.run.v1"  # does not say by which code it was made
-SELECTION = "l2sp_tf.experiments.selection.v1"
+SELECTION = "l2sp_tf.selection.v1"
 SETTINGS = {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int}
 REQUIRED = {"settings": SETTINGS, "coverage": {"digest": str}, "anchors": {"digest": str}, "versions": {}}
 ACCURACY = {"accuracy": float, "correct": int, "total": int}

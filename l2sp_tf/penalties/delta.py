@@ -15,7 +15,7 @@ from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
-FORMAT = "l2sp_tf.penalties.delta.v1"
+FORMAT = "l2sp_tf.delta.v1"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def _bounded_memory():
 def fuzz(tmp_path, names, counts, seed, seconds):
     """Attacks in a process of its own, which a crash ends and whose address space is limited."""
     folder = pathlib.Path(hostile.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parent), str(folder)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder.parent, folder, folder / "data")))}
     arguments = [";".join(names), ";".join(map(str, counts)), str(seed), str(tmp_path / "last")]
     ended = subprocess.run(
         [sys.executable, hostile.__file__, *arguments],
@@ -170,7 +170,7 @@ def test_manifests_name_numbers_only(tmp_path, dtype):
     entry = {"name": "a", "shape": [3], "dtype": dtype, "sha256": l2sp.Anchors({"a": array}).manifest[0]["sha256"]}
     for kind in (entry, {**entry, "dtype": "int64", "more": 1}):
         with pytest.raises(InputError, match="damaged"):
-            l2sp.Anchors.load(signed(tmp_path / "a.safetensors", {"a": array}, [kind], format="l2sp_tf.penalties.anchors.v1"))
+            l2sp.Anchors.load(signed(tmp_path / "a.safetensors", {"a": array}, [kind], format="l2sp_tf.anchors.v1"))
 
 
 def test_a_pixel_format_that_is_none(tmp_path):
@@ -183,7 +183,7 @@ def test_a_pixel_format_that_is_none(tmp_path):
         "[]",
         '{"x": 1}',
     ):
-        path = signed(tmp_path / "a.safetensors", arrays, format="l2sp_tf.penalties.anchors.v1", digest=digest, pixels=text)
+        path = signed(tmp_path / "a.safetensors", arrays, format="l2sp_tf.anchors.v1", digest=digest, pixels=text)
         with pytest.raises(InputError, match=r"The pixel format in .*a\.safetensors is damaged"):
             l2sp.Anchors.load(path)
     with pytest.raises(InputError, match="three finite numbers"):
@@ -217,7 +217,7 @@ def test_a_fisher_diagonal_has_counts_that_are_numbers(tmp_path, field, value):
         statistics = value
     else:
         provenance = value and {**provenance, **value}
-    header = {"provenance": json.dumps(provenance), "statistics": json.dumps(statistics), "format": "l2sp_tf.fisher.estimator.v1"}
+    header = {"provenance": json.dumps(provenance), "statistics": json.dumps(statistics), "format": "l2sp_tf.fisher.v1"}
     path = signed(tmp_path / "b.safetensors", dict(fisher), digest=fisher.digest, **header)
     with pytest.raises(InputError, match="The Fisher diagonal in .* is damaged"):
         Fisher.load(path)
