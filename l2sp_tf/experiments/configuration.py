@@ -13,6 +13,7 @@ from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.zoo import input_shape
+from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
 DEFAULT_FOLDS = 5  # of an experiment
@@ -34,6 +35,7 @@ def plans_of(values):
     Raises:
         InputError: a value is wrong, or two contradict each other.
     """
+    load_registered()
     for name in ("target", "weights", "penalty"):
         if values.get(name) is not None and not any(values[name]):
             raise InputError(f"--{name} is empty: give a value, or leave it out.")

@@ -4,7 +4,6 @@ import keras
 from keras import ops
 
 from l2sp_tf.optimizers.stepping import Stepping
-from l2sp_tf.penalties.formulas import L2, L2SP, L2SPFisher
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -21,17 +20,9 @@ class Decoupled(Stepping):
         optimizer, name: as `l2sp_tf.optimizers.stepping.Stepping`; `Decoupled.of(optimizer, model)` is how to make one.
     """
 
-    penalties = (L2, L2SP, L2SPFisher)
+    needs = "gradient"
 
     def step(self, update, penalty, variable, learning_rate):
         # before the inner step, from the weight at which the gradient was taken
-        self.assign_sub(variable, ops.cast(learning_rate, "float32") * penalty_gradient(penalty, variable))
+        self.assign_sub(variable, ops.cast(learning_rate, "float32") * penalty.gradient(variable))
         update()
-
-
-def penalty_gradient(penalty, w):
-    """alpha F (w - w0), the gradient of Eqs. (1), (2) and (4), in float32 at least."""
-    w = ops.cast(w, keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32"))
-    difference = w if isinstance(penalty, L2) else w - ops.cast(penalty.anchor, w.dtype)
-    weight = ops.cast(penalty.fisher, w.dtype) if isinstance(penalty, L2SPFisher) else 1
-    return penalty.alpha * weight * difference

@@ -9,7 +9,7 @@ from keras import ops
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties import effect
-from l2sp_tf.penalties.formulas import Penalty
+from l2sp_tf.penalties.formulas import PENALTIES, Penalty
 from l2sp_tf.penalties.weights import forget_traced_steps
 
 
@@ -39,7 +39,7 @@ class Stepping(keras.optimizers.Optimizer):
         InputError: it is no optimizer, or none whose steps of single weights can be surrounded.
     """
 
-    penalties = ()  # the classes that can be stepped
+    needs = ""  # the name of the method that a penalty has if it can be stepped
 
     def __init__(self, optimizer, name=None):
         optimizer = _checked(optimizer)
@@ -77,9 +77,9 @@ class Stepping(keras.optimizers.Optimizer):
 
     @classmethod
     def check(cls, penalty):
-        """Raises an InputError if the penalty is none that can be stepped."""
-        if not isinstance(penalty, cls.penalties):
-            names = ", ".join(kind.__name__ for kind in cls.penalties)
+        """Raises an InputError if the penalty cannot be stepped."""
+        if getattr(penalty, cls.needs) is None:
+            names = ", ".join(kind.__name__ for kind in PENALTIES.values() if getattr(kind, cls.needs) is not None)
             raise InputError(f"{cls.__name__} cannot step {penalty}: it can step {names}.")
 
     def step(self, update, penalty, variable, learning_rate):

@@ -278,8 +278,10 @@ def _is_saved(model, bound):
     """Whether a `.keras` file of the model keeps one of the penalties at least."""
     if not any(bound.values()):
         return True
+    names = {keras.saving.get_registered_name(type(penalty)) for penalty in filter(None, bound.values())}
     try:
-        return '"l2sp_tf>' in json.dumps(model.get_config(), default=str)
+        text = json.dumps(model.get_config(), default=str)
+        return any(f'"{name}"' in text for name in names)
     except Exception:  # whatever the model's own method raises, its file does not have the layers
         return False
 

@@ -1,12 +1,15 @@
 """The penalties of section 3 as Keras regularizers, one class for each equation.
 
 Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength,
-`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size.
+`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size. Each penalty is one class, which
+`register_penalty` makes known to all else.
 """
 
 import copy
+import importlib.metadata
 import math
 import numbers
+import re
 
 import keras
 import numpy as np
@@ -14,11 +17,78 @@ from keras import ops
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
-from l2sp_tf.penalties import effect
+from l2sp_tf.penalties import effect, maps
 
 
 class UnboundPenaltyError(RuntimeError):
     """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
+
+
+def check_strength(value, name):
+    """Returns a strength as a float.
+
+    Raises:
+        InputError: it is not a finite number that is at least 0.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
+    return float(value)
+
+
+PENALTIES = {}  # the registered classes by symbol
+
+
+def register_penalty(symbol, title, grid):
+    """Makes a penalty known by its symbol: to Keras' files, train.py, cross-validation, records, tables and figures.
+
+    A penalty of your own is a subclass of `Penalty`, `AnchoredPenalty` or `FisherPenalty` with a method `value`; `gradient`
+    and `pull` let `Decoupled` and `Proximal` step it. An installed package that names the module of such a class as an entry
+    point of the group "l2sp_tf.penalties" makes it known to train.py.
+
+    Args:
+        symbol: what train.py and records call it, such as "l2_sp": lower case letters, digits and underscores.
+        title: what tables and figures call it, such as "L2-SP".
+        grid: the strengths that cross-validation tries by default.
+
+    Returns:
+        A decorator of the class.
+
+    Raises:
+        InputError: the symbol is no such word or another class has it, the class is no `Penalty`, or the grid is empty.
+    """
+
+    def register(cls):
+        known = PENALTIES.get(symbol)
+        if not (isinstance(symbol, str) and re.fullmatch(r"[a-z][a-z0-9_]*", symbol)):
+            raise InputError(f"The symbol {symbol!r} is no word of lower case letters, digits and underscores: give another.")
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"The symbol {symbol} is that of {known.__module__}.{known.__qualname__}: give another.")
+        if not issubclass(cls, Penalty):
+            raise InputError(f"{cls.__name__} is no subclass of l2sp_tf.penalties.formulas.Penalty: make it one.")
+        cls.symbol, cls.title = symbol, title
+        cls.grid = tuple(check_strength(alpha, "grid") for alpha in grid)
+        if not cls.grid:
+            raise InputError(f"The grid of {cls.__name__} is empty: give at least one strength.")
+        PENALTIES[symbol] = cls
+        return keras.saving.register_keras_serializable(package=cls.__module__.partition(".")[0])(cls)
+
+    return register
+
+
+def load_registered():
+    """Imports the modules of installed packages that register penalties: entry points of the group "l2sp_tf.penalties".
+
+    Raises:
+        InputError: one cannot be imported; it is named.
+    """
+    for entry in importlib.metadata.entry_points(group="l2sp_tf.penalties"):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module raises
+            raise InputError(
+                f"The penalties of {entry.value} cannot be imported ({error}): mend or remove its package."
+            ) from error
 
 
 class Penalty(keras.regularizers.Regularizer):
@@ -35,8 +105,11 @@ class Penalty(keras.regularizers.Regularizer):
         InputError: the strength is not a finite number that is at least 0.
     """
 
-    symbol = ""
+    symbol, title, grid = "", "", ()  # see `register_penalty`
     is_penalty = True  # by which `drop_penalties` knows it
+    # A subclass that `Decoupled` can step has a method gradient(w), and one that `Proximal` can step a method pull(d, step):
+    # see `L2`.
+    gradient = pull = None
 
     def __init__(self, alpha, *, key=None):
         self.alpha = check_strength(alpha, "alpha")
@@ -51,10 +124,34 @@ class Penalty(keras.regularizers.Regularizer):
         """
         if not self.is_bound:
             raise UnboundPenaltyError(self._unbound())
-        return effect.passed_on(self, self._value(w))
+        return effect.passed_on(self, self.value(w))
 
-    def _value(self, w):
+    def value(self, w):
+        """The value for a weight w, a scalar tensor in float32 at least; each subclass has its formula here."""
         raise NotImplementedError
+
+    def displacement(self, w):
+        """What the penalty pulls to 0: w itself, or w - w0 for those with an anchor; in float32 at least."""
+        return self._weight(w)
+
+    def proximal_map(self, w, step):
+        """argmin_x penalty(x) + sum_j (x_j - w_j)^2 / (2 step_j), by the formula of `pull`.
+
+        Args:
+            w: a tensor or variable of any float type, of the weight's shape.
+            step: at least 0, a scalar or a tensor of that shape.
+
+        Returns:
+            A tensor of the type of `w`, but float32 at least; entries on w0 are equal to it bit by bit.
+        """
+        d = self.displacement(w)
+        w = self._weight(w)
+        pull, stays = self.pull(d, ops.cast(step, d.dtype))
+        return ops.where(stays, self._origin(w), w - pull)  # w0 itself, as w0 + 0 would be wrong by a rounding or a sign
+
+    def _origin(self, w):
+        """What the penalty pulls w to."""
+        return ops.zeros_like(w)
 
     @property
     def is_bound(self):
@@ -133,11 +230,14 @@ class AnchoredPenalty(Penalty):
     def get_config(self):
         return {**super().get_config(), "digest": self.digest}
 
-    def _difference(self, w):
+    def displacement(self, w):
         """w - w0, in float32 at least."""
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
         w = self._weight(w)
-        return ops.subtract(w, ops.cast(self._anchor, w.dtype))
+        return ops.subtract(w, self._origin(w))
+
+    def _origin(self, w):
+        return ops.cast(self._anchor, w.dtype)
 
 
 class FisherPenalty(AnchoredPenalty):
@@ -186,10 +286,13 @@ class FisherPenalty(AnchoredPenalty):
         if self._anchor is not None:
             _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
 
-    def _weighted_difference(self, w):
+    def _weighted_displacement(self, w):
         """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
-        difference = self._difference(w)
-        return ops.multiply(ops.cast(self._root_fisher, difference.dtype), difference)
+        d = self.displacement(w)
+        return ops.multiply(ops.cast(self._root_fisher, d.dtype), d)
+
+    def _fisher_as(self, x):
+        return ops.cast(self.fisher, x.dtype)
 
 
 class _Grouped:
@@ -216,45 +319,70 @@ class _Grouped:
 
     def _group_norms(self, x):
         """alpha * sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
-        axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
-        p_g = math.prod(x.shape[axis] for axis in axes)
+        axes, p_g = self._axes(x), self._group_size(x)
         if not axes and not self.epsilon:  # groups of one weight, such as the gammas of batch norm
             return ops.multiply(self.alpha, ops.sum(ops.absolute(x)))
         norms = _root(_sum_over(ops.square(x), axes), self.epsilon)
         return ops.multiply(self.alpha * math.sqrt(p_g), ops.sum(norms))
 
+    def _axes(self, x):
+        return tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+    def _group_size(self, x):
+        """p_g."""
+        return math.prod(x.shape[axis] for axis in self._axes(x))
+
+
+@register_penalty("l2", "L2", (1e-5, 1e-4, 1e-3, 1e-2))
 class L2(Penalty):
     """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
 
-    symbol = "l2"
+    def value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._weight(w)))
+    def gradient(self, w):
+        """alpha w."""
+        return self.alpha * self.displacement(w)
+
+    def pull(self, d, step):
+        """What the proximal map takes away from w: s alpha d / (1 + s alpha), and where w becomes 0: nowhere."""
+        return maps.quadratic(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l2_sp", "L2-SP", (1e-3, 1e-2, 1e-1, 1.0))
 class L2SP(AnchoredPenalty):
     """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
 
-    symbol = "l2_sp"
+    def value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._difference(w)))
+    def gradient(self, w):
+        """alpha (w - w0)."""
+        return self.alpha * self.displacement(w)
+
+    def pull(self, d, step):
+        """As of L2, with d = w - w0."""
+        return maps.quadratic(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l2_sp_fisher", "L2-SP-Fisher", (1e-3, 1e-2, 1e-1, 1.0))
 class L2SPFisher(FisherPenalty):
     """Eq. (4): L2-SP-Fisher. alpha / 2 * sum_j F_jj (w_j - w0_j)^2."""
 
-    symbol = "l2_sp_fisher"
+    def value(self, w):
+        return ops.multiply(self.alpha, _half_square_sum(self._weighted_displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._weighted_difference(w)))
+    def gradient(self, w):
+        """alpha F (w - w0)."""
+        d = self.displacement(w)
+        return self.alpha * self._fisher_as(d) * d
+
+    def pull(self, d, step):
+        """s alpha F d / (1 + s alpha F)."""
+        return maps.quadratic(d, step * self.alpha * self._fisher_as(d))
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l1_sp", "L1-SP", (1e-5, 1e-4, 1e-3, 1e-2))
 class L1SP(AnchoredPenalty):
     """Eq. (5): L1-SP. alpha * sum_j |w_j - w0_j|, with the subgradient 0 at w0.
 
@@ -263,8 +391,6 @@ class L1SP(AnchoredPenalty):
             authors' code has 1e-16); 0 by default.
     """
 
-    symbol = "l1_sp"
-
     def __init__(self, alpha, anchor=None, *, epsilon=0.0, **kwargs):
         super().__init__(alpha, anchor, **kwargs)
         self.epsilon = check_strength(epsilon, "epsilon")
@@ -272,31 +398,46 @@ class L1SP(AnchoredPenalty):
     def get_config(self):
         return {**super().get_config(), "epsilon": self.epsilon}
 
-    def _value(self, w):
-        difference = self._difference(w)
+    def value(self, w):
+        d = self.displacement(w)
         if self.epsilon:
-            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(difference) + self.epsilon)))
-        return ops.multiply(self.alpha, ops.sum(ops.absolute(difference)))
+            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(d) + self.epsilon)))
+        return ops.multiply(self.alpha, ops.sum(ops.absolute(d)))
+
+    def pull(self, d, step):
+        """sign(d) s alpha, or all of d where |d| <= s alpha."""
+        return maps.soft_threshold(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("gl_sp", "GL-SP", (1e-5, 1e-4, 1e-3, 1e-2))
 class GroupLassoSP(_Grouped, AnchoredPenalty):
     """Eq. (6): GL-SP. alpha * sum_g sqrt(p_g) ||w_g - w0_g||_2, with the subgradient 0 at w0."""
 
-    symbol = "gl_sp"
+    def value(self, w):
+        return self._group_norms(self.displacement(w))
 
-    def _value(self, w):
-        return self._group_norms(self._difference(w))
+    def pull(self, d, step):
+        """d min(1, s alpha sqrt(p_g) / ||d_g||) for one s; see `maps.weighted_group` for an s for each weight."""
+        axes, strength = self._axes(d), self.alpha * math.sqrt(self._group_size(d))
+        if len(step.shape) == 0:
+            return maps.group(d, strength * step, axes)
+        return maps.weighted_group(d, ops.ones_like(d), strength, step, axes)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("gl_sp_fisher", "GL-SP-Fisher", (1e-5, 1e-4, 1e-3, 1e-2))
 class GroupLassoSPFisher(_Grouped, FisherPenalty):
     """Eq. (7): GL-SP-Fisher. alpha * sum_g sqrt(p_g) (sum_{j in g} F_jj (w_j - w0_j)^2)^(1/2)."""
 
-    symbol = "gl_sp_fisher"
+    def value(self, w):
+        return self._group_norms(self._weighted_displacement(w))
 
-    def _value(self, w):
-        return self._group_norms(self._weighted_difference(w))
+    def pull(self, d, step):
+        """See `maps.weighted_group`."""
+        strength = self.alpha * math.sqrt(self._group_size(d))
+        return maps.weighted_group(d, self._fisher_as(d), strength, step, self._axes(d))
+
+
+PAPER = tuple(PENALTIES)  # the symbols of Eqs. (1), (2) and (4)-(7), in this order
 
 
 def smoothed(penalty, epsilon):
@@ -311,21 +452,6 @@ def smoothed(penalty, epsilon):
     penalty = copy.copy(penalty)
     penalty.epsilon = epsilon
     return penalty
-
-
-PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
-
-
-def check_strength(value, name):
-    """Returns a strength as a float.
-
-    Raises:
-        InputError: it is not a finite number that is at least 0.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
-    return float(value)
 
 
 def _half_square_sum(x):

@@ -9,6 +9,7 @@ from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.pixels import three_numbers
+from l2sp_tf.penalties.formulas import PENALTIES
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
@@ -23,16 +24,6 @@ CHOICES = {
     "penalty_step": PENALTY_STEPS,
     "moving_statistics": ("source", "fresh"),
 }
-# What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
-ALPHA_GRIDS = {
-    "l2": (1e-5, 1e-4, 1e-3, 1e-2),
-    "l2_sp": (1e-3, 1e-2, 1e-1, 1.0),
-    "l2_sp_fisher": (1e-3, 1e-2, 1e-1, 1.0),
-    "l1_sp": (1e-5, 1e-4, 1e-3, 1e-2),
-    "gl_sp": (1e-5, 1e-4, 1e-3, 1e-2),
-    "gl_sp_fisher": (1e-5, 1e-4, 1e-3, 1e-2),
-}
-ROOTS = ("l1_sp", "gl_sp", "gl_sp_fisher")  # penalties with roots, Eqs. (5)-(7), that `smoothing` is added inside of
 # The authors' code publishes a mean for each data set, here by the data set's name.
 AUTHORS_MEANS = {
     "mit_indoors67": (123.56, 110.05, 93.74),
@@ -126,7 +117,7 @@ class Recipe:
         if not isinstance(self.alpha, dict):
             raise InputError(f"alpha is {self.alpha!r}: give strengths by the penalty's symbol, as in {PUBLISHED_ALPHA}.")
         for symbol in self.alpha:
-            fields.choice("a key of alpha", symbol, tuple(ALPHA_GRIDS))
+            fields.choice("a key of alpha", symbol, tuple(PENALTIES))
         self._set("alpha", {symbol: fields.number(f"alpha of {symbol}", value) for symbol, value in self.alpha.items()})
 
     def _check_beta(self):
@@ -134,7 +125,7 @@ class Recipe:
             self._set("beta", fields.number("beta", self.beta))
             return
         for symbol in self.beta:
-            fields.choice("a key of beta", symbol, tuple(ALPHA_GRIDS))
+            fields.choice("a key of beta", symbol, tuple(PENALTIES))
         self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
 
     def _check_mean(self):
@@ -172,11 +163,11 @@ class Recipe:
             return keras.optimizers.Adam(self.schedule())
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
 
-    def idle(self, symbols=tuple(ALPHA_GRIDS)):
+    def idle(self, symbols=None):
         """The numbers that change no result beside the others, and why: a dict from the name of each to the reason.
 
         Args:
-            symbols: of the penalties that are run.
+            symbols: of the penalties that are run; None for any.
         """
         reasons = {}
         if self.solver != "sgd":
@@ -185,7 +176,7 @@ class Recipe:
             reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.images.blur}")
         if self.penalty_step == "proximal":
             reasons["smoothing"] = "proximal steps have none"
-        elif not set(symbols) & set(ROOTS):
+        elif symbols is not None and not any(hasattr(PENALTIES[symbol](1.0), "epsilon") for symbol in symbols):
             reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
         return reasons
 
@@ -200,7 +191,7 @@ class Recipe:
         values = dataclasses.asdict(self.replace(decay_at=None if self.decay_step == self._two_thirds else self.decay_at))
         values = {**values, **self.images.plain()}
         del values["images"]
-        idle = self.idle() if symbol is None else self.idle((symbol,))
+        idle = self.idle(None if symbol is None else (symbol,))
         unsaid = {"solver": "sgd", "penalty_step": "gradient"}
         unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
         said = {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
@@ -226,9 +217,9 @@ class Recipe:
         Raises:
             InputError: the symbol is unknown.
         """
-        if symbol not in ALPHA_GRIDS:
+        if symbol not in PENALTIES:
             raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
-        return ALPHA_GRIDS[symbol]
+        return PENALTIES[symbol].grid
 
     def mean_for(self, name, pixels):
         """The mean to subtract from the images of a data set.

@@ -9,7 +9,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.models import zoo
 from l2sp_tf.models.batch_norm import set_moving_statistics
 from l2sp_tf.penalties.formulas import PENALTIES, smoothed
-from l2sp_tf.training.recipe import ALPHA_GRIDS, Recipe
+from l2sp_tf.training.recipe import Recipe
 
 OWN = ("beta", "head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
 AUTHORS = RECIPE.replace(**{name: getattr(Recipe.authors(), name) for name in OWN}, iterations=1, log_every=1)
@@ -33,7 +33,7 @@ def norms_of(model):
 
 def test_the_numbers_are_those_of_the_authors_code():
     r = Recipe.authors()
-    assert {symbol: r.beta_for(symbol) for symbol in PENALTIES} == {s: 1e-3 if s == "l2" else 1e-2 for s in ALPHA_GRIDS}
+    assert {symbol: r.beta_for(symbol) for symbol in PENALTIES} == {s: 1e-3 if s == "l2" else 1e-2 for s in PENALTIES}
     assert (r.head_bias, r.smoothing, r.moving_statistics, r.batch_norm_decay) == (0.01, 1e-16, "fresh", 0.9)
     assert {Recipe.paper().beta_for(symbol) for symbol in PENALTIES} == {0.01}
     assert r.replace(beta=0.5).beta_for("l2") == 0.5
