@@ -24,7 +24,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     skip_registration = True  # this class; each subclass registers itself
-    DOWNLOADS = ()
+    DOWNLOADS: tuple = ()
     CLASSES = 0
 
     def _info(self):

@@ -235,7 +235,7 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
     return indices.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
-test_batches.__test__ = False  # pytest must not take it for a test
+test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest must not take it for a test
 
 
 def _check_count(name, value):

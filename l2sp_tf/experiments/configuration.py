@@ -20,8 +20,11 @@ DEFAULT_FOLDS = 5  # of an experiment
 DIGITS = ("digits/source", "digits/target")
 SWEPT = ("alpha", "beta", "learning_rate")  # fields of a recipe that a command gives as lists
 RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.name not in (*SWEPT, "images")] + list(IMAGES)
-PLAIN = ("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every")
-PLAIN += ("deterministic", "distribute", "backbone")  # fields of a plan whose flags have their name and value
+# fields of a plan whose flags have their name and value
+PLAIN = (
+    *("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every"),
+    *("deterministic", "distribute", "backbone"),
+)
 JIT = {"auto": "auto", "on": True, "off": False}
 OF_BACKBONE = ("backbone", "widths", "depths", "block")
 

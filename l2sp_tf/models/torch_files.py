@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -171,7 +172,7 @@ class _Unpickler(pickle._Unpickler):
 
     refused = dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused)
     own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
-    dispatch = pickle._Unpickler.dispatch | refused | own
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, **refused, **own}
 
     def persistent_load(self, pid):
         kind, dtype, key, _location, count, *view = pid

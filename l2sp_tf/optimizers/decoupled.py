@@ -1,9 +1,13 @@
 """The pull to the start apart from the gradient, for adaptive optimizers: what AdamW is to L2."""
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
+from l2sp_tf.files.types import Tensor
 from l2sp_tf.optimizers.stepping import Stepping
+from l2sp_tf.penalties.formulas import Penalty
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -22,7 +26,7 @@ class Decoupled(Stepping):
 
     needs = "gradient"
 
-    def step(self, update, penalty, variable, learning_rate):
+    def step(self, update: Callable[[], object], penalty: Penalty, variable: Tensor, learning_rate: Tensor) -> None:
         # before the inner step, from the weight at which the gradient was taken
         self.assign_sub(variable, ops.cast(learning_rate, "float32") * penalty.gradient(variable))
         update()

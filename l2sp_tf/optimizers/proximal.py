@@ -1,13 +1,15 @@
 """Proximal steps: the penalties are minimised exactly within each step, which can leave a weight at w0 for good."""
 
 import math
+from collections.abc import Callable
 
 import keras
 from keras import ops
 
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.types import Tensor
 from l2sp_tf.optimizers.stepping import Stepping
-from l2sp_tf.penalties.formulas import AnchoredPenalty
+from l2sp_tf.penalties.formulas import AnchoredPenalty, Penalty
 from l2sp_tf.penalties.weights import keyed_weights
 
 
@@ -31,19 +33,19 @@ class Proximal(Stepping):
 
     needs = "pull"
 
-    def __init__(self, optimizer, name=None):
+    def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None) -> None:
         super().__init__(optimizer, name)
         _step_rule(self.inner_optimizer)
 
     @classmethod
-    def check(cls, penalty):
+    def check(cls, penalty: Penalty) -> None:
         super().check(penalty)
         if getattr(penalty, "epsilon", 0):
             raise InputError(
                 f"{penalty} has epsilon={penalty.epsilon:g}, which smooths the kink at w0: Proximal needs epsilon=0."
             )
 
-    def step(self, update, penalty, variable, learning_rate):
+    def step(self, update: Callable[[], object], penalty: Penalty, variable: Tensor, learning_rate: Tensor) -> None:
         update()
         sizes = step_sizes(self.inner_optimizer, variable, learning_rate)
         self.assign(variable, penalty.proximal_map(variable, sizes))
@@ -113,7 +115,7 @@ STEP_RULES = {
 }
 
 
-def frozen_share(model):
+def frozen_share(model: keras.Model) -> dict[str, float]:
     """The share of each layer's anchored weights that are equal to w0 bit by bit.
 
     Args:
@@ -122,7 +124,8 @@ def frozen_share(model):
     Returns:
         A dict from layer to a number in [0, 1], under the layers' keys, and of all layers together under "all".
     """
-    layers, counts = {}, {}
+    layers: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for key, weight in keyed_weights(model).items():
         penalty = weight.variable.regularizer
         if isinstance(penalty, AnchoredPenalty) and penalty.is_bound and weight.variable.trainable:

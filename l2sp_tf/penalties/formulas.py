@@ -10,6 +10,8 @@ import importlib.metadata
 import math
 import numbers
 import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -17,6 +19,7 @@ from keras import ops
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
+from l2sp_tf.files.types import Tensor
 from l2sp_tf.penalties import effect, maps
 
 
@@ -24,7 +27,7 @@ class UnboundPenaltyError(RuntimeError):
     """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
 
 
-def check_strength(value, name):
+def check_strength(value: Any, name: str) -> float:
     """Returns a strength as a float.
 
     Raises:
@@ -36,10 +39,10 @@ def check_strength(value, name):
     return float(value)
 
 
-PENALTIES = {}  # the registered classes by symbol
+PENALTIES: dict[str, type["Penalty"]] = {}  # the registered classes by symbol
 
 
-def register_penalty(symbol, title, grid):
+def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable[[type["Penalty"]], type["Penalty"]]:
     """Makes a penalty known by its symbol: to Keras' files, train.py, cross-validation, records, tables and figures.
 
     A penalty of your own is a subclass of `Penalty`, `AnchoredPenalty` or `FisherPenalty` with a method `value`; `gradient`
@@ -76,7 +79,7 @@ def register_penalty(symbol, title, grid):
     return register
 
 
-def load_registered():
+def load_registered() -> None:
     """Imports the modules of installed packages that register penalties: entry points of the group "l2sp_tf.penalties".
 
     Raises:
@@ -109,14 +112,15 @@ class Penalty(keras.regularizers.Regularizer):
     is_penalty = True  # by which `drop_penalties` knows it
     # A subclass that `Decoupled` can step has a method gradient(w), and one that `Proximal` can step a method pull(d, step):
     # see `L2`.
-    gradient = pull = None
+    gradient: Any = None
+    pull: Any = None
 
-    def __init__(self, alpha, *, key=None):
+    def __init__(self, alpha: float, *, key: str | None = None) -> None:
         self.alpha = check_strength(alpha, "alpha")
         self.key = key
         self._is_attached = False
 
-    def __call__(self, w):
+    def __call__(self, w: Tensor) -> Tensor:
         """The value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
 
         Raises:
@@ -126,15 +130,15 @@ class Penalty(keras.regularizers.Regularizer):
             raise UnboundPenaltyError(self._unbound())
         return effect.passed_on(self, self.value(w))
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         """The value for a weight w, a scalar tensor in float32 at least; each subclass has its formula here."""
         raise NotImplementedError
 
-    def displacement(self, w):
+    def displacement(self, w: Tensor) -> Tensor:
         """What the penalty pulls to 0: w itself, or w - w0 for those with an anchor; in float32 at least."""
         return self._weight(w)
 
-    def proximal_map(self, w, step):
+    def proximal_map(self, w: Tensor, step: Tensor) -> Tensor:
         """argmin_x penalty(x) + sum_j (x_j - w_j)^2 / (2 step_j), by the formula of `pull`.
 
         Args:
@@ -154,7 +158,7 @@ class Penalty(keras.regularizers.Regularizer):
         return ops.zeros_like(w)
 
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         """Whether the penalty has all it needs to be computed."""
         return self._is_attached or self.key is None
 
@@ -165,13 +169,13 @@ class Penalty(keras.regularizers.Regularizer):
             "l2sp_tf.attach(model, ...) before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
         )
 
-    def bind(self, key, **_):
+    def bind(self, key: str, **_: Any) -> Any:
         """Returns a copy of this penalty for the weight named `key`."""
         bound = type(self)(**{**self.get_config(), "key": key})
         bound._is_attached = True
         return bound
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The strength and the key: small enough to live in a `.keras` file."""
         return {"alpha": self.alpha, "key": self.key}
 
@@ -196,21 +200,21 @@ class AnchoredPenalty(Penalty):
         InputError: a bad strength, or an anchor that is not finite.
     """
 
-    def __init__(self, alpha, anchor=None, *, key=None, digest=None):
+    def __init__(self, alpha: float, anchor: Tensor | None = None, *, key: str | None = None, digest: str | None = None) -> None:
         super().__init__(alpha, key=key)
         self.digest = digest
-        self._anchor = None if anchor is None else _constant(anchor, self._name_of("anchor"))
+        self._anchor: Any = None if anchor is None else _constant(anchor, self._name_of("anchor"))
 
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         return self._anchor is not None
 
     @property
-    def anchor(self):
+    def anchor(self) -> Tensor:
         """w0, a tensor, or None."""
         return self._anchor
 
-    def bind(self, key, *, anchor, digest, **_):
+    def bind(self, key: str, *, anchor: Tensor = None, digest: str | None = None, **_: Any) -> Any:
         """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
         bound = super().bind(key)
         bound.digest, bound._anchor = digest, _constant(anchor, bound._name_of("anchor"), share=True)
@@ -227,10 +231,10 @@ class AnchoredPenalty(Penalty):
     def _name_of(self, what):
         return f"the {what} of {self.key or type(self).__name__}"
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "digest": self.digest}
 
-    def displacement(self, w):
+    def displacement(self, w: Tensor) -> Tensor:
         """w - w0, in float32 at least."""
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
         w = self._weight(w)
@@ -252,30 +256,39 @@ class FisherPenalty(AnchoredPenalty):
             anchor's.
     """
 
-    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, fisher_digest=None, **kwargs):
+    def __init__(
+        self,
+        alpha: float,
+        anchor: Tensor | None = None,
+        fisher: Tensor | None = None,
+        *,
+        key: str | None = None,
+        fisher_digest: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(alpha, anchor, key=key, **kwargs)
         self.fisher_digest, self._root_fisher = fisher_digest, None
         if fisher is not None:
             self._set_fisher(fisher)
 
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         return super().is_bound and self._root_fisher is not None
 
     @property
-    def fisher(self):
+    def fisher(self) -> Tensor:
         """F_jj, a tensor, or None."""
         return None if self._root_fisher is None else ops.square(self._root_fisher)
 
-    def bind(self, key, *, anchor, digest, fisher=None, fisher_digest=None, **_):
+    def bind(self, key: str, *, fisher: Tensor = None, fisher_digest: str | None = None, **bound_to: Any) -> Any:
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
-        bound = super().bind(key, anchor=anchor, digest=digest)
+        bound = super().bind(key, **bound_to)
         bound.fisher_digest = fisher_digest
         if fisher is not None:
             bound._set_fisher(fisher)
         return bound
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "fisher_digest": self.fisher_digest}
 
     def _set_fisher(self, fisher):
@@ -303,7 +316,7 @@ class _Grouped:
     root, which smooths the kink at w0 (the authors' code has 1e-16).
     """
 
-    def __init__(self, *args, group_axes=None, epsilon=0.0, **kwargs):
+    def __init__(self, *args: Any, group_axes: Iterable[int] | None = None, epsilon: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group_axes = None if group_axes is None else tuple(group_axes)
         self.epsilon = check_strength(epsilon, "epsilon")
@@ -337,14 +350,14 @@ class _Grouped:
 class L2(Penalty):
     """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def gradient(self, w):
+    def gradient(self, w: Tensor) -> Tensor:
         """alpha w."""
         return self.alpha * self.displacement(w)
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """What the proximal map takes away from w: s alpha d / (1 + s alpha), and where w becomes 0: nowhere."""
         return maps.quadratic(d, step * self.alpha)
 
@@ -353,14 +366,14 @@ class L2(Penalty):
 class L2SP(AnchoredPenalty):
     """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def gradient(self, w):
+    def gradient(self, w: Tensor) -> Tensor:
         """alpha (w - w0)."""
         return self.alpha * self.displacement(w)
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """As of L2, with d = w - w0."""
         return maps.quadratic(d, step * self.alpha)
 
@@ -369,15 +382,15 @@ class L2SP(AnchoredPenalty):
 class L2SPFisher(FisherPenalty):
     """Eq. (4): L2-SP-Fisher. alpha / 2 * sum_j F_jj (w_j - w0_j)^2."""
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         return ops.multiply(self.alpha, _half_square_sum(self._weighted_displacement(w)))
 
-    def gradient(self, w):
+    def gradient(self, w: Tensor) -> Tensor:
         """alpha F (w - w0)."""
         d = self.displacement(w)
         return self.alpha * self._fisher_as(d) * d
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """s alpha F d / (1 + s alpha F)."""
         return maps.quadratic(d, step * self.alpha * self._fisher_as(d))
 
@@ -391,20 +404,20 @@ class L1SP(AnchoredPenalty):
             authors' code has 1e-16); 0 by default.
     """
 
-    def __init__(self, alpha, anchor=None, *, epsilon=0.0, **kwargs):
+    def __init__(self, alpha: float, anchor: Tensor | None = None, *, epsilon: float = 0.0, **kwargs: Any) -> None:
         super().__init__(alpha, anchor, **kwargs)
         self.epsilon = check_strength(epsilon, "epsilon")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         d = self.displacement(w)
         if self.epsilon:
             return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(d) + self.epsilon)))
         return ops.multiply(self.alpha, ops.sum(ops.absolute(d)))
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """sign(d) s alpha, or all of d where |d| <= s alpha."""
         return maps.soft_threshold(d, step * self.alpha)
 
@@ -413,10 +426,10 @@ class L1SP(AnchoredPenalty):
 class GroupLassoSP(_Grouped, AnchoredPenalty):
     """Eq. (6): GL-SP. alpha * sum_g sqrt(p_g) ||w_g - w0_g||_2, with the subgradient 0 at w0."""
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         return self._group_norms(self.displacement(w))
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """d min(1, s alpha sqrt(p_g) / ||d_g||) for one s; see `maps.weighted_group` for an s for each weight."""
         axes, strength = self._axes(d), self.alpha * math.sqrt(self._group_size(d))
         if len(step.shape) == 0:
@@ -428,10 +441,10 @@ class GroupLassoSP(_Grouped, AnchoredPenalty):
 class GroupLassoSPFisher(_Grouped, FisherPenalty):
     """Eq. (7): GL-SP-Fisher. alpha * sum_g sqrt(p_g) (sum_{j in g} F_jj (w_j - w0_j)^2)^(1/2)."""
 
-    def value(self, w):
+    def value(self, w: Tensor) -> Tensor:
         return self._group_norms(self._weighted_displacement(w))
 
-    def pull(self, d, step):
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """See `maps.weighted_group`."""
         strength = self.alpha * math.sqrt(self._group_size(d))
         return maps.weighted_group(d, self._fisher_as(d), strength, step, self._axes(d))
@@ -440,7 +453,7 @@ class GroupLassoSPFisher(_Grouped, FisherPenalty):
 PAPER = tuple(PENALTIES)  # the symbols of Eqs. (1), (2) and (4)-(7), in this order
 
 
-def smoothed(penalty, epsilon):
+def smoothed(penalty: Penalty, epsilon: float) -> Penalty:
     """A penalty with epsilon inside its roots, Eqs. (5)-(7); as it is where it has none, or an epsilon of its own.
 
     Raises:
