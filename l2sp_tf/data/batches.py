@@ -18,7 +18,7 @@ def labelled_batches(data, model, *, size, crops=1):
     Args:
         data: arrays (x, y) or (x, y, weights) as a tuple; a `tf.data.Dataset` of such elements, batched or not; a
             `keras.utils.PyDataset`; or an iterable of batches.
-        model: the Keras model, whose inputs tell one image from a batch.
+        model: the Keras model, whose inputs show whether an element is an image or a batch.
         size: images per batch, if the data are not batched.
         crops: crops of each image; more than one lie on an axis after that of the images.
 

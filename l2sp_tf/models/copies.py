@@ -117,7 +117,7 @@ def _graph_rebuilt(model, made):
     def call(copy, *args, **kwargs):
         try:
             return copy(*args, **kwargs)
-        except Exception as error:  # whatever a stranger's layer raises
+        except Exception as error:  # a custom layer may raise anything
             raise InputError(f"The layer {title(copy)} cannot be called again in a copy: {said_by(error)}.") from error
 
     inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
@@ -138,7 +138,7 @@ def _layer_rebuilt(layer):
         with keras.saving.custom_object_scope(_objects_of(parts)), SafeModeScope(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
             copy = type(layer).from_config(_config_of(layer))
-    except Exception as error:  # whatever a stranger's layer raises
+    except Exception as error:  # a custom layer may raise anything
         raise InputError(
             f"The layer {title(layer)} cannot be made again from its configuration: {said_by(error)}; give it a get_config "
             "with all arguments of its constructor."
@@ -194,7 +194,7 @@ def _pairs(made):
 
 
 def _carry(one, two):
-    """Copies a layer's own weights and whatever else it keeps; the layers inside are left out."""
+    """Copies a layer's own weights and its other state, without the layers inside."""
     for a, b in _own_pairs(one, two):
         b.assign(a.numpy())
     try:
@@ -204,7 +204,7 @@ def _carry(one, two):
             _carry_vocabulary(one, two)
         else:
             _carry_kept(one, two)
-    except Exception as error:  # whatever a stranger's layer raises
+    except Exception as error:  # a custom layer may raise anything
         raise InputError(
             f"The layer {title(one)} cannot be copied, as its state cannot be carried over: {said_by(error)}."
         ) from error

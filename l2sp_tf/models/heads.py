@@ -323,7 +323,7 @@ def _is_head(step, behind, scores):
 
 
 def _is_known(layer):
-    """Whether a layer's activation tells what the layer makes: none, linear or a score."""
+    """Whether a layer has a linear activation, a score or none, so that its outputs are known."""
     activation = getattr(layer, "activation", None)
     return activation is None or _activation(layer) in {"linear", *SCORES}
 
