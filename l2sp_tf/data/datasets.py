@@ -62,7 +62,7 @@ def drawing_seed(spec, per_class, seed, protocol):
 
 
 def table_1_rows(*, protocol="paper", data_dir=None, cache_dir=None):
-    """Returns the characteristics of the target data sets of Table 1, for `report.table_1`.
+    """Returns the characteristics of the target data sets of Table 1, for `reports.tables.table_1`.
 
     Args:
         protocol, data_dir, cache_dir: as in `load_dataset`.

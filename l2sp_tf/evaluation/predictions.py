@@ -38,7 +38,7 @@ class Predictions:
         return len(self.files)
 
     def table(self, most=None):
-        """Returns a `report.Table` of file, class and probability for the first `most` images."""
+        """Returns a `Table` of file, class and probability for the first `most` images."""
         rows = [
             (file, self.classes[label], f"{p:.4f}")
             for file, label, p in zip(self.files[:most], self.labels, self.probabilities, strict=False)
