@@ -1,4 +1,4 @@
-"""What the authors' code does otherwise than the paper: each row of the table in BUILD_NOTES.md, by what a run really does."""
+"""Differences of the authors' code from the paper: each row of the table in BUILD_NOTES.md, by what a run really does."""
 
 import keras
 import numpy as np
@@ -66,7 +66,7 @@ def test_the_head_has_the_beta_of_its_penalty_and_begins_with_its_bias(symbol, p
     assert head.penalty["config"]["alpha"] == (1e-3 if symbol == "l2" else 0.01)
     np.testing.assert_array_equal(run.model.get_layer("new_head").bias, np.full(3, 0.01, "float32"))
     kernel = run.model.get_layer("new_head").kernel.numpy()
-    assert abs(kernel).max() <= np.sqrt(6 / sum(kernel.shape))  # Xavier, uniform
+    assert abs(kernel).max() <= np.sqrt(6 / sum(kernel.shape))  # Glorot (Xavier) uniform
 
 
 def float64_value(symbol, w, w0, fisher, epsilon):
@@ -122,7 +122,7 @@ def test_only_kinked_penalties_are_smoothed_and_an_own_epsilon_stays(pretrained)
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_moving_statistics_begin_afresh_unless_units_are_frozen(frozen, pretrained):
-    """One step by hand: moving = 0.9 moving + 0.1 of the batch, from 0 and 1, or from those of the pre-trained model."""
+    """One step by hand: moving = 0.9 moving + 0.1 batch, from 0 and 1, or from the pre-trained model's statistics."""
     data, recipe = task(), AUTHORS.replace(learning_rate=1e-30, batch_size=20)
     run = l2sp.finetune(pretrained, data, l2sp.L2SP(0.1), recipe, frozen=frozen, verbose=0)
     plain = l2sp.finetune(pretrained, data, l2sp.L2SP(0.1), RECIPE.replace(iterations=1), frozen=frozen, verbose=0)
