@@ -93,6 +93,33 @@ def test_public_names_have_docstrings_and_are_all_listed():
         assert PENALTIES[symbol].__doc__.startswith(f"Eq. ({number})")
 
 
+def public_functions():
+    """The functions and methods behind the public names that this package defines itself, by name."""
+    for name in l2sp.__all__:
+        found = getattr(l2sp, name)
+        members = {name: found}
+        if inspect.isclass(found):
+            members = {f"{name}.{key}": value for key, value in vars(found).items() if not key.startswith("_")}
+        for key, value in members.items():
+            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if inspect.isfunction(value) and value.__module__.startswith("l2sp_tf."):
+                yield key, value
+
+
+@pytest.mark.parametrize(("name", "function"), list(public_functions()), ids=[name for name, _ in public_functions()])
+def test_the_signatures_of_public_names_have_types(name, function):
+    signature = inspect.signature(function)
+    bare = [key for key, parameter in signature.parameters.items() if parameter.annotation is inspect.Parameter.empty]
+    assert [key for key in bare if key not in ("self", "cls")] == []
+    assert signature.return_annotation is not inspect.Signature.empty
+
+
+def test_the_types_hold():
+    options = {"capture_output": True, "text": True, "cwd": ROOT}
+    result = subprocess.run([sys.executable, "-m", "mypy"], **options)
+    assert result.returncode == 0, result.stdout
+
+
 def test_what_attaches_penalties_imports_no_tensorflow_of_its_own():
     rooms = "penalties.formulas penalties.anchors penalties.attachment models.zoo models.heads models.units"
     found, waiting = set(), f"{rooms} optimizers.proximal optimizers.decoupled".split()

@@ -1,6 +1,7 @@
 """Accuracy with central crops or ten crops, and the accuracy lost on the source task by fine-tuning (Table 3)."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,7 +19,15 @@ from l2sp_tf.penalties.weights import keyed_weights
 STATISTICS = ("moving_mean", "moving_variance")
 
 
-def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=False):
+def evaluate(
+    model: keras.Model,
+    data: Any,
+    *,
+    batch_size: int = 64,
+    crops: int = 1,
+    from_logits: bool | None = None,
+    answers: bool = False,
+) -> dict[str, Any]:
     """Computes top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
 
     The answer is the class of the highest score. With one output, a sigmoid or its logit, it is 1 if the probability is
@@ -83,7 +92,15 @@ def _summary(right, weights, answers):
     return {**result, "right": right} if answers else result
 
 
-def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
+def retention(
+    finetuned: keras.Model,
+    pretrained: keras.Model,
+    source: Any,
+    *,
+    before: dict[str, Any] | None = None,
+    batch_size: int = 64,
+    crops: int = 1,
+) -> dict[str, Any]:
     """Measures how much a fine-tuned model has kept of its source task (Table 3).
 
     The fine-tuned backbone gets the original head back, without any retraining, whatever the heads are called. Table 3

@@ -34,10 +34,10 @@ class Predictions:
     classes: tuple
     skipped: tuple = ()
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.files)
 
-    def table(self, most=None):
+    def table(self, most: int | None = None) -> Table:
         """Returns a `Table` of file, class and probability for the first `most` images."""
         rows = [
             (file, self.classes[label], f"{p:.4f}")

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from l2sp_tf.evaluation import report_page
 from l2sp_tf.evaluation.accuracy import STATISTICS, retention
 from l2sp_tf.evaluation.activations import activation_r2, box
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.types import Path, Weights
 from l2sp_tf.files.writing import write_text
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.heads import head_of, inputs_of
@@ -79,29 +81,29 @@ class RetentionReport:
         return "\n".join(lines)
 
     @property
-    def distance(self):
+    def distance(self) -> float:
         """||w - w0|| over all layers."""
         return math.sqrt(sum(layer.distance**2 for layer in self.layers))
 
     @property
-    def relative(self):
+    def relative(self) -> float:
         """||w - w0|| / ||w0|| over all layers."""
         return self.distance / (math.sqrt(sum(layer.norm**2 for layer in self.layers)) or math.nan)
 
-    def most_moved(self, count=5):
+    def most_moved(self, count: int = 5) -> list[LayerDistance]:
         """Returns the layers that moved, sorted by relative distance: NaN first, then the largest."""
         moved = [layer for layer in self.layers if layer.relative]
         return sorted(moved, key=lambda x: math.inf if math.isnan(x.relative) else x.relative, reverse=True)[:count]
 
-    def html(self):
+    def html(self) -> str:
         """Returns the page that `save` writes."""
         return report_page.page(self)
 
-    def markdown(self):
+    def markdown(self) -> str:
         """Returns the distances by layer as a Markdown table."""
         return report_page.markdown(self)
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """Writes one HTML page, atomically. It needs no other file.
 
         Raises:
@@ -109,14 +111,15 @@ class RetentionReport:
         """
         write_text(path, self.html())
 
-    def log(self, folder):
+    def log(self, folder: Path) -> None:
         """Writes TensorBoard scalars: totals at step 0, and curves over the layers, whose steps are the layers' positions."""
         writer = tf.summary.create_file_writer(str(folder))
         with writer.as_default(step=0):
             tf.summary.scalar("retention/distance", self.distance)
             tf.summary.scalar("retention/relative_distance", self.relative)
-            for name in ("before", "target_statistics", "source_statistics") if self.accuracies else ():
-                tf.summary.scalar(f"retention/source_accuracy/{name}", self.accuracies[name]["accuracy"])
+            for name in ("before", "target_statistics", "source_statistics"):
+                if self.accuracies:
+                    tf.summary.scalar(f"retention/source_accuracy/{name}", self.accuracies[name]["accuracy"])
             tf.summary.text("retention/layers", self.markdown())
             for position, layer in enumerate(self.layers):
                 tf.summary.scalar("retention/relative_distance_by_depth", layer.relative or 0.0, step=position)
@@ -126,7 +129,15 @@ class RetentionReport:
         writer.close()
 
 
-def retention_report(model, anchors, *, source=None, pretrained=None, title=None, crops=1):
+def retention_report(
+    model: keras.Model,
+    anchors: Weights,
+    *,
+    source: Any = None,
+    pretrained: keras.Model | None = None,
+    title: str | None = None,
+    crops: int = 1,
+) -> RetentionReport:
     """Measures what a fine-tuned model kept of its pre-training.
 
     Args:

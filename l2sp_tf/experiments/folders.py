@@ -2,15 +2,18 @@
 
 import pathlib
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import keras
 
 from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.data.pipeline import prepare, preprocessing_for
-from l2sp_tf.evaluation.predictions import predict
+from l2sp_tf.evaluation.predictions import Predictions, predict
 from l2sp_tf.evaluation.report import RetentionReport, distances, retention_report
 from l2sp_tf.experiments.records import diverged, read_record
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.types import Path
 from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import Interface, PixelFormat, three_numbers
 from l2sp_tf.penalties.anchors import Anchors
@@ -178,7 +181,15 @@ def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=No
     return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)
 
 
-def predict_images(model, images, interface=None, *, batch_size=64, skip_bad_images=False, **given):
+def predict_images(
+    model: keras.Model | Path,
+    images: Path | Iterable[Path],
+    interface: Interface | None = None,
+    *,
+    batch_size: int = 64,
+    skip_bad_images: bool = False,
+    **given: Any,
+) -> Predictions:
     """The class of each image and its probability, by the same crops and scores as `evaluate`.
 
     Args:

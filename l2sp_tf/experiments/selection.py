@@ -5,7 +5,10 @@ import itertools
 import pathlib
 import statistics
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
+import keras
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
@@ -17,8 +20,10 @@ from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import provenance
+from l2sp_tf.files.types import Path, Weights
+from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.penalties.anchors import Anchors
-from l2sp_tf.penalties.formulas import PENALTIES
+from l2sp_tf.penalties.formulas import PENALTIES, Penalty
 from l2sp_tf.training.recipe import Recipe
 from l2sp_tf.training.trainer import as_task, images_digest
 
@@ -64,7 +69,7 @@ class Selection:
     edges: tuple = ()
 
     @property
-    def best(self):
+    def best(self) -> Candidate | None:
         """The candidate with the highest mean accuracy; of equals the strongest penalty, and of those the first.
 
         None if every setting diverged.
@@ -78,16 +83,16 @@ class Selection:
         return self.best
 
     @property
-    def best_penalty(self):
+    def best_penalty(self) -> Penalty:
         """The penalty with the chosen alpha; an InputError if every setting diverged."""
         return self.penalty(self._chosen().alpha)
 
     @property
-    def best_recipe(self):
+    def best_recipe(self) -> Recipe:
         """The recipe with the chosen beta and learning rate; an InputError if every setting diverged."""
-        return self.recipe.replace(beta=self._chosen().beta, learning_rate=self.best.learning_rate)
+        return self.recipe.replace(beta=self._chosen().beta, learning_rate=self._chosen().learning_rate)
 
-    def record(self, question, folds):
+    def record(self, question: dict[str, Any], folds: int) -> dict[str, Any]:
         """The record of a selection, as `records` describes it.
 
         Args:
@@ -192,24 +197,24 @@ def accuracy_of(record):
 
 
 def cross_validate(
-    pretrained,
-    data,
-    penalty,
-    recipe=None,
+    pretrained: keras.Model,
+    data: Any,
+    penalty: type[Penalty],
+    recipe: Recipe | None = None,
     *,
-    alphas=None,
-    betas=None,
-    learning_rates=LEARNING_RATES,
-    folds=5,
-    seed=0,
-    pixels=None,
-    anchors=None,
-    fisher=None,
-    frozen=0,
-    run_dir=None,
-    verbose=0,
-    **options,
-):
+    alphas: Iterable[float] | None = None,
+    betas: Iterable[float] | None = None,
+    learning_rates: Iterable[float] = LEARNING_RATES,
+    folds: int = 5,
+    seed: int = 0,
+    pixels: PixelFormat | str | None = None,
+    anchors: Weights | None = None,
+    fisher: Weights | None = None,
+    frozen: int = 0,
+    run_dir: Path | None = None,
+    verbose: int = 0,
+    **options: Any,
+) -> Selection:
     """Chooses alpha, beta and the learning rate on stratified folds of the training images (section 4.2).
 
     Each setting is fine-tuned once on the rest of each fold, and scored by its accuracy on the fold; a run that diverges is
@@ -250,7 +255,8 @@ def cross_validate(
     runs = _FoldRuns(pretrained, recipe, parts, seed, folder, options | {"verbose": verbose})
     # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
     runs.known |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "target": task.name}
-    first = Setting(penalty.symbol, *next(itertools.product(*search.axes.values())), frozen=frozen)
+    alpha, beta, rate = (values[0] for values in search.axes.values())
+    first = Setting(penalty.symbol, alpha, beta, rate, frozen)
     search_all({penalty.symbol: search}, lambda pairs: [runs.record(setting) for _, setting in pairs])
     found = search.selection(recipe)
     if folder is not None:

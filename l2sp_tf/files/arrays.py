@@ -5,6 +5,8 @@ import copy
 import hashlib
 import json
 import pathlib
+from collections.abc import Iterator
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +16,7 @@ import safetensors.numpy
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import aligned_copy
 from l2sp_tf.files.reading import parse_json, refusing
+from l2sp_tf.files.types import Path, Weights
 from l2sp_tf.files.writing import atomic_path
 
 WEIGHTS = "l2sp_tf.anchors.v1"
@@ -27,29 +30,29 @@ class Arrays(collections.abc.Mapping):
         dtype: the dtype of all arrays; None keeps the dtype of each.
     """
 
-    def __init__(self, arrays, dtype=None):
+    def __init__(self, arrays: Weights, dtype: Any = None) -> None:
         self._arrays = {}
         for key, value in arrays.items():
             array = aligned_copy(value, dtype)  # copied: an anchor that shared a live weight's memory would penalise nothing
             array.flags.writeable = False
             self._arrays[key] = array
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> np.ndarray:
         return self._arrays[key]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._arrays)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._arrays)
 
     @property
-    def manifest(self):
+    def manifest(self) -> list[dict[str, Any]]:
         """The name, shape, dtype and sha256 of each array, as a list of dicts."""
         return manifest_of(self)
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal arrays."""
         return digest_of(self.manifest)
 
@@ -62,7 +65,7 @@ class Snapshot(Arrays):
         metadata: a dict from name to a JSON value, such as "pixels" (`PixelFormat.plain`) and "provenance"; or None.
     """
 
-    def __init__(self, arrays, metadata=None):
+    def __init__(self, arrays: Weights, metadata: dict[str, Any] | None = None) -> None:
         super().__init__(arrays)
         self.metadata = dict(metadata or {})
         self._digest = super().digest
@@ -72,17 +75,17 @@ class Snapshot(Arrays):
         return f"{type(self).__name__}({len(self)} arrays, {numbers:,} numbers, digest {self.digest[:12]})"
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal weights."""
         return self._digest
 
-    def with_metadata(self, **metadata):
+    def with_metadata(self, **metadata: Any) -> Self:
         """Returns the same weights, sharing the arrays, with more metadata; entries that exist already are kept."""
         other = copy.copy(self)
         other.metadata = {**metadata, **self.metadata}
         return other
 
-    def save(self, path):
+    def save(self, path: Path) -> None:
         """Writes the arrays, their manifest and the metadata to a safetensors file, atomically.
 
         Raises:
@@ -92,7 +95,7 @@ class Snapshot(Arrays):
         save_arrays(path, self._arrays, WEIGHTS, {**header, "digest": self.digest})
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: Path) -> Self:
         """Reads weights that `save` wrote, and verifies each array against the manifest.
 
         Raises:

@@ -9,7 +9,7 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.weights import forget_traced_steps
 
 
-def fuse_batch_norm(model):
+def fuse_batch_norm(model: keras.Model) -> keras.Model:
     """Makes a model's batch norm train by TensorFlow's fused operation, in place; results are the same up to rounding.
 
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta, with the mean and the variance of the batch.

@@ -1,6 +1,7 @@
 """The head of a classifier: finds its layers, and replaces them."""
 
 import dataclasses
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -95,7 +96,14 @@ def head_of(model):
     return Head(tuple(layers), tuple(keys))
 
 
-def with_new_head(pretrained, num_classes, *, seed=None, bias=0.0, say=print):
+def with_new_head(
+    pretrained: keras.Model,
+    num_classes: int,
+    *,
+    seed: int | None = None,
+    bias: float = 0.0,
+    say: Callable[[str], object] = print,
+) -> keras.Model:
     """Copies a pre-trained classifier with a new, random last layer of logits, and says in one line what it replaced.
 
     The graph is followed back from the output, into nested models, to the last layer with weights. If that layer is Dense or

@@ -4,6 +4,7 @@ import re
 
 import keras
 
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.weights import forget_traced_steps
 
@@ -53,7 +54,7 @@ def unit_count(model):
         return 0
 
 
-def freeze_first(model, n):
+def freeze_first(model: keras.Model, n: int) -> int:
     """Freezes the first n units of a network and everything upstream of them (Fig. 3), and unfreezes all other layers.
 
     An unnamed shortcut around unit n (Xception) is frozen with it. A frozen batch norm runs in inference mode and
@@ -71,17 +72,16 @@ def freeze_first(model, n):
     """
     parents = _parents(model)
     found = _units(model, parents)
-    if not isinstance(n, int) or not 0 <= n <= len(found):
-        raise InputError(
-            f"n is {n!r}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}."
-        )
+    n = fields.whole("n", n, least=0)
+    if n > len(found):
+        raise InputError(f"n is {n}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}.")
     unfreeze(model)
     for layer in _upstream(found, n, parents) if n else ():
         layer.trainable = False
     return len(found)
 
 
-def unfreeze(model):
+def unfreeze(model: keras.Model) -> None:
     """Makes all layers, nested models and variables trainable, except those that Keras never trains, such as statistics.
 
     As in a new layer with LoRA, a kernel under LoRA stays frozen and its low-rank update is trained.
@@ -95,7 +95,8 @@ def unfreeze(model):
             variable.trainable = True
     for layer in model._flatten_layers():
         if getattr(layer, "lora_enabled", False):
-            getattr(layer, "_kernel", getattr(layer, "_embeddings", None)).trainable = False
+            kernel = layer._kernel if hasattr(layer, "_kernel") else layer._embeddings
+            kernel.trainable = False
     forget_traced_steps(model)
 
 

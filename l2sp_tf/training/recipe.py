@@ -2,13 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 
 from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models.pixels import three_numbers
+from l2sp_tf.models.pixels import PixelFormat, three_numbers
 from l2sp_tf.penalties.formulas import PENALTIES
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
@@ -138,7 +140,7 @@ class Recipe:
             raise InputError(f"mean is {self.mean}: give three numbers from 0 to 255, for red, green and blue.")
 
     @property
-    def decay_step(self):
+    def decay_step(self) -> int:
         """The number of steps taken at the initial rate."""
         return self.decay_at if self.decay_at is not None else self._two_thirds
 
@@ -147,23 +149,23 @@ class Recipe:
         return max(1, round(self.iterations * 2 / 3))
 
     @property
-    def log_interval(self):
+    def log_interval(self) -> int:
         """Steps between two rows of the log."""
         return self.log_every or max(1, self.iterations // 20)
 
-    def schedule(self):
+    def schedule(self) -> keras.optimizers.schedules.LearningRateSchedule:
         """Returns the learning rate by step: the initial rate for `decay_step` steps, then a tenth of it."""
         # Keras keeps the first value up to and including the boundary, and counts steps from 0.
         rates = [self.learning_rate, self.learning_rate / 10]
         return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
 
-    def optimizer(self):
+    def optimizer(self) -> keras.optimizers.Optimizer:
         """Returns a new optimizer with the schedule, not yet wrapped for `penalty_step`."""
         if self.solver == "adam":
             return keras.optimizers.Adam(self.schedule())
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
 
-    def idle(self, symbols=None):
+    def idle(self, symbols: Sequence[str] | None = None) -> dict[str, str]:
         """Returns the settings that change no result, given the others: a dict from each name to the reason.
 
         Args:
@@ -180,7 +182,7 @@ class Recipe:
             reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
         return reasons
 
-    def record(self, symbol=None):
+    def record(self, symbol: str | None = None) -> dict[str, Any]:
         """Returns the settings that a result depends on, for a record.
 
         Omits settings without effect. Also omits the default value of settings that older versions did not have, so that
@@ -193,12 +195,12 @@ class Recipe:
         values = {**values, **self.images.plain()}
         del values["images"]
         idle = self.idle(None if symbol is None else (symbol,))
-        newer = {"solver": "sgd", "penalty_step": "gradient"}
+        newer: dict[str, Any] = {"solver": "sgd", "penalty_step": "gradient"}
         newer |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
         kept = {name: value for name, value in values.items() if name not in newer or value != newer[name]}
         return {name: value for name, value in kept.items() if name not in idle}
 
-    def alpha_for(self, symbol):
+    def alpha_for(self, symbol: str) -> float:
         """Returns the default strength of a penalty.
 
         Raises:
@@ -208,11 +210,11 @@ class Recipe:
             raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
         return self.alpha[symbol]
 
-    def beta_for(self, symbol):
+    def beta_for(self, symbol: str) -> float:
         """Returns the strength of L2 on the new layers under a penalty."""
         return self.beta.get(symbol, Recipe.beta) if isinstance(self.beta, dict) else self.beta
 
-    def grid_for(self, symbol):
+    def grid_for(self, symbol: str) -> tuple[float, ...]:
         """Returns the default strengths that cross-validation tries for a penalty.
 
         Raises:
@@ -222,7 +224,7 @@ class Recipe:
             raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
         return PENALTIES[symbol].grid
 
-    def mean_for(self, name, pixels):
+    def mean_for(self, name: str, pixels: PixelFormat) -> tuple[float, float, float] | None:
         """Returns the mean to subtract from the images of a data set.
 
         Args:
@@ -240,9 +242,10 @@ class Recipe:
                 "mean is weights, but the weights carry no mean: give three numbers, as in --mean=123.68,116.78,103.94."
             )
         published = AUTHORS_MEANS.get(name.removeprefix("tfds:").split("/")[0])
-        return {"training": None, "authors": published, "weights": pixels.mean}.get(self.mean, self.mean)
+        choices: dict[Any, Any] = {"training": None, "authors": published, "weights": pixels.mean}
+        return choices.get(self.mean, self.mean)
 
-    def replace(self, **changes):
+    def replace(self, **changes: Any) -> "Recipe":
         """Returns a copy with other settings, image settings included, as in `recipe.replace(crop=160)`."""
         of_images = {name: changes.pop(name) for name in IMAGES if name in changes}
         if of_images:
@@ -250,19 +253,19 @@ class Recipe:
         return dataclasses.replace(self, **changes)
 
     @classmethod
-    def paper(cls):
+    def paper(cls) -> "Recipe":
         """Returns the settings in the paper's text."""
         return cls()
 
     @classmethod
-    def authors(cls):
+    def authors(cls) -> "Recipe":
         """Returns the settings of the authors' code where it differs, as listed in BUILD_NOTES.md."""
-        images = {"images": Preprocessing(resize_filter="bilinear", blur="authors"), "mean": "authors"}
-        network = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
+        images: dict[str, Any] = {"images": Preprocessing(resize_filter="bilinear", blur="authors"), "mean": "authors"}
+        network: dict[str, Any] = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
         return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
 
     @classmethod
-    def digits(cls, like=None):
+    def digits(cls, like: "Recipe | None" = None) -> "Recipe":
         """Returns settings for the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
 
         Args:
@@ -273,10 +276,10 @@ class Recipe:
         return (like or cls()).replace(**numbers, resize=10, crop=8, blur="none", mirror=False)
 
     @classmethod
-    def source(cls, like):
+    def source(cls, like: "Recipe") -> "Recipe":
         """Returns settings for training a source model from scratch, with images prepared as in the recipe `like`."""
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
         # settings of fine-tuning or testing alone are reset, so that they do not cause another source training
-        own = ("momentum", "beta", "params", "solver", "penalty_step", "log_every")
-        own += ("head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
+        own = ["momentum", "beta", "params", "solver", "penalty_step", "log_every"]
+        own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay"]
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -3,24 +3,27 @@
 import contextlib
 import dataclasses
 import hashlib
+from typing import Any
 
 import keras
 
 from l2sp_tf.data.pipeline import Task, prepare, training_batches
 from l2sp_tf.data.sets import Dataset
+from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
+from l2sp_tf.files.types import Weights
 from l2sp_tf.models.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
-from l2sp_tf.models.pixels import PIXELS, Interface, named_pixels
+from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.units import freeze_first, unfreeze
 from l2sp_tf.models.zoo import save_model
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.optimizers.proximal import Proximal
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.attachment import AnchorGuard, Coverage, attach
-from l2sp_tf.penalties.formulas import L2, smoothed
+from l2sp_tf.penalties.formulas import L2, Penalty, smoothed
 from l2sp_tf.training.checkpoints import Checkpointing, deferred_signals, locked
 from l2sp_tf.training.devices import copy_weights, fit
 from l2sp_tf.training.execution import Execution
@@ -45,7 +48,7 @@ class Run:
 
     model: keras.Model
     coverage: Coverage
-    anchors: Anchors | None
+    anchors: Snapshot | None
     history: list
     seconds: float
     resumed_at: int = 0
@@ -61,18 +64,18 @@ def interface_of(task, recipe):
 
 
 def finetune(
-    pretrained,
-    data,
-    penalty,
-    recipe=None,
+    pretrained: keras.Model,
+    data: Any,
+    penalty: Penalty,
+    recipe: Recipe | None = None,
     *,
-    pixels=None,
-    anchors=None,
-    fisher=None,
-    seed=0,
-    frozen=0,
-    **execution,
-):
+    pixels: PixelFormat | str | None = None,
+    anchors: Weights | None = None,
+    fisher: Weights | None = None,
+    seed: int = 0,
+    frozen: int = 0,
+    **execution: Any,
+) -> Run:
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
     The copy gets a new head. Weights shared with `pretrained` are penalised with `penalty`, the head with L2 of the
@@ -109,7 +112,7 @@ def finetune(
     if isinstance(data, Dataset) and pixels is None:
         raise InputError('pixels was not given: say how the pre-trained model sees pixels, "rgb", "bgr" or "torch".')
     task = as_task(data, recipe, pixels)
-    anchors = anchors if anchors is not None else Anchors.of(pretrained)
+    anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
     unfreeze(model)
@@ -122,7 +125,15 @@ def finetune(
     return _fit(Training(model, coverage, anchors, task, recipe, seed), how)
 
 
-def train_source(model, data, recipe, *, pixels=None, seed=0, **execution):
+def train_source(
+    model: keras.Model,
+    data: Any,
+    recipe: Recipe,
+    *,
+    pixels: PixelFormat | str | None = None,
+    seed: int = 0,
+    **execution: Any,
+) -> Run:
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
@@ -168,7 +179,7 @@ class Training:
 
     model: keras.Model
     coverage: Coverage
-    anchors: Anchors | None
+    anchors: Snapshot | None
     task: Task
     recipe: Recipe
     seed: int
