@@ -1,21 +1,20 @@
 """Flags and files of flags: the nearest right name, and one sentence for each mistake."""
 
+import os
 import signal
+import warnings
 
 import pytest
 from absl import flags
-from test_docs import flags_of
 
 import l2sp_tf as l2sp
-from l2sp_tf.cli import command
+from l2sp_tf.cli import command, train
 
 OTHERS = {"epochs": "iterations", "lr": "learning_rate", "model": "weights"}
 
 
-def parse(*arguments):
-    values = flags_of("train.py")
-    rest = command.parse(["train.py", *arguments], values, {"all": tuple(values)}, OTHERS)
-    return values, rest
+def parse(*words):
+    return command.parse(words, train.FLAGS, OTHERS)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +98,41 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
     ],
 )
 def test_how_a_command_ends(error, status, word, capsys):
-    def main(argv):
+    def call():
         if error is not None:
             raise error
 
-    assert command.status_of(main, []) == status
+    assert command.status_of(call) == status
     assert word in capsys.readouterr().err
 
 
-def test_sigterm_stops_a_command_as_ctrl_c_does():
-    with pytest.raises(command.Terminated):
-        command._terminate(signal.SIGTERM, None)
-    assert issubclass(command.Terminated, KeyboardInterrupt) and flags.FLAGS is not None
+def test_sigterm_stops_a_command_as_ctrl_c_does(capsys):
+    def body(values, arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    assert command.run(body, flags.FlagValues(), [], title="") == 143
+    assert "the same command goes on" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), warnings.showwarning) == before
+    assert issubclass(command.Terminated, KeyboardInterrupt)
+
+
+def test_a_command_gets_its_flags_and_other_words_and_its_definitions_stay(capsys):
+    definitions, found = flags.FlagValues(), []
+    section = command.Section(definitions, "Numbers")
+    section.integer("count", 1, "How many.")
+    section.multi_enum("kind", [], ["a", "b"], "Which ones.")
+
+    def body(values, arguments):
+        warnings.warn("it is late", stacklevel=1)
+        found.append((values.count, values.kind, arguments))
+
+    for words in (["--count=3", "x", "--kind=a", "--kind=b", "y"], []):
+        assert command.run(body, definitions, words, title="Counts.") == 0
+        assert capsys.readouterr().err == "warning: it is late\n"
+    assert found == [(3, ["a", "b"], ["x", "y"]), (1, [], [])]
+    assert command.run(body, definitions, ["--help"], title="Counts.") == 0
+    lines = ["Counts.", "", "Numbers:", "  --count=1", "      How many.", "  --kind=a|b"]
+    assert capsys.readouterr().out.splitlines() == [*lines, "      Which ones. Repeat the flag for several."]
+    assert command.run(body, definitions, ["--coutn=3"], title="") == 2 and len(found) == 2
+    assert capsys.readouterr().err.startswith("error: There is no flag --coutn: did you mean --count?")
