@@ -9,11 +9,10 @@ from absl import flags
 
 from l2sp_tf.cli import command
 from l2sp_tf.cli.command import Section
+from l2sp_tf.cli.predict import IMAGES, define_images, write_predictions
 from l2sp_tf.files.errors import InputError
 
 FLAGS = flags.FlagValues()
-IMAGES = ("pixels", "mean", "resize", "resize_mode", "resize_filter")
-MOST_ROWS = 20
 
 drawn = Section(FLAGS, "Tables and figures")
 drawn.list("workdir", "runs/digits", "One --workdir of train.py, or several.")
@@ -44,13 +43,7 @@ predictions.bool("skip_bad_images", False, "For --predict: leave out images that
 
 model = Section(FLAGS, "A model instead of a run")
 model.string("model", None, "For --report and --predict instead of a run: the .keras file of a fine-tuned model.")
-model.enum("pixels", None, ["rgb", "bgr", "torch"], "For --model: how it sees pixels, where its file does not say.")
-model.list("mean", None, "For --model: R,G,B, subtracted from its images, where its file does not say.")
-model.integer(
-    "resize", None, "For --model: side of images before the crop, where its file does not say; by default 256 / 224 of the crop."
-)
-model.enum("resize_mode", None, ["squash", "shorter_side"], "For --model: how images are resized, where its file does not say.")
-model.enum("resize_filter", None, ["area", "bilinear"], "For --model: by what filter, where its file does not say.")
+define_images(FLAGS)
 
 
 def main(argv=None):
@@ -65,7 +58,8 @@ def evaluate(values, arguments):
     if values.model is not None and not values.predict and not values.report:
         raise InputError("--model is for --predict or --report: give one of them")
     if values.predict:
-        write_predictions(values)
+        words = [word for text in values.predict for word in ([text] if pathlib.Path(text).exists() else text.split(","))]
+        write_predictions(words, pathlib.Path(values.model or values.workdir[0]), values)
     if values.report:
         write_report(values, pathlib.Path(values.report))
     if not values.predict and not values.report:
@@ -120,18 +114,3 @@ def write_report(values, path):
     found.save(path)
     found.log(folder)
     print(f"{found}\nwrote {path}\nwrote {folder}")
-
-
-def write_predictions(values):
-    """Prints the classes of the first images that --predict names, and writes those of all to predictions.csv."""
-    from l2sp_tf.experiments.folders import predict_images
-    from l2sp_tf.files.writing import write_text
-
-    model = pathlib.Path(values.model or values.workdir[0])
-    images = [path for text in values.predict for path in ([text] if pathlib.Path(text).exists() else text.split(","))]
-    given = {name: values[name].value for name in IMAGES}
-    predictions = predict_images(model, images, skip_bad_images=values.skip_bad_images, **given)
-    output = pathlib.Path(values.output or (model.parent if model.is_file() else model))
-    path = output if output.suffix == ".csv" else output / "predictions.csv"
-    write_text(path, predictions.table().csv())
-    print(f"{predictions.table(MOST_ROWS).markdown()}\n\nwrote {path}")
