@@ -1,4 +1,7 @@
-"""How the entry points begin and end: flags, files of flags, help, and one sentence and a status for a user's mistake."""
+"""What all commands share: they parse flags and --config files, print --help, and end with an exit status.
+
+A user's mistake becomes one sentence on the error stream, without a traceback.
+"""
 
 import contextlib
 import copy
@@ -23,11 +26,11 @@ HELP = ("--help", "-help", "-h", "--helpshort", "-helpshort")
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a command as Ctrl-C does."""
+    """Raised on SIGTERM, which stops a command as Ctrl-C does."""
 
 
 class Section:
-    """Flags under one heading of --help: `section.list(name, default, help)` defines one as absl's `DEFINE_list` does."""
+    """Defines flags under one heading of --help: `section.list(name, default, help)` calls absl's `DEFINE_list`."""
 
     def __init__(self, values, heading):
         self._place = {"flag_values": values, "module_name": heading}
@@ -37,14 +40,14 @@ class Section:
 
 
 def run(body, definitions, argv=None, *, title, others=None):
-    """Parses flags, calls `body` and returns the exit status: 2 for bad input, and so on as in `status_of`.
+    """Parses flags, calls `body` with them, and returns the exit status, as `status_of` does.
 
     Args:
-        body: a function of the parsed flags and of a list of the words that are no flags.
-        definitions: a `flags.FlagValues`, which stays as it is.
-        argv: the words behind the command's name; by default those of this process.
+        body: called with the parsed flags and the list of other words.
+        definitions: a `flags.FlagValues`; parsing works on a copy.
+        argv: the words after the command's name; by default those of this process.
         title: what --help prints above the flags.
-        others: a dict from names that people try to the flags that they mean.
+        others: a dict from names that other programs use to the flags that they mean here.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads it when it is imported
     words = sys.argv[1:] if argv is None else list(argv)
@@ -57,7 +60,7 @@ def run(body, definitions, argv=None, *, title, others=None):
 
 @contextlib.contextmanager
 def _set_up():
-    """Prints each warning in one line, lets SIGTERM stop the command as Ctrl-C does, and a crash print where it happened."""
+    """Prints each warning as one line, stops on SIGTERM as on Ctrl-C, and prints a traceback if the process crashes."""
     if not faulthandler.is_enabled():
         faulthandler.enable(sys.__stderr__)
     before = signal.getsignal(signal.SIGTERM)
@@ -77,16 +80,16 @@ def _terminate(number, frame):
 
 
 def parse(words, definitions, others=None):
-    """Parses the flags of a command, and of the file that --config names.
+    """Parses the flags of a command, and those in the file that --config names.
 
     Args:
         words, definitions, others: as in `run`.
 
     Returns:
-        A pair: a `flags.FlagValues` with the values, and a list of the words that are no flags.
+        A `flags.FlagValues` with the values, and the list of other words.
 
     Raises:
-        InputError: a flag is unknown, with the nearest one, or its value is none that it takes.
+        InputError: a flag is unknown (the message suggests the nearest one), or a value is invalid.
     """
     values = copy.deepcopy(definitions)
     try:
@@ -101,28 +104,29 @@ def parse(words, definitions, others=None):
 
 
 def _instead(name, values, others):
+    """Returns the end of a message about an unknown flag, with the flag that it probably means."""
     meant = (others or {}).get(name) or fields.nearest(name, values)
     return f": did you mean --{meant}? (--help lists the flags)" if meant else " (--help lists the flags)."
 
 
 def read_config(path, values, others=None):
-    """Gives flags the values of a TOML file, except those that the command line gave.
+    """Sets flags from a TOML file, except those that the command line set.
 
     Args:
-        path: the file: lines `name = value`, with the names of flags.
-        values: a parsed `flags.FlagValues`, which is changed.
+        path: the file, with lines `flag = value`.
+        values: a parsed `flags.FlagValues`, changed in place.
         others: as in `run`.
 
     Raises:
-        InputError: there is no such file, it is no TOML, or has a name or a value that no flag has.
+        InputError: the file is missing or not TOML, or one of its flags is unknown or has an invalid value.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}: give --config a TOML file, such as the config.toml of a run.")
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:  # of TOML and of UTF-8
-        raise InputError(f"{path} is no TOML file ({error}): write lines such as alpha = [0.1, 1.0].") from error
+    except (ValueError, RecursionError, OSError) as error:  # ValueError: bad TOML or bad UTF-8
+        raise InputError(f"{path} is not a TOML file ({error}): write lines such as alpha = [0.1, 1.0].") from error
     for name, value in found.items():
         if name not in values or name == "config":
             raise InputError(f"{path} has {name}, but there is no flag --{name}{_instead(name, values, others)}")
@@ -131,7 +135,7 @@ def read_config(path, values, others=None):
 
 
 def _take(flag, value, what):
-    """Gives a flag a value of a TOML file."""
+    """Sets a flag to a value of a TOML file."""
     is_list = isinstance(flag.parser, flags.ListParser)
     items = value if isinstance(value, list) else [value]
     if any(not isinstance(item, (str, int, float)) for item in items) or (isinstance(value, list) and not is_list):
@@ -145,21 +149,21 @@ def _take(flag, value, what):
 
 
 def help_text(title, values):
-    """What --help prints: the flags under their headings, each with its default and choices."""
+    """Returns what --help prints: the flags under their headings, each with its default and choices."""
     width = min(shutil.get_terminal_size().columns, 110)
     lines = [title.strip()]
     for heading, found in values.flags_by_module_dict().items():
         lines += ["", f"{heading}:"]
         for flag in found:
             lines.append(f"  --{f'[no]{flag.name}' if flag.boolean else flag.name}{_example(flag)}")
-            text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl repeats the choices there
+            text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl adds the choices, which stand in the line above
             text = re.sub(r";\s+repeat this option to specify.*", " Repeat the flag for several.", text)
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def _example(flag):
-    """The choices of a flag, or its default."""
+    """Returns what --help prints after a flag's name: its choices, its default or both."""
     if choices := getattr(flag.parser, "enum_values", None):
         return "=" + "|".join(choices) + (f" (default {flag.default})" if flag.default else "")
     if flag.boolean:
@@ -169,9 +173,9 @@ def _example(flag):
 
 
 def status_of(call):
-    """Calls a function, prints the sentence of its error, and returns the exit status: 0 if there was none.
+    """Calls a function, prints its error in one sentence, and returns the exit status.
 
-    2 is for bad input, 1 for a disk or a training that failed, 130 and 143 for a command that was stopped.
+    0: it succeeded. 2: the input is bad. 1: the disk or the training failed. 130 or 143: Ctrl-C or SIGTERM stopped it.
     """
     try:
         call()
@@ -182,6 +186,6 @@ def status_of(call):
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print("stopped; finished runs are kept, and the same command goes on after them", file=sys.stderr)
+        print("stopped; finished runs are kept: run the same command again to continue", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
     return 0

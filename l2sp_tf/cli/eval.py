@@ -1,6 +1,6 @@
-"""Draws the tables and figures of finished runs again from their records alone: on the screen, as Markdown, CSV, PNG and SVG.
+"""Draws tables and figures of finished runs from their records alone: on the screen, as Markdown, CSV, PNG and SVG.
 
-With --report it measures what one model kept of its pre-training, with --predict it names the classes of new images.
+With --report, measures what one model kept of its pre-training. With --predict, names the classes of new images.
 """
 
 import pathlib
@@ -15,44 +15,42 @@ from l2sp_tf.files.errors import InputError
 FLAGS = flags.FlagValues()
 
 drawn = Section(FLAGS, "Tables and figures")
-drawn.list("workdir", "runs/digits", "One --workdir of train.py, or several.")
-drawn.multi_enum("table", [], ["1", "2", "3"], "Tables to draw; 1 counts the images of the paper's data sets.")
-drawn.multi_enum("figure", [], ["1", "2", "3", "4", "path"], "Figures to draw; path is appendix A's.")
-drawn.bool("all", False, "The summary, and every table and figure for which there are runs.")
-drawn.string("output", "", "Folder for the files; by default the first workdir, or that of --model.")
-drawn.string("data_dir", None, "For --table=1: where TensorFlow Datasets keeps its sets; by default its own folder.")
-drawn.enum("protocol", "paper", ["paper", "authors"], "For --table=1: whose splits.")
+drawn.list("workdir", "runs/digits", "One or several --workdir of train.py.")
+drawn.multi_enum("table", [], ["1", "2", "3"], "Tables to draw. Table 1 counts the images of the paper's data sets.")
+drawn.multi_enum("figure", [], ["1", "2", "3", "4", "path"], "Figures to draw; path is that of appendix A.")
+drawn.bool("all", False, "Draw the summary, and every table and figure that has runs.")
+drawn.string("output", "", "Folder for the files; by default the first --workdir, or the folder of --model.")
+drawn.string(
+    "data_dir", None, "Folder where TensorFlow Datasets keeps its data sets, for --table=1 and --source; by default its own."
+)
+drawn.enum("protocol", "paper", ["paper", "authors"], "Whose splits --table=1 counts.")
 
 report = Section(FLAGS, "What a model kept of its pre-training")
-report.string(
-    "report", None, "Write what one model kept of its pre-training to this HTML file; --workdir is then one run's folder."
-)
-report.string("anchors", None, "For --report of a --model: the anchors that it started from.")
-report.string(
-    "source", None, "For --report of a --model: the source task, given as to train.py; without it accuracies are left out."
-)
-report.string("pretrained", None, "For --report of a --model: the .keras file it started from, if the anchors do not tell.")
+report.string("report", None, "Write a report to this HTML file, on --model or on the run in --workdir.")
+report.string("anchors", None, "For a --model: the file of the anchors that it started from.")
+report.string("source", None, "For a --model: the source task, named as for train.py. Without it, accuracies are left out.")
+report.string("pretrained", None, "For a --model: the .keras file that it started from, if the anchors do not determine it.")
 
 predictions = Section(FLAGS, "The classes of new images")
 predictions.multi_string(
     "predict",
     [],
-    "Name the class of each image in a folder, or of files with commas between, by --model or the run in --workdir.",
+    "Name the class of each image in a folder, or of files with commas between, with --model or the run in --workdir.",
 )
-predictions.bool("skip_bad_images", False, "For --predict: leave out images that cannot be decoded, and say so.")
+predictions.bool("skip_bad_images", False, "Skip and report images that cannot be decoded.")
 
 model = Section(FLAGS, "A model instead of a run")
-model.string("model", None, "For --report and --predict instead of a run: the .keras file of a fine-tuned model.")
+model.string("model", None, "The .keras file of a fine-tuned model, for --report or --predict.")
 define_images(FLAGS)
 
 
 def main(argv=None):
-    """Draws, reports or predicts what the words of a command ask for, and returns its exit status."""
+    """Draws, reports or predicts as the words of the command say, and returns the exit status."""
     return command.run(evaluate, FLAGS, argv, title=__doc__)
 
 
 def evaluate(values, arguments):
-    """Writes predictions, a report, or else tables and figures."""
+    """Writes predictions and a report if asked for, else tables and figures."""
     if arguments:
         raise InputError(f"unknown argument {arguments[0]}: flags start with --")
     if values.model is not None and not values.predict and not values.report:
@@ -67,7 +65,7 @@ def evaluate(values, arguments):
 
 
 def draw(values):
-    """Writes the tables and figures that are asked for, or the summary where none is."""
+    """Writes the tables and figures that the flags name; if they name none, the summary."""
     from l2sp_tf.experiments.records import read_records
     from l2sp_tf.reports import figures
 
@@ -100,7 +98,7 @@ def write_table_1(values, folder):
 
 
 def write_report(values, path):
-    """Writes the page that --report names, and the same for TensorBoard in a folder beside it."""
+    """Writes the HTML page, and the same for TensorBoard in a folder beside it."""
     from l2sp_tf.experiments.folders import report_of_files, report_of_run
 
     if (values.model is None) != (values.anchors is None):

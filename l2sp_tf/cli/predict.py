@@ -16,12 +16,12 @@ MOST_ROWS = 20
 
 
 def define_images(values):
-    """Defines the flags that say how a model's images are made; `eval.py` has them too."""
-    images = Section(values, "The images of a --model, where its file does not say")
+    """Defines the flags that say how a model's images are made, for this command and `eval.py`."""
+    images = Section(values, "How the images of a --model are made, if its file does not say")
     images.enum("pixels", None, ["rgb", "bgr", "torch"], "How the model sees pixels.")
-    images.list("mean", None, "R,G,B, subtracted from the images.")
+    images.list("mean", None, "R,G,B: what to subtract from the images.")
     images.integer("resize", None, "Side of images before the crop; by default 256 / 224 of the crop.")
-    images.enum("resize_mode", None, ["squash", "shorter_side"], "Squash both sides to --resize, or keep the aspect.")
+    images.enum("resize_mode", None, ["squash", "shorter_side"], "Squash both sides to --resize, or keep the aspect ratio.")
     images.enum("resize_filter", None, ["area", "bilinear"], "Average areas, or interpolate.")
 
 
@@ -31,17 +31,17 @@ own = Section(FLAGS, "The model, and where its answers go")
 own.string("model", None, "The .keras file of a fine-tuned model.")
 own.string("workdir", None, "The folder of a run, instead of --model.")
 own.string("output", "", "A folder, or a path that ends in .csv; by default the folder of the model.")
-own.bool("skip_bad_images", False, "Leave out images that cannot be decoded, and say so.")
+own.bool("skip_bad_images", False, "Skip and report images that cannot be decoded.")
 define_images(FLAGS)
 
 
 def main(argv=None):
-    """Names the classes of the images that the words of a command name, and returns its exit status."""
+    """Predicts as the words of the command say, and returns the exit status."""
     return command.run(predict, FLAGS, argv, title=__doc__)
 
 
 def predict(values, images):
-    """Checks what is given, and writes the predictions."""
+    """Checks that there are images and one model, and writes the predictions."""
     if not images:
         raise InputError("No image is named: give image files, or folders of them.")
     if (values.model is None) == (values.workdir is None):
@@ -50,12 +50,12 @@ def predict(values, images):
 
 
 def write_predictions(images, model, values):
-    """Prints the classes of the first images, and writes those of all to predictions.csv.
+    """Writes the class of every image to predictions.csv, and prints those of the first.
 
     Args:
         images: a list of files and folders.
         model: the path of a `.keras` file, or of the folder of a run.
-        values: the parsed flags, `output`, `skip_bad_images` and those of `define_images` among them.
+        values: parsed flags, with `output`, `skip_bad_images` and those of `define_images`.
     """
     from l2sp_tf.experiments.folders import predict_images
     from l2sp_tf.files.writing import write_text

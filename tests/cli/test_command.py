@@ -1,4 +1,4 @@
-"""Flags and files of flags: the nearest right name, and one sentence for each mistake."""
+"""Flags and files of flags: a wrong name gets the nearest right one, and each mistake one sentence."""
 
 import os
 import signal
@@ -10,16 +10,14 @@ from absl import flags
 import l2sp_tf as l2sp
 from l2sp_tf.cli import command, train
 
-OTHERS = {"epochs": "iterations", "lr": "learning_rate", "model": "weights"}
-
 
 def parse(*words):
-    return command.parse(words, train.FLAGS, OTHERS)
+    return command.parse(words, train.FLAGS, train.OTHER_NAMES)
 
 
 @pytest.mark.parametrize(
     ("flag", "right"),
-    [("epochs", "iterations"), ("lr", "learning_rate"), ("model", "weights"), ("penlaty", "penalty"), ("crp", "crop")],
+    [("epochs", "iterations"), ("lr", "learning_rate"), ("log_dir", "workdir"), ("penlaty", "penalty"), ("crp", "crop")],
 )
 def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
     with pytest.raises(l2sp.InputError, match=rf"There is no flag --{flag}: did you mean --{right}\?"):
@@ -29,7 +27,7 @@ def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
         parse(f"--config={tmp_path / 'c.toml'}")
 
 
-def test_a_flag_like_none_is_refused_without_advice():
+def test_a_flag_that_resembles_none_is_refused_without_advice():
     with pytest.raises(l2sp.InputError, match=r"There is no flag --zzzz \(--help lists the flags\)"):
         parse("--zzzz")
 
@@ -55,10 +53,10 @@ def test_a_file_gives_flags_their_values_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("iterations = ", "is no TOML file"),
-        ("iterations = 1\niterations = 2", "is no TOML file"),
-        ("\udcff", "is no TOML file"),
-        ("a = " + "[" * 5000, "is no TOML file"),
+        ("iterations = ", "is not a TOML file"),
+        ("iterations = 1\niterations = 2", "is not a TOML file"),
+        ("\udcff", "is not a TOML file"),
+        ("a = " + "[" * 5000, "is not a TOML file"),
         ("iterations = 'many'", "has iterations = 'many'"),
         ("iterations = true", "has iterations = True"),
         ("iterations = [3]", "give one text or number"),
@@ -72,14 +70,14 @@ def test_a_file_gives_flags_their_values_and_the_command_line_wins(tmp_path):
         ("config = 'd.toml'", "has config"),
     ],
 )
-def test_files_that_are_wrong_are_refused(tmp_path, text, message):
+def test_wrong_files_of_flags_are_refused(tmp_path, text, message):
     (tmp_path / "c.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(l2sp.InputError, match=message) as found:
         parse(f"--config={tmp_path / 'c.toml'}")
     assert "\n" not in str(found.value)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_of_flags_is_named(tmp_path):
     with pytest.raises(l2sp.InputError, match="There is no file"):
         parse(f"--config={tmp_path / 'c.toml'}")
     with pytest.raises(l2sp.InputError, match="There is no file"):
@@ -92,8 +90,8 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         (l2sp.InputError("x is 1"), 2, "error: x is 1"),
         (OSError("full"), 1, "error: full"),
         (FloatingPointError("nan"), 1, "error: nan"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
-        (command.Terminated(), 143, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "the same command again"),
+        (command.Terminated(), 143, "the same command again"),
         (None, 0, ""),
     ],
 )
@@ -112,7 +110,7 @@ def test_sigterm_stops_a_command_as_ctrl_c_does(capsys):
 
     before = signal.getsignal(signal.SIGTERM), warnings.showwarning
     assert command.run(body, flags.FlagValues(), [], title="") == 143
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command again" in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), warnings.showwarning) == before
     assert issubclass(command.Terminated, KeyboardInterrupt)
 

@@ -285,7 +285,7 @@ def test_flags_have_the_choices_of_the_library():
 
 @pytest.mark.slow
 def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
-    assert "give the names of data sets" in refused("prepare.py")
+    assert "give names such as stanford_dogs" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
     assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
     manual = f"--manual_dir={tmp_path / 'files'}"
