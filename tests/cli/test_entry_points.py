@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user runs them: what they leave, and one sentence for a mistake."""
+"""train.py, eval.py and prepare.py as a user runs them: the files they leave, and one sentence for each mistake."""
 
 import json
 import os
@@ -174,11 +174,11 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp_path):
+def test_weights_without_a_pixel_format_need_the_flag(finished, tmp_path):
     workdir, _ = finished
     weights, bare = next(workdir.glob("sources/*/weights.safetensors")), tmp_path / "bare.safetensors"
     anchors = l2sp.Anchors.load(weights)
-    l2sp.Anchors(anchors).save(bare)  # as files were before they carried a pixel format
+    l2sp.Anchors(anchors).save(bare)  # older files carry no pixel format
     folder = make_folder(tmp_path / "images")
     arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", "--resize=10", "--crop=8", "--penalty=l2_sp", *QUICK]
     arguments += ["--seeds=0", "--nosave_models"]
@@ -284,7 +284,7 @@ def test_flags_have_the_choices_of_the_library():
 
 
 @pytest.mark.slow
-def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
+def test_prepare_names_what_is_missing_in_one_sentence(tmp_path):
     assert "give names such as stanford_dogs" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
     assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
@@ -334,7 +334,7 @@ def test_a_file_of_flags_repeats_a_run(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
-def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, number, status):
+def test_a_stopped_command_says_what_was_saved(finished, tmp_path, number, status):
     workdir, _ = finished
     source = next(workdir.glob("sources/*"))
     shutil.copytree(source, tmp_path / "sources" / source.name)
@@ -343,7 +343,7 @@ def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, n
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
 
-    def unignored():  # as it is where tests run in the background
+    def unignored():  # tests in the background inherit an ignored SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": unignored}
@@ -380,7 +380,7 @@ def test_help_lists_every_flag_once_under_a_heading():
 
 
 def test_help_comes_before_anything_slow_is_imported():
-    code = "from l2sp_tf.cli import command, eval, prepare, train; import sys; train.main(['--help']); eval.main(['-h'])"
+    code = "from l2sp_tf.cli import command, eval, predict, prepare, train; import sys; train.main(['--help']); eval.main(['-h'])"
     code += "; print(sorted({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
