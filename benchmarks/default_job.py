@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PARTS = {
     "data: loading, decoding": [("starts", "load_dataset"), ("starts", "prepare")],
     "models: building, copying, attaching": [
-        ("zoo", "backbone"),
+        ("starts.zoo", "backbone"),
         ("training", "with_new_head"),
         ("training", "attach"),
         ("starts", "detached_copy"),
@@ -83,11 +83,10 @@ def profile(arguments):
     clock.enter("imports")
     from l2sp_tf.cli import train
     from l2sp_tf.experiments import runner, runs, starts
-    from l2sp_tf.models import zoo
     from l2sp_tf.training import trainer
 
     clock.leave()
-    modules = {"experiments": runner, "runs": runs, "starts": starts, "zoo": zoo, "training": trainer}
+    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.zoo": starts.zoo, "training": trainer}
     for part, places in PARTS.items():
         for module, name in places:
             setattr(modules[module], name, clock.timed(part, getattr(modules[module], name)))

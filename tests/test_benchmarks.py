@@ -69,10 +69,9 @@ def test_a_part_inside_another_counts_for_itself(monkeypatch):
 
 def test_the_parts_of_the_default_job_are_there():
     from l2sp_tf.experiments import runner, runs, starts
-    from l2sp_tf.models import zoo
     from l2sp_tf.training import trainer
 
-    modules = {"experiments": runner, "runs": runs, "starts": starts, "zoo": zoo, "training": trainer}
+    modules = {"experiments": runner, "runs": runs, "starts": starts, "starts.zoo": starts.zoo, "training": trainer}
     assert all(callable(getattr(modules[module], name)) for places in default_job.PARTS.values() for module, name in places)
 
 

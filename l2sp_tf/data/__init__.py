@@ -1,4 +1,4 @@
-"""Data: sets and splits (Table 1), image operations and the tf.data pipeline (sections 4.1 and 4.2)."""
+"""Data sets and splits (Table 1), image operations, and the tf.data pipeline (sections 4.1 and 4.2)."""
 
 from l2sp_tf.data.datasets import load_dataset, table_1_rows
 from l2sp_tf.data.decoding import Images, decode

@@ -1,4 +1,4 @@
-"""Batches (x, labels, weights) from what Keras users have: arrays, `tf.data`, `PyDataset`, or any iterable of batches."""
+"""Batches (x, labels, weights) from arrays, `tf.data`, `PyDataset`, or any iterable of batches."""
 
 import keras
 import numpy as np
@@ -10,17 +10,17 @@ FORMS = "give arrays (x, y), a tf.data.Dataset, a keras.utils.PyDataset, or batc
 
 
 def labelled_batches(data, model, *, size, crops=1):
-    """Yields (x, labels, weights) for each batch that is not empty, in order, whatever form the data have.
+    """Yields (x, labels, weights) for each non-empty batch, in order, from data of any form.
 
-    x is a tensor, or a dict or tuple of tensors, as the data give it; only 8-bit integers, which are pixels, become
-    float32. Labels and weights stay as they are; weights are None where the data have none.
+    x is a tensor, or a dict or tuple of tensors, as in the data; only 8-bit integers, which are pixels, become
+    float32. Labels and weights are unchanged; weights are None if the data have none.
 
     Args:
         data: arrays (x, y) or (x, y, weights) as a tuple; a `tf.data.Dataset` of such elements, batched or not; a
             `keras.utils.PyDataset`; or an iterable of batches.
-        model: the Keras model, whose inputs tell what is one image and what is a batch.
-        size: images a batch, where the data are not batched.
-        crops: of each image, on an axis behind that of the images if there are more than one.
+        model: the Keras model, whose inputs show whether an element is an image or a batch.
+        size: images per batch, if the data are not batched.
+        crops: crops of each image; more than one lie on an axis after that of the images.
 
     Raises:
         InputError: the data have another form, lack labels, do not end, or differ in their numbers of images.
@@ -43,7 +43,7 @@ def labelled_batches(data, model, *, size, crops=1):
 
 
 def check_readable_again(data):
-    """Checks that data can be read more than once.
+    """Raises unless the data can be read more than once.
 
     Raises:
         InputError: they are an iterator, such as a generator.
@@ -64,17 +64,17 @@ def _of_dataset(data, model, size, crops):
     if not isinstance(spec, tuple) or len(spec) not in (2, 3):
         raise InputError(f"The elements of the tf.data.Dataset are {_describe(spec)}, not images with their labels: {FORMS}.")
     _check_ends(data.cardinality() == tf.data.INFINITE_CARDINALITY)
-    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # only an element tells
+    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # the spec does not tell: look at an element
         for element in data.take(1):
             spec = tf.nest.map_structure(tf.type_spec_from_value, element)
     if _is_batched(spec, model, crops):
         return data
     sizes = [part.shape for part in tf.nest.flatten(data.element_spec)]
-    return data.batch(size if all(shape.is_fully_defined() for shape in sizes) else 1)  # images of several sizes do not stack
+    return data.batch(size if all(shape.is_fully_defined() for shape in sizes) else 1)  # images of different sizes do not stack
 
 
 def _is_batched(spec, model, crops):
-    """Whether the elements of a dataset are batches, by their rank and that of the model's inputs."""
+    """Whether the elements of a dataset are batches, judged by their ranks and those of the model's inputs."""
     if any(part.shape.rank == 0 for part in tf.nest.flatten(spec)):
         return False
     answers = set()
@@ -84,12 +84,12 @@ def _is_batched(spec, model, crops):
     if len(answers) == 1:
         return answers.pop()
     parts = [part.shape for part in tf.nest.flatten(spec)]
-    # nothing but the first axis tells: of one length in all parts of a batch, which is often unknown
+    # only the first axis is left to tell: all parts of a batch have the same length there, or an unknown one
     return all(shape.rank for shape in parts) and len({shape[0] for shape in parts}) == 1
 
 
 def _fits(shape, expected):
-    """Whether a batch of this shape is one for a model's input; Keras adds and drops a last axis of length 1."""
+    """Whether a batch of this shape fits a model's input; Keras adds and drops a last axis of length 1."""
     forms = [expected, expected[:-1]] if expected[-1] == 1 else [expected]
     dropped = shape.rank == len(expected) + 1 and shape[-1] == 1 and shape[:-1].is_compatible_with(expected)
     return dropped or any(shape.is_compatible_with(form) for form in forms)
@@ -105,7 +105,7 @@ def _check_shapes(x, model, crops):
 
 
 def _beside_inputs(x, model, crops):
-    """Pairs of a part of x and the shape of the model's input that it is for; none where the model does not tell."""
+    """Pairs each part of x with the shape of its model input; returns no pairs if the inputs are unknown."""
     shapes = {tensor.name: tensor.shape for tensor in getattr(model, "inputs", None) or []}
     if crops > 1:
         shapes = {name: (shape[0], crops, *shape[1:]) for name, shape in shapes.items()}
@@ -116,7 +116,7 @@ def _beside_inputs(x, model, crops):
 
 
 def _are_arrays(data, model):
-    """Whether the data are (x, y) or (x, y, weights), not a tuple of batches."""
+    """Whether the data are (x, y) or (x, y, weights), and not a tuple of batches."""
     if not isinstance(data, tuple) or len(data) not in (2, 3):
         return False
     x, y = data[:2]
@@ -139,7 +139,7 @@ def _holds_arrays(value):
 
 
 def _of_arrays(data, model, size):
-    """Batches of `size` images of arrays, or of nests of arrays, all of one length."""
+    """Yields batches of `size` images from arrays, or nests of arrays, of equal length."""
     x, *others = (_as_arrays(part) for part in data if part is not None)
     inputs = getattr(model, "inputs", None)
     if isinstance(x, tuple) and inputs and len(inputs) == 1:  # a list of images, or Keras' list of one input
@@ -154,12 +154,12 @@ def _of_arrays(data, model, size):
 
 
 def _as_arrays(part):
-    """Lists of numbers, data frames and the like as arrays, within dicts and tuples of several too."""
+    """Converts lists of numbers, data frames and the like to arrays, also inside dicts and tuples."""
     if isinstance(part, dict):
         return {name: _as_arrays(value) for name, value in part.items()}
     if isinstance(part, (tuple, list)) and _holds_arrays(part):
         return tuple(_as_arrays(value) for value in part)
-    # what slices by images is read as it is needed
+    # anything that can be sliced by images is read only when needed
     return part if tf.is_tensor(part) or (_is_array(part) and hasattr(part, "dtype")) else np.asarray(part)
 
 
@@ -185,7 +185,7 @@ def _of_py_dataset(data):
 
 def _check_ends(never):
     if never:
-        raise InputError("The data never end, so that they cannot be counted: take a finite part of them, such as data.take(n).")
+        raise InputError("The data never end: give a finite part of them, such as data.take(n).")
 
 
 def _tensor(leaf):

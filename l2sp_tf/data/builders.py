@@ -1,4 +1,4 @@
-"""The two data sets of Table 1 that TensorFlow Datasets lacks: Caltech 256 and MIT Indoors 67."""
+"""Builders for the two data sets of Table 1 that TensorFlow Datasets lacks: Caltech 256 and MIT Indoors 67."""
 
 import itertools
 import pathlib
@@ -18,13 +18,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     """A data set in one tar file, whose examples keep the order in which they are generated.
 
     Attributes:
-        DOWNLOADS: the files it is made of, as Downloads; they are taken from the manual folder alone.
-        CLASSES: how many classes it has.
+        DOWNLOADS: its files, as Downloads; they are read from the manual folder only.
+        CLASSES: its number of classes.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    skip_registration = True  # this class; each subclass registers itself
-    DOWNLOADS = ()
+    skip_registration = True  # of this class; each subclass registers itself
+    DOWNLOADS: tuple = ()
     CLASSES = 0
 
     def _info(self):
@@ -44,10 +44,10 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
         self.info.features["label"].names = names
 
     def _generate_examples(self, path, places):
-        """Yields the images of a tar file in the order of `places`, pairs of a member's name and its class."""
+        """Yields the images of a tar file in the order of `places`, which are pairs of a member's name and its class."""
         with tarfile.open(path, "r:") as archive:
             for number, (place, label) in enumerate(places):
-                content = archive.extractfile(place).read(MAX_IMAGE_BYTES)  # a sparse member has any size
+                content = archive.extractfile(place).read(MAX_IMAGE_BYTES)  # limited: a sparse member may claim any size
                 yield number, {"image": as_jpeg_or_png(content), "label": label}
 
 
@@ -67,7 +67,7 @@ class Caltech256(_Builder):
         ),
     )
     MANUAL_DOWNLOAD_INSTRUCTIONS = "256_ObjectCategories.tar from https://data.caltech.edu/records/nyy15-4j048"
-    # Beside the images, the creators' tar holds a script and a folder that do not belong to the set.
+    # The creators' tar also holds a script and a folder that do not belong to the set.
     IMAGE = re.compile(r"(?:\./)?256_ObjectCategories/(\d{3}\.[^/]+)/(\d{3}_\d{4})\.jpg")
 
     def _split_generators(self, dl_manager):
@@ -87,8 +87,8 @@ class MitIndoors67(_Builder):
             "http://groups.csail.mit.edu/vision/LabelMe/NewImages/indoorCVPR_09.tar",
             "sha1:0b252516e746ba428b96af408d2e8162d9b08ac5",
         ),
-        Download("http://web.mit.edu/torralba/www/TrainImages.txt"),  # no checksum of the lists is published:
-        Download("http://web.mit.edu/torralba/www/TestImages.txt"),  # their lines are counted and looked up
+        Download("http://web.mit.edu/torralba/www/TrainImages.txt"),  # the lists have no published checksum:
+        Download("http://web.mit.edu/torralba/www/TestImages.txt"),  # the builder counts their lines and looks them up
     )
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "indoorCVPR_09.tar, TrainImages.txt and TestImages.txt from http://web.mit.edu/torralba/www/indoor.html"
@@ -101,7 +101,7 @@ class MitIndoors67(_Builder):
         found = {"/".join(pathlib.PurePosixPath(name).parts[-2:]): name for name in _members(path)}
         missing = sorted(set(itertools.chain(*listed.values())) - found.keys())
         if missing:
-            raise InputError(f"{path} lacks {len(missing)} images that the lists name, the first is {missing[0]}: load it again")
+            raise InputError(f"{path} lacks {len(missing)} images that the lists name, such as {missing[0]}: load it again")
         self._name_classes(sorted({line.partition("/")[0] for line in listed["train"]}), path)
         return {
             split: self._generate_examples(path, [(found[line], line.partition("/")[0]) for line in sorted(lines)])
@@ -110,18 +110,18 @@ class MitIndoors67(_Builder):
 
 
 def as_jpeg_or_png(content):
-    """The bytes of an image file: those of a GIF or BMP, which some .jpg files are, become a PNG of the same pixels."""
+    """Returns the bytes of an image file; a GIF or BMP, which some .jpg files are, becomes a PNG of the same pixels."""
     try:
         if not 0 < _declared_pixels(content) <= MAX_PIXELS:
             return content
         image = tf.io.decode_image(content, channels=3, expand_animations=False)
     except (IndexError, struct.error, tf.errors.OpError):
-        return content  # a bad image: it is named when the set is decoded
+        return content  # a bad image: decoding the set will name it
     return tf.io.encode_png(image).numpy()
 
 
 def _declared_pixels(content):
-    """How many pixels a GIF (all its pictures together) or BMP declares; 0 for all else."""
+    """Returns how many pixels a BMP or GIF (all its pictures together) declares; 0 for any other file."""
     if content.startswith(b"BM"):
         width, height = struct.unpack_from("<ii", content, 18)
         return abs(width * height)
@@ -141,12 +141,12 @@ def _declared_pixels(content):
 
 
 def _colours(flags):
-    """The bytes of a GIF's table of colours, 0 where the flags say that there is none."""
+    """Returns the size of a GIF's colour table in bytes, 0 if the flags say that there is none."""
     return 3 * 2 ** (flags % 8 + 1) if flags & 128 else 0
 
 
 def _members(path):
-    """The names of the files in a tar file."""
+    """Lists the names of the files in a tar file."""
     with refusing(f"{path} is damaged or no tar file", "load it again"):
         with tarfile.open(path, "r:") as archive:
             return [member.name for member in archive if member.isfile()]

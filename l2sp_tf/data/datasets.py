@@ -9,32 +9,34 @@ PROTOCOLS = ("paper", "authors")
 
 
 def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=None, cache_dir=None):
-    """Finds a data set and checks its layout; no image on disk is decoded yet, and nothing is downloaded.
+    """Finds a data set and checks its layout; decodes no image on disk and downloads nothing.
 
     Args:
-        spec: "digits/source" or "digits/target"; the path of a folder <split>/<class>/<image>
-            with the splits train and test; the path of a zip of such a folder, followed by
-            the folder's path inside the zip where there is one ("objects.zip/target"); or the
-            name of a prepared set of TensorFlow Datasets, with its configuration where it has
-            several ("name/config"), and with "tfds:" before it where a folder has that name too.
-        per_class: how many training images of each class to take, as `Dataset.subset` does;
-            None for all. Caltech 256 has no split of its own and needs it, also as "caltech256/30":
-            under the paper's protocol all that is left over is for test; under the authors' the training images
-            come from the first 60 of each class, and the 61st to the 80th are for test.
-        seed: of that drawing. None takes the first images; of Caltech 256 under the paper's
-            protocol, which draws them at random, it stands for 0.
+        spec: one of
+            - "digits/source" or "digits/target";
+            - the path of a folder <split>/<class>/<image> with the splits train and test;
+            - the path of a zip of such a folder, with the folder's path inside the zip appended if it
+              has one ("objects.zip/target");
+            - the name of a prepared set of TensorFlow Datasets, with its configuration if it has several
+              ("name/config"), and with "tfds:" in front if a folder has the same name.
+        per_class: the number of training images to take of each class, as in `Dataset.subset`; None for
+            all. Caltech 256 has no split of its own and needs this number, also as "caltech256/30". Under the
+            paper's protocol all other images are for test. Under the authors' protocol the training images come
+            from the first 60 of each class, and the 61st to the 80th are for test.
+        seed: the seed of that drawing. None takes the first images, except for Caltech 256 under the paper's
+            protocol, which draws them at random: there None means 0.
         protocol: "paper" or "authors"; they differ in Caltech 256 only.
-        data_dir: where TFDS keeps its sets; None for its own default.
-        cache_dir: where zips are unpacked and the indices of TFDS sets are kept, once each; by
-            default a folder of the user's among the temporary files. If it is given, the digests of a
-            folder's files are remembered there too.
+        data_dir: the folder of TFDS's sets; None for its default.
+        cache_dir: the folder for unpacked zips and the indices of TFDS sets, each made once; by default a
+            folder of the user's among the temporary files. If given, it also holds the digests of a
+            folder's files.
 
     Returns:
-        A Dataset. Classes and files are sorted by name, the images of a set of TFDS as they lie there.
+        A Dataset. Classes and files are sorted by name; the images of a TFDS set keep their order.
 
     Raises:
-        InputError: there is no such data set, it is not prepared, its layout is not the one above,
-            a class is too small, or the zip is damaged or unsafe.
+        InputError: the data set does not exist or is not prepared, its layout is another, a class is too
+            small, or the zip is damaged or unsafe.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if protocol not in PROTOCOLS:
@@ -42,7 +44,7 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
     seed = drawing_seed(spec, per_class, seed, protocol)
     dataset = load_files(spec, cache_dir)
     if dataset is None:
-        from l2sp_tf.data import tfds_sets
+        from l2sp_tf.data import tfds_sets  # TensorFlow Datasets takes seconds to import, and the other sets do not need it
 
         name = TFDS_NAME.fullmatch(str(spec))[1]
         if name.partition("/")[0] == "caltech256":
@@ -52,7 +54,7 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
 
 
 def drawing_seed(spec, per_class, seed, protocol):
-    """The seed by which `load_dataset` draws training images at random; None where it takes the first, or all."""
+    """Returns the seed with which `load_dataset` draws training images at random; None if it takes the first ones, or all."""
     found = TFDS_NAME.fullmatch(str(spec))
     if found is not None and found[1].partition("/")[0] == "caltech256":
         return 0 if seed is None and protocol == "paper" else seed
@@ -60,14 +62,14 @@ def drawing_seed(spec, per_class, seed, protocol):
 
 
 def table_1_rows(*, protocol="paper", data_dir=None, cache_dir=None):
-    """The characteristics of the target data sets of Table 1, for `report.table_1`.
+    """Returns the characteristics of the target data sets of Table 1, for `reports.tables.table_1`.
 
     Args:
         protocol, data_dir, cache_dir: as in `load_dataset`.
 
     Returns:
-        A list of dicts, one for each of TABLE_1; of a set that cannot be loaded only "name" and,
-        under "missing", why.
+        A list of dicts, one for each of TABLE_1; for a set that cannot be loaded only "name" and, under
+        "missing", the reason.
     """
     rows = []
     for spec in TABLE_1:

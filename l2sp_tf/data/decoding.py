@@ -1,4 +1,4 @@
-"""Decoding: the images of a split as pixels of one size, as many of them as are used, each once."""
+"""Decoding: turns the images of a split into pixels of one size, only those that are used, each once."""
 
 import dataclasses
 import functools
@@ -17,8 +17,8 @@ from l2sp_tf.files.reading import MAX_IMAGE_BYTES, MAX_PIXELS
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
-MEMORY_LIMIT_BYTES = 2**26  # decoded in a second or so: not worth a file
-MEASURED_IMAGES = 100  # whose headers tell how large a split becomes
+MEMORY_LIMIT_BYTES = 2**26  # takes about a second to decode: not worth a file
+MEASURED_IMAGES = 100  # images whose headers are read to estimate a split's size
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,14 +26,14 @@ class Images:
     """Decoded images.
 
     Attributes:
-        pixels: uint8 in RGB order: [n, size, size, 3], or, of images with sides of their own and of those
-            in a mapped `PixelStore`, [pixels in all, 3].
+        pixels: uint8 in RGB order: [n, size, size, 3]; or [all pixels, 3], if sides differ or the images lie in a
+            mapped `PixelStore`.
         labels: int32 [n].
         skipped: the names of the images that were left out because they could not be decoded.
-        sides: int64 [n, 2], the height and width of each image; None where `pixels` tells them.
-        starts: int64 [n], where each image begins, counted in pixels; None where one follows the other.
-        places: int64 [n], where each would begin if one followed the other: tells which part of a split these
-            are, wherever their pixels lie.
+        sides: int64 [n, 2], the height and width of each image; None if the shape of `pixels` gives them.
+        starts: int64 [n], the offset of each image in pixels; None if they follow one another.
+        places: int64 [n], the offsets if all images of the split followed one another. They identify a part of a split
+            wherever its pixels lie.
     """
 
     pixels: np.ndarray
@@ -56,19 +56,19 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index):
-        """The pixels of one image: uint8 [h, w, 3]."""
+        """Returns the pixels of one image: uint8 [h, w, 3]."""
         height, width = self.sides[index]
         first = self.starts[index]
         return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
 
     def take(self, positions):
-        """The images at `positions` alone, in that order; the pixels are shared."""
+        """Returns the images at `positions` alone, in that order, sharing the pixels."""
         labels, *rest = (array[positions] for array in (self.labels, self.sides, self.starts, self.places))
         return Images(self.pixels, labels, self.skipped, *rest)
 
     @functools.cached_property
     def reader(self):
-        """A `_Reader` of these images."""
+        """The `_Reader` of these images."""
         return _Reader(self)
 
 
@@ -77,31 +77,31 @@ class _Reader:
 
     def __init__(self, images):
         with tf.device("CPU:0"):
-            self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # captured by the graph, not copied into it
-            self._starts, self._sides = tf.constant(images.starts), tf.constant(images.sides)
+            self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # the graph captures it and does not copy it
+            self._offsets, self._sides = tf.constant(images.starts), tf.constant(images.sides)
 
     def sides(self, indices):
-        """The height and width of each image: int64 [b, 2]."""
+        """Returns the height and width of each image: int64 [b, 2]."""
         return tf.gather(self._sides, indices)
 
     def window(self, indices, rows, columns):
-        """The pixels of each image [b] in its own rows [b, h] and columns [b, w]: uint8 [b, h, w, 3]."""
-        rows = tf.gather(self._starts, indices)[:, None] + rows * self.sides(indices)[:, 1:]
+        """Returns the pixels of each image [b] in its own rows [b, h] and columns [b, w]: uint8 [b, h, w, 3]."""
+        rows = tf.gather(self._offsets, indices)[:, None] + rows * self.sides(indices)[:, 1:]
         return tf.gather(self._pixels, rows[:, :, None] + columns[:, None, :])
 
     def whole(self, index):
-        """One image: uint8 [h, w, 3]."""
+        """Returns one image: uint8 [h, w, 3]."""
         height, width = tf.unstack(self._sides[index])
-        first = self._starts[index]
+        first = self._offsets[index]
         return tf.reshape(self._pixels[first : first + height * width], tf.stack([height, width, 3]))
 
 
 class Undecoded:
-    """The images of a split, which are decoded when something of them is asked for; then it is as their `Images`.
+    """The images of a split, decoded on first use; from then on it acts as their `Images`.
 
     Args:
         split: a Split.
-        size, options: as `decode` takes them.
+        size, options: as in `decode`.
     """
 
     def __init__(self, split, size, **options):
@@ -110,21 +110,21 @@ class Undecoded:
 
     @functools.cached_property
     def images(self):
-        """All of them, decoded: `Images`."""
+        """All images, decoded: `Images`."""
         return decode(self.split, self._size, **self._options)
 
     @property
     def skipped(self):
-        """As in `Images`; where a bad image raises, nothing needs to be decoded to tell."""
+        """As in `Images`; decodes nothing if a bad image is an error."""
         return self.images.skipped if self._skips else ()
 
     @property
     def labels(self):
-        """As in `Images`, and as `skipped`."""
+        """As in `Images`; decodes nothing if a bad image is an error."""
         return self.images.labels if self._skips else np.asarray(self.split.labels, np.int32)
 
     def sample(self, positions):
-        """The images at some positions of the split, decoded alone unless all were decoded before: `Images`."""
+        """Returns the `Images` at some positions of the split, decoding only these unless all are decoded already."""
         if "images" in self.__dict__ and not self.images.skipped:
             return self.images.take(positions)
         return decode(self.split.take(positions), self._size, **self._options, every_class=False)
@@ -136,7 +136,7 @@ class Undecoded:
         return self.images[index]
 
     def __getattr__(self, name):
-        if name.startswith("_"):  # asked for by copying and pickling, before there is anything
+        if name.startswith("_"):  # copying and pickling look these up before `split` is set
             raise AttributeError(name)
         return getattr(self.images, name)
 
@@ -153,27 +153,27 @@ def decode(
     cache_dir=None,
     every_class=True,
 ):
-    """Reads and decodes every image of a split, makes it three-channel and resizes it.
+    """Reads and decodes every image of a split, converts it to three channels and resizes it.
 
-    A result that is not small lies in the `PixelStore` of the cache folder, mapped into memory: an image that any process has
-    decoded there in this way is not decoded again, in whatever split it is.
+    A large result lies in the `PixelStore` of the cache folder, mapped into memory. An image that any process has decoded
+    there in the same way is not decoded again, in any split.
 
     Args:
         split: a Split.
         size: the side of the result, or its shorter side.
-        mode, filter: as `resize` takes them.
-        skip_bad_images: leave out what cannot be decoded, instead of raising.
+        mode, filter: as in `resize`.
+        skip_bad_images: whether to leave out images that cannot be decoded, instead of raising.
         progress: called with (images done, images to decode) from time to time.
-        memory_limit_bytes: the most that is decoded into memory, once for each process.
+        memory_limit_bytes: the largest result that each process decodes into its own memory.
         cache_dir: the folder of the store; by default that of `load_dataset`.
-        every_class: whether a class without an image left is refused.
+        every_class: whether to refuse a class without an image left.
 
     Returns:
         Images, in the order of the split.
 
     Raises:
-        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or
-            would have more than 178,956,970 pixels before or after it is resized; or a class has no image left.
+        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or has
+            more than 178,956,970 pixels before or after resizing; or a class has no image left.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
@@ -199,7 +199,7 @@ def decode(
 
 
 def decoded_bytes(split, size, mode="squash"):
-    """How many bytes the decoded images of a split take; with "shorter_side" of large splits about so many."""
+    """Returns how many bytes a split's decoded images take; for large splits with "shorter_side" an estimate."""
     count = len(split) * size * size * 3
     if mode == "squash" or not len(split):
         return count
@@ -210,7 +210,7 @@ def decoded_bytes(split, size, mode="squash"):
 
 
 def _sides(content):
-    """Height and width as the header of a JPEG or PNG has them; zeros where it has none."""
+    """Returns height and width from the header of a JPEG or PNG, zeros without such a header."""
     try:
         return tuple(int(side) for side in _header(tf.constant(content)))
     except tf.errors.InvalidArgumentError:
@@ -218,21 +218,25 @@ def _sides(content):
 
 
 def _into_memory(split, how, progress):
-    """Decodes a split into memory: pixels [pixels in all, 3], None, sides [n, 2], and {index: reason} of the bad images."""
+    """Decodes a split into memory.
+
+    Returns:
+        Pixels [all pixels, 3], None, sides [n, 2], and {index: reason} of the bad images.
+    """
     kept, bad = [], {}
     for _, last, pixels, reasons in _decoded(split, how):
         kept.extend(pixels)
         bad |= reasons
         progress(last, len(split))
     size = sum(image.size for image in kept)
-    memory = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)[:size]  # aligned so that tensors can share it
+    memory = np.frombuffer(mmap.mmap(-1, max(1, size)), np.uint8)[:size]  # mmap is aligned, so tensors can share it
     if kept:
         np.concatenate([image.reshape(-1) for image in kept], out=memory)
     return memory.reshape(-1, 3), None, np.array([image.shape[:2] for image in kept], np.int64).reshape(-1, 2), bad
 
 
 def _into_store(store, split, how, progress):
-    """Decodes what of a split is not in the store yet, and returns {index: reason} of the bad images."""
+    """Decodes the images of a split that the store lacks, and returns {index: reason} of the bad images."""
     if not store.missing(split.keys):
         return {}
     bad = {}
@@ -250,7 +254,7 @@ def _into_store(store, split, how, progress):
 
 
 def _decoded(split, how):
-    """Yields (first, last, pixels, {index: reason}) over a split, of which nothing else is decoded."""
+    """Yields (first, last, pixels, {index: reason}) over a split, and decodes nothing else."""
     return _decoded_files(split, how) if split.pixels is None else _decoded_arrays(split, how)
 
 
@@ -264,7 +268,7 @@ def _decoded_arrays(split, how):
 def _decoded_files(split, how):
     """Yields (first, last, pixels, {index: reason}) over the files: the pixels of those that decode, in order."""
     if split.files is not None:
-        # a file too large for an image gets a name that cannot be read, and is told from others in the second try
+        # a file too large for an image gets an unreadable name; the second try finds out that it is too large
         source = [os.fsencode(path) if path.stat().st_size <= MAX_IMAGE_BYTES else b"" for path in split.files]
         read = tf.io.read_file
     else:
@@ -288,11 +292,11 @@ def _decoded_files(split, how):
 
 
 def _with_second_try(split, how, first, last, decoded):
-    """Reads again the files first..last-1 that the parallel pass dropped, to learn why."""
+    """Reads the files first..last-1 that the parallel pass dropped again, to learn the reason."""
     reasons = {}
     for i in range(first, last):
         if i not in decoded:
-            content = split.read(i)  # raises OSError where the disk is at fault and not the image
+            content = split.read(i)  # raises OSError if the disk is at fault, not the image
             try:
                 if len(content) <= MAX_IMAGE_BYTES:
                     decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
@@ -305,31 +309,31 @@ def _with_second_try(split, how, first, last, decoded):
 
 @tf.function(autograph=False)
 def _decode_bytes(content, size, mode, filter):
-    """The image in the bytes of a JPEG or a PNG file, resized: uint8 [h, w, 3]. All else raises InvalidArgumentError."""
+    """Decodes and resizes a JPEG or PNG: uint8 [h, w, 3]. Raises InvalidArgumentError for any other content."""
     is_jpeg, sides = tf.io.is_jpeg(content), _header(content)
     long = tf.cast(sides, tf.int64)
     count = tf.reduce_prod(long)
-    if mode == "shorter_side":  # a line of pixels would become a long band
+    if mode == "shorter_side":  # a thin line of pixels would become a long band
         count = tf.maximum(count, tf.reduce_max(long) * size // tf.reduce_min(long) * size)
     checks = [
         tf.debugging.assert_positive(sides),
         tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
     ]
-    with tf.control_dependencies(checks):  # the pixels of a huge image are never made
+    with tf.control_dependencies(checks):  # checked before a huge image is decoded
         content = tf.identity(content)
     image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
     return ops.resize(image, size, mode, filter)
 
 
 def _header(content):
-    """Height and width from the header of a JPEG or PNG: int32 [2]."""
+    """Reads height and width from the header of a JPEG or PNG: int32 [2]."""
     return tf.cond(tf.io.is_jpeg(content), lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
 
 
 def _png_sides(content):
-    """Height and width from the header of a PNG: int32 [2]."""
+    """Reads height and width from the header of a PNG: int32 [2]."""
     is_png = tf.equal(tf.strings.substr(content, 0, 8), PNG_SIGNATURE)
-    is_whole = tf.strings.length(content) >= 24  # else the error of substr below quotes the bytes, and cannot be decoded itself
+    is_whole = tf.strings.length(content) >= 24  # else the error of substr quotes bytes that are not text
     with tf.control_dependencies([tf.debugging.Assert(is_png & is_whole, ["neither JPEG nor PNG"])]):
         return tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.int32, little_endian=False)[::-1]
 
@@ -355,4 +359,4 @@ def _check_every_class_is_left(split, kept):
     lost = np.setdiff1d(split.labels, split.labels[kept])
     if lost.size:
         example = split.names[int(np.flatnonzero(split.labels == lost[0])[0])]
-        raise InputError(f"{lost.size} classes have no image that can be decoded, among them that of {example}")
+        raise InputError(f"{lost.size} classes have no image that can be decoded, such as the class of {example}")

@@ -1,4 +1,4 @@
-"""The sha256 of image files, read once: a file that has not changed since is not read again."""
+"""The sha256 of image files; a file is read again only after a change."""
 
 import concurrent.futures
 import hashlib
@@ -10,11 +10,11 @@ import numpy as np
 
 from l2sp_tf.data.entries import EntryFile
 
-SETTLED_SECONDS = 2  # a file that changed so lately may change again without a new time
+SETTLED_SECONDS = 2  # a file that changed this recently may change again with the same time
 
 
 def file_digests(files, memory=None):
-    """The sha256 of each file's content.
+    """Returns the size and the sha256 of each file's content.
 
     Args:
         files: paths.
@@ -30,7 +30,7 @@ def file_digests(files, memory=None):
     keys = [_key(path, state) for path, state in zip(files, states, strict=True)]
     found = {} if memory is None else _remembered(memory)
     unknown = [i for i, key in enumerate(keys) if key not in found]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # reading and hashing do not hold Python's lock
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # reading and hashing release Python's lock
         read = dict(zip(unknown, pool.map(lambda i: _digest(files[i]), unknown), strict=True))
     settled = time.time() - SETTLED_SECONDS
     new = {keys[i]: read[i] for i in unknown if max(states[i].st_mtime, states[i].st_ctime) < settled}

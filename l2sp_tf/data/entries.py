@@ -1,4 +1,4 @@
-"""Files of entries of one size that are only ever appended, each with a checksum: what was cut off is never read."""
+"""Append-only files of entries of equal size, each with a checksum, so that a half-written entry is never read."""
 
 import pathlib
 import zlib
@@ -7,7 +7,7 @@ import numpy as np
 
 
 class EntryFile:
-    """Entries by a key of 16 bytes; of several with one key the last counts.
+    """Entries with keys of 16 bytes; of several with the same key the last counts.
 
     Args:
         path: the file; it need not exist.
@@ -19,7 +19,7 @@ class EntryFile:
         self.dtype = np.dtype([("key", "V16"), *fields, ("check", "<u4")])
 
     def read(self):
-        """The whole entries there are: an array, and a dict from key (bytes) to position in it."""
+        """Reads the entries with a correct checksum: returns an array, and a dict from key (bytes) to position in it."""
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -31,13 +31,13 @@ class EntryFile:
         return entries, {part[:16]: i for i, part in enumerate(parts) if zlib.crc32(part[:-4]) == checks[i]}
 
     def append(self, entries):
-        """Appends an array of entries, whose checksums are set here. One process at a time may do so.
+        """Appends an array of entries after setting their checksums. Only one process at a time may append.
 
         Raises:
-            OSError: the disk is full, or cannot be written.
+            OSError: the disk is full or cannot be written.
         """
         for entry in entries:
             entry["check"] = zlib.crc32(entry.tobytes()[:-4])
         with self.path.open("ab") as file:
-            file.write(bytes(-file.tell() % self.dtype.itemsize))  # an interrupted process may have left a part of one
+            file.write(bytes(-file.tell() % self.dtype.itemsize))  # an interrupted process may have left part of an entry
             file.write(entries.tobytes())

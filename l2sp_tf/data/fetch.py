@@ -1,4 +1,4 @@
-"""Files that a data set is made of: loaded from their creators' addresses, resumed where they stopped, and checked."""
+"""Downloads the files of a data set from their creators, resumes broken downloads, and checks the files."""
 
 import contextlib
 import dataclasses
@@ -13,16 +13,16 @@ import urllib.request
 
 from l2sp_tf.files.errors import InputError
 
-TIMEOUT_SECONDS = 20  # for an answer, and for each part of a file
+TIMEOUT_SECONDS = 20  # for an answer, and for each read
 
 
 @dataclasses.dataclass(frozen=True)
 class Download:
-    """A file and where its creators offer it.
+    """A file and its creators' address.
 
     Attributes:
-        url: its address; the last part of the path is the file's name.
-        checksum: "md5:", "sha1:" or "sha256:" and the digest in hexadecimal; None where none is published.
+        url: the address; the last part of its path is the file's name.
+        checksum: "md5:", "sha1:" or "sha256:" and the digest in hexadecimal; None if none is published.
     """
 
     url: str
@@ -34,19 +34,18 @@ class Download:
 
 
 def fetch(download, folder, *, checksums=True, say=print):
-    """Returns the path of a file in `folder`, after loading it there if it is missing.
+    """Returns the path of a file in `folder`, after downloading it if it is missing.
 
-    A part that an earlier call left is gone on with. A file that is there already is checked
-    all the same, and never changed.
+    Resumes a partial download that an earlier call left. An existing file is checked too, and never changed.
 
     Args:
         download: a Download.
-        folder: where the file lies, or will lie.
-        checksums: whether they are compared.
-        say: called with a line of text before a load.
+        folder: the folder of the file.
+        checksums: whether to compare checksums.
+        say: called with a line of text before a download.
 
     Raises:
-        InputError: the address does not answer, the file breaks off, or its checksum is wrong.
+        InputError: the address does not answer, the download breaks off, or the checksum is wrong.
         OSError: the folder cannot be written.
     """
     path = pathlib.Path(folder) / download.name
@@ -58,7 +57,7 @@ def fetch(download, folder, *, checksums=True, say=print):
         _load(download, part)
     difference = _difference(download, part if loaded else path) if checksums else None
     if difference and loaded:
-        part.unlink()  # to go on with it would give the same again
+        part.unlink()  # resuming it would give the same file again
         raise InputError(f"{download.url} was loaded, but {difference}: it was removed, run it again")
     if difference:
         raise InputError(f"{path} cannot be used, because {difference}: load it again from {download.url}")
@@ -68,7 +67,7 @@ def fetch(download, folder, *, checksums=True, say=print):
 
 
 def _difference(download, path):
-    """Tells how the checksum of a file differs from the published one, or None."""
+    """Says how a file's checksum differs from the published one, or returns None."""
     if download.checksum is None:
         return None
     kind, _, expected = download.checksum.partition(":")
@@ -78,7 +77,7 @@ def _difference(download, path):
 
 
 def reach(url):
-    """Raises InputError unless the host of `url` answers within seconds, be it with a refusal."""
+    """Raises InputError unless the host of `url` answers within seconds; a refusal is an answer."""
     with _network_errors(url, "connect to the network and run it again"):
         try:
             _open(urllib.request.Request(url, method="HEAD")).close()
@@ -87,17 +86,17 @@ def reach(url):
 
 
 def _load(download, part):
-    """Appends to `part` what it lacks of the file."""
+    """Appends the missing rest of the file to `part`."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(download.url, headers={"Range": f"bytes={done}-"} if done else {})
-    advice = f"run it again to go on, or put {download.name} into {part.parent} by hand"
+    advice = f"run it again to resume, or put {download.name} into {part.parent} by hand"
     with _network_errors(download.url, advice):
         try:
             response = _open(request)
         except urllib.error.HTTPError as error:
             error.close()
             if done and error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # all of it is there already; the checksum decides
+                return  # the part is complete already; the checksum decides
             raise
         with response:
             resumed = response.status == http.client.PARTIAL_CONTENT
@@ -115,7 +114,7 @@ def _open(request):
 
 @contextlib.contextmanager
 def _network_errors(url, advice):
-    """Turns what the network raises inside a block into an InputError; the OSError of a full disk passes."""
+    """Turns network errors inside the block into an InputError; the OSError of a full disk passes through."""
     try:
         yield
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:

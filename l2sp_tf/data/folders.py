@@ -1,4 +1,4 @@
-"""Data sets that lie in files: the embedded digits, a folder of images, or a zip of one."""
+"""Data sets in files: the embedded digits, a folder of images, or a zip of one."""
 
 import hashlib
 import os
@@ -17,12 +17,12 @@ from l2sp_tf.files.reading import open_zip, refusing
 SPLITS = ("train", "test")
 ENDINGS = (".jpg", ".jpeg", ".png")
 HIDDEN = ("__MACOSX", "Thumbs.db", "desktop.ini")
-# digits/source and digits/target take these many images of each digit, the second's test split what is left
+# images of each digit in digits/source and digits/target; the test split of digits/target takes the rest
 SOURCE_TRAIN, SOURCE_TEST, TARGET_TRAIN = 80, 30, 15
 
 
 def _digits(name):
-    """scikit-learn's 1797 handwritten digits, cut once and for all into two tasks that share no image."""
+    """Splits scikit-learn's 1797 handwritten digits into two fixed tasks that share no image."""
     from sklearn.datasets import load_digits  # half a second to import, and only these two sets need it
 
     bunch = load_digits()
@@ -42,7 +42,7 @@ def _digits(name):
 
 
 def _folder_entries(root):
-    """The paths below `root`, relative to it, as deep as a layout goes; those of folders end in "/"."""
+    """Yields the relative paths below `root`, as deep as a layout goes; those of folders end in "/"."""
     for top in root.iterdir():
         if not top.is_dir():
             yield top.name
@@ -51,14 +51,14 @@ def _folder_entries(root):
         for path in top.iterdir():
             yield f"{top.name}/{path.name}" + "/" * path.is_dir()
             if path.is_dir() and top.name in SPLITS:
-                # a listing without a stat of each file: class folders may be large
+                # scandir needs no stat of each file: class folders may be large
                 with os.scandir(path) as entries:
-                    # a pipe or a device is no image, whatever its name: reading it might never end
+                    # a pipe or a device counts as a folder, so it is refused: reading it might never end
                     yield from (f"{top.name}/{path.name}/{e.name}" + "/" * (not e.is_file()) for e in entries)
 
 
 def _layout(entries, where):
-    """Sorts relative paths into {split: {class: [file, ...]}}, or says what is wrong with them."""
+    """Sorts relative paths into {split: {class: [file, ...]}}, or raises for a wrong layout."""
     entries = sorted(entry for entry in entries if not _is_hidden(entry))
     _check_splits(entries, where)
     layout = {split: {} for split in SPLITS}
@@ -119,7 +119,7 @@ def _some(names, limit=5):
 
 
 def _from_files(name, root, layout, shown=None, memory=None):
-    """The data set of a checked layout whose files lie under `root`; messages say `shown` for it."""
+    """Builds the data set of a checked layout with files under `root`; messages call the root `shown`."""
     shown = root if shown is None else shown
     classes = tuple(sorted(layout["train"]))
 
@@ -136,7 +136,7 @@ def _from_files(name, root, layout, shown=None, memory=None):
 
 
 def _zip(name, archive, path, cache_dir):
-    """The data set in the zip `archive`, `path` being its own path or that of a folder in it."""
+    """Builds the data set in the zip `archive`; `path` is the path of the zip, or of a folder in it."""
     inside = path.relative_to(archive).as_posix()
     prefix = "" if inside == "." else f"{inside}/"
     with open_zip(archive) as file:
@@ -153,7 +153,7 @@ def _zip(name, archive, path, cache_dir):
 
 
 def _with_folders(names):
-    """Zips may leave folders out: the names, and above each the folders that it lies in."""
+    """Returns the names and the folders above each, because zips may leave folders out."""
     folders = {"/".join(name.split("/")[:depth]) + "/" for name in names for depth in range(1, name.count("/") + 1)}
     return folders | set(names)
 
@@ -165,7 +165,7 @@ def _cache_name(archive, prefix):
 
 
 def _extract(file, members, layout, folder):
-    """Writes the images of a layout beside `folder`, and gives them its name once all are there."""
+    """Unpacks the images of a layout beside `folder`, and renames the result to `folder` once it is complete."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))
     try:
@@ -179,14 +179,14 @@ def _extract(file, members, layout, folder):
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process has unpacked the same zip meanwhile
+            if not folder.is_dir():  # else another process has just unpacked the same zip
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_files(spec, cache_dir):
-    """The digits, or the data set of a folder or zip; None where `spec` is no such thing and may be a name of TFDS."""
+    """Loads the digits, or the data set of a folder or zip; returns None if `spec` may be a TFDS name instead."""
     if str(spec) in ("digits/source", "digits/target"):
         return _digits(str(spec))
     if not str(spec):

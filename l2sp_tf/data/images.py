@@ -1,9 +1,9 @@
 """The image operations of section 4.1, stateless, on one image or on a batch.
 
-Every operation takes an image [h, w, c] or a batch [b, h, w, c]. A random operation takes
-one seed of two integers with an image, and b of them [b, 2] with a batch: each image is
-drawn by its own seed, whichever images it is batched with. `random_places` and `blur_inside`
-are crop, mirror and blur once more, for reading and blurring no more pixels than a crop shows.
+Every operation takes an image [h, w, c] or a batch [b, h, w, c]. A random operation takes one seed of two
+integers for an image, or b of them [b, 2] for a batch. Each image is drawn by its own seed, so its neighbours in the
+batch do not matter. `random_places` and `blur_inside` apply crop, mirror and blur with the same random numbers, but
+read and blur only the pixels that a crop shows.
 """
 
 import functools
@@ -20,9 +20,9 @@ BLURS = ("gaussian", "authors", "none")
 def resize(image, size, mode="squash", filter="area"):
     """Resizes by averaging areas where a side shrinks, so that nothing aliases, and bilinearly where it is stretched.
 
-    A new pixel is the mean of the rectangle [i h / h', (i + 1) h / h') x [j w / w', (j + 1) w / w') that it covers of
-    the image, pixels that lie in it in part counting by that part. The other filter is that of the authors' code,
-    TensorFlow 1's: the four pixels about the place (i h / h', j w / w'), weighted bilinearly, however much it shrinks.
+    A new pixel is the mean over the rectangle [i h / h', (i + 1) h / h') x [j w / w', (j + 1) w / w') of the image; pixels
+    partly inside it count by that part. The "bilinear" filter is that of the authors' code (TensorFlow 1): it weights
+    the four pixels around (i h / h', j w / w') bilinearly, even if the image shrinks a lot.
 
     Args:
         image: [h, w, c] or [b, h, w, c], in 0..255, of any numeric dtype.
@@ -62,7 +62,7 @@ def _resized_as_in_tensorflow_1(image, new):
 
 
 def to_three_channels(image):
-    """Repeats a grey channel three times and leaves three channels as they are.
+    """Repeats a grey channel three times and leaves three channels unchanged.
 
     Args:
         image: [..., 1] or [..., 3].
@@ -71,7 +71,7 @@ def to_three_channels(image):
         [..., 3] of the same dtype.
 
     Raises:
-        InputError: there are neither one nor three channels.
+        InputError: the number of channels is neither one nor three.
     """
     channels = image.shape[-1]
     if channels not in (1, 3):
@@ -80,10 +80,10 @@ def to_three_channels(image):
 
 
 def random_blur(image, seed, kernel_size=5, sigma=(0.1, 2.0)):
-    """Blurs with a Gaussian kernel whose standard deviation is drawn uniformly from the range `sigma`.
+    """Blurs with a Gaussian kernel, whose standard deviation is drawn uniformly from the range `sigma`.
 
-    The border is reflected, and each kernel sums to 1: a constant passes unchanged, so that
-    it does not matter whether the mean is subtracted before or after.
+    The border is reflected, and each kernel sums to 1. A constant is unchanged, so the mean may be
+    subtracted before or after.
 
     Args:
         image: float32 [h, w, c] or [b, h, w, c].
@@ -107,7 +107,7 @@ def random_blur(image, seed, kernel_size=5, sigma=(0.1, 2.0)):
 
 
 def blur_inside(images, seeds, kernel_size=5, sigma=(0.1, 2.0), mean=0.0):
-    """What `random_blur` makes of the pixels that are at least kernel_size // 2 away from the border.
+    """Blurs as `random_blur` does, but only pixels at least kernel_size // 2 away from the border.
 
     Args:
         images: uint8 or float32 [b, h + kernel_size - 1, w + kernel_size - 1, c].
@@ -126,7 +126,7 @@ def blur_inside(images, seeds, kernel_size=5, sigma=(0.1, 2.0), mean=0.0):
 def random_distortion(image, seed):
     """Changes brightness, saturation and contrast by random factors: the "blur" of the authors' code.
 
-    Brightness: x + d, d in (-63/255, 63/255), next to nothing for pixels of 0 to 255, as it is there.
+    Brightness: x + d, d in (-63/255, 63/255). On pixels of 0 to 255 this is next to nothing, as in the authors' code.
     Saturation: the S of HSV times a factor in (0.5, 1.5), cut at 1. Contrast: m + f (x - m), m the
     mean of each channel over the whole image, f in (0.2, 1.8). Nothing is cut off at 0 or 255.
 
@@ -141,7 +141,7 @@ def random_distortion(image, seed):
     brightness, saturation, contrast = tf.unstack(_uniform(seeds, 3)[:, :, None, None, None], axis=1)
     x += (2 * brightness - 1) * 63 / 255
     high, low = tf.reduce_max(x, axis=-1, keepdims=True), tf.reduce_min(x, axis=-1, keepdims=True)
-    # S = (high - low) / high; hue and value stay, so each channel's distance from the highest is scaled as S is
+    # S = (high - low) / high; hue and value stay, so each channel's distance from the highest scales with S
     scale = tf.minimum(0.5 + saturation, tf.math.divide_no_nan(high, high - low))
     x = tf.where(high > 0, high - (high - x) * scale, high)
     mean = tf.reduce_mean(x, axis=[1, 2], keepdims=True)
@@ -164,7 +164,7 @@ def random_mirror(image, seed):
 
 
 def random_crop(image, size, seed):
-    """Cuts out a square at a place drawn uniformly from all that lie inside the image.
+    """Cuts out a square at a place drawn uniformly from all places inside the image.
 
     Args:
         image: [h, w, c] or [b, h, w, c].
@@ -186,21 +186,21 @@ def random_crop(image, size, seed):
 
 
 def random_places(sides, size, crop_seeds, mirror_seeds=None, margin=0):
-    """The rows and columns of `random_crop`, after `random_mirror` if it has seeds, and of a margin around.
+    """Returns the rows and columns that `random_crop` shows, plus a margin, after `random_mirror` if it has seeds.
 
     Args:
         sides: int32 or int64 [b, 2], the height and width of each image.
         size: the height and width to cut out.
         crop_seeds: int32 or int64 [b, 2].
         mirror_seeds: int32 or int64 [b, 2], or None for no mirroring.
-        margin: pixels around the square; where they leave the image they are reflected into it.
+        margin: pixels around the square; those outside the image are reflected into it.
 
     Returns:
-        Rows and columns of the image as it is before mirroring: two int64 [b, size + 2 * margin].
+        Rows and columns of the image before mirroring: two int64 [b, size + 2 * margin].
     """
     sides = tf.cast(sides, tf.int64)
     places = tf.cast(sides - size + 1, tf.float32)
-    # a product may round up to the number of places itself
+    # the product may round up to the number of places
     offsets = tf.cast(tf.minimum(tf.floor(_uniform(crop_seeds, 2) * places), places - 1), tf.int64)
     window = tf.range(-margin, size + margin, dtype=tf.int64)
     rows, columns = (_reflected(offsets[:, i : i + 1] + window, sides[:, i : i + 1]) for i in (0, 1))
@@ -229,7 +229,7 @@ def central_crop(image, size):
 
 
 def check_resize(mode, filter="area"):
-    """Raises InputError unless `mode` and `filter` are ways to resize."""
+    """Raises InputError unless `mode` and `filter` are known."""
     for name, value, known in (("resize_mode", mode, RESIZE_MODES), ("resize_filter", filter, RESIZE_FILTERS)):
         if value not in known:
             raise InputError(f"{name} is {value!r}: it must be {' or '.join(known)}")
@@ -255,8 +255,8 @@ def _unbatched(images, like):
 def _uniform(seeds, count):
     """Draws `count` numbers in [0, 1) for each seed [b, 2]: float32 [b, count], multiples of 2^-24.
 
-    Counters are hashed (three rounds of the finalizer of SplitMix64): all seeds at once, where TensorFlow's
-    stateless generators take one seed a call.
+    Hashes counters with three rounds of SplitMix64's finalizer. This takes all seeds at once; TensorFlow's
+    stateless generators take one seed per call.
     """
     seeds = tf.cast(seeds, tf.uint64)
     draws = tf.range(1, count + 1, dtype=tf.int64)
@@ -265,7 +265,7 @@ def _uniform(seeds, count):
 
 
 def _hash(x):
-    """The mixing function of SplitMix64, one-to-one on uint64, after adding its constant (the golden ratio)."""
+    """Adds SplitMix64's constant (the golden ratio) and applies its mixing function, which is one-to-one on uint64."""
     x += tf.constant(0x9E3779B97F4A7C15, tf.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = tf.bitwise.bitwise_xor(x, tf.bitwise.right_shift(x, tf.constant(shift, tf.uint64))) * tf.constant(factor, tf.uint64)
@@ -277,7 +277,7 @@ def _is_mirrored(seeds):
 
 
 def _gaussian_kernels(sigmas, kernel_size):
-    """One kernel for each standard deviation [b]: float32 [kernel_size, b], each column summing to 1."""
+    """Returns one kernel for each standard deviation [b]: float32 [kernel_size, b], each column summing to 1."""
     offset = tf.range(kernel_size, dtype=tf.float32)[:, None] - kernel_size // 2
     kernels = tf.exp(-0.5 * tf.square(offset / sigmas))
     return kernels / tf.reduce_sum(kernels, axis=0)
@@ -285,7 +285,7 @@ def _gaussian_kernels(sigmas, kernel_size):
 
 @functools.cache
 def _convolution(kernel_size, dtype):
-    """A function that convolves images [b, h, w, c] with kernels [kernel_size, b], one each, where they fit inside."""
+    """Returns a function that convolves images [b, h, w, c] with one kernel each [kernel_size, b], wherever it fits inside."""
 
     def convolve(images, kernels, mean):
         images = tf.cast(images, tf.float32)
@@ -294,21 +294,21 @@ def _convolution(kernel_size, dtype):
         images = sum(kernels[i] * images[:, i : i + height] for i in range(kernel_size))
         return sum(kernels[i] * images[:, :, i : i + width] for i in range(kernel_size)) - mean
 
-    # compiled, the sums become one loop; one by one, each term would pass through the memory
+    # XLA fuses the sums into one loop; otherwise each term would pass through memory
     shapes = (([None] * 4, dtype), ([kernel_size, None], tf.float32), (None, tf.float32))
     signature = [tf.TensorSpec(shape, kind) for shape, kind in shapes]
     return tf.function(convolve, input_signature=signature, jit_compile=True, autograph=False)
 
 
 def _reflected(places, side):
-    """Places that may lie outside 0..side-1, reflected into it, as often as it takes when it is small."""
+    """Reflects places outside 0..side-1 into it, repeatedly if the side is small."""
     period = tf.maximum(2 * (side - 1), 1)
     place = tf.math.floormod(places, period)
     return tf.minimum(place, 2 * (side - 1) - place)
 
 
 def _sides_at_least(image, size):
-    """Height and width of an image or a batch, as integers where they are known."""
+    """Returns height and width of an image or a batch, as integers if known, after checking that the crop fits."""
     height, width = image.shape[-3:-1]
     if height is None or width is None:
         sides = tf.shape(image)[-3:-1]

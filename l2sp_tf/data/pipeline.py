@@ -1,4 +1,4 @@
-"""The tf.data pipeline: images that were decoded before are streamed, as they are or augmented."""
+"""The tf.data pipeline: streams decoded images, unchanged or augmented."""
 
 import dataclasses
 import functools
@@ -20,15 +20,15 @@ class Preprocessing:
     """Section 4.1: resize, subtract the mean, blur, mirror and crop.
 
     Attributes:
-        resize: both sides are squashed to this many pixels, or the shorter one is made so long.
-        resize_mode: "squash" or "shorter_side".
-        resize_filter: "area", or "bilinear" for that of the authors' code.
+        resize: the new length of both sides, or of the shorter side, in pixels.
+        resize_mode: "squash" (both sides) or "shorter_side".
+        resize_filter: "area", or "bilinear" for the filter of the authors' code.
         crop: the side of the square that the network sees.
         blur: "gaussian", "authors" (their colour distortion, before the mean is subtracted) or "none".
         blur_kernel: the width of the Gaussian kernel in pixels, odd.
         blur_sigma: the range of its standard deviation, in pixels.
-        mirror: whether half of the training images are mirrored.
-        pixels: a PixelFormat; of it the order of the channels and their scale, after all else.
+        mirror: whether to mirror half of the training images.
+        pixels: a PixelFormat; its channel order and scale are applied last, its mean is not used.
     """
 
     resize: int = 256
@@ -52,10 +52,10 @@ class Preprocessing:
         if self.blur_kernel % 2 == 0:
             raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
         if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least and the largest, in pixels.")
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the smallest and the largest, in pixels.")
         low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
         if low > high:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the least first.")
+            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the smallest first.")
         self._set("blur_sigma", (low, high))
         if not isinstance(self.pixels, PixelFormat):
             raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
@@ -64,22 +64,22 @@ class Preprocessing:
         object.__setattr__(self, name, value)
 
     def with_pixels(self, pixels):
-        """A copy for a network that sees pixels in another format."""
+        """Returns a copy for a network with another pixel format."""
         return dataclasses.replace(self, pixels=pixels)
 
     def plain(self):
-        """All but the pixel format, as a dict."""
+        """Returns all attributes but the pixel format, as a dict."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "pixels"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Task:
-    """A data set that is ready to train and test on.
+    """A data set that is ready for training and testing.
 
     Attributes:
         name, classes, digest: of the data set.
         train, test: Images, or Undecoded ones.
-        mean: float32 [3] in RGB order, by default the mean of the training images, subtracted from all.
+        mean: float32 [3] in RGB order, subtracted from all images; by default the mean of the training images.
         preprocessing: a Preprocessing.
     """
 
@@ -93,22 +93,22 @@ class Task:
 
     @property
     def pixels(self):
-        """How a network that is trained on this task sees pixels: order and scale, with the mean of the task."""
+        """The pixel format of a network that is trained on this task: order and scale, with the mean of the task."""
         return self.preprocessing.pixels.with_mean([float(str(value)) for value in self.mean])  # 0.1, not 0.10000000149
 
 
 def prepare(dataset, preprocessing, *, mean=None, mean_of=None, train=None, **options):
-    """Makes a Dataset ready for a Preprocessing, and computes the mean of its training images if none is given.
+    """Makes a Dataset ready for a Preprocessing, and computes the mean of its training images unless a mean is given.
 
-    A split is decoded when it is first used: training images here if their mean is wanted, the others by what trains
-    or tests on them.
+    A split is decoded on first use: the training images here if their mean is needed, otherwise during training or
+    testing.
 
     Args:
         dataset: a Dataset.
         preprocessing: a Preprocessing.
-        mean: three numbers in RGB order, subtracted from all images; None for that of the training images.
-        mean_of: int64 [k], the positions of the training images whose mean is taken; None for all.
-        train: what `undecoded` made of the training images before, if it did.
+        mean: three numbers in RGB order, subtracted from all images; None for the mean of the training images.
+        mean_of: int64 [k], the positions of the training images to average; None for all.
+        train: the training images, if `undecoded` has made them before.
         options: skip_bad_images, progress and cache_dir, as in `decode`.
 
     Returns:
@@ -126,7 +126,7 @@ def prepare(dataset, preprocessing, *, mean=None, mean_of=None, train=None, **op
 
 
 def undecoded(split, preprocessing, **options):
-    """The images of a Split as a Preprocessing wants them, decoded when they are first used: `Undecoded`.
+    """Returns the images of a Split for a Preprocessing, decoded on first use: `Undecoded`.
 
     Args:
         split: a Split.
@@ -138,31 +138,30 @@ def undecoded(split, preprocessing, **options):
 
 
 def channel_mean(images):
-    """The mean of each channel over all pixels of all images, in RGB order: float32 [3], summed in float64."""
+    """Computes the mean of each channel over all pixels of all images, in RGB order: float32 [3], summed in float64."""
     total = np.zeros(3)
     for image in map(images.__getitem__, range(len(images))):
-        # down the columns first, in integers: the fastest order, and exact
+        # columns first, in integers: this is exact, and the fastest order
         total += image.reshape(len(image), -1).sum(axis=0, dtype=np.uint32).reshape(-1, 3).sum(axis=0, dtype=np.float64)
     return (total / images.sides.prod(axis=1).sum()).astype(np.float32)
 
 
 def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, iterations, part=(0, 1)):
-    """Streams randomly blurred, mirrored and cropped images, epoch after epoch across the borders of batches.
+    """Streams randomly blurred, mirrored and cropped images; a batch may span two epochs.
 
-    The permutation of an epoch is a function of (seed, epoch), and what is drawn for an image
-    one of (seed, epoch, index): the stream from `start` on is, to the bit, the rest of the stream
-    from 0.
+    The permutation of an epoch is a function of (seed, epoch), and the random numbers of an image are a function of
+    (seed, epoch, index). So the stream from `start` on equals the rest of the stream from 0, to the bit.
 
     Args:
         images: Images, resized as `preprocessing` says.
         preprocessing: a Preprocessing.
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
-        batch_size: images a batch; it may exceed their number.
+        batch_size: images per batch; it may exceed the number of images.
         seed: a non-negative integer.
         start: the first batch.
         iterations: the batch to stop before.
-        part: (i, n) for the i-th of n equal parts of each batch alone; the n parts one after the other are the batch,
-            up to rounding in the blur.
+        part: (i, n) for the i-th of n equal parts of each batch; the n parts in order make the batch, up to rounding in
+            the blur.
 
     Returns:
         A tf.data.Dataset of iterations - start pairs: float32 [b, crop, crop, 3] and int32 [b], where b is
@@ -175,10 +174,10 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     if not 0 <= seed < 2**60:
         raise InputError(f"seed is {seed}: it must lie between 0 and 2^60")
     if not 0 <= start <= iterations:
-        raise InputError(f"the batches {start} to {iterations} were asked for: the first must not be negative or above the last")
+        raise InputError(f"start is {start} and iterations is {iterations}: give a start from 0 to {iterations}")
     index, parts = part
     if not 0 <= index < parts or batch_size % parts:
-        raise InputError(f"part is {part} of batches of {batch_size}: give one of as many parts as divide them")
+        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor")
     size = batch_size // parts
     rows = slice(index * size, (index + 1) * size)
     spec = tf.TensorSpec([size], tf.int64)
@@ -189,7 +188,7 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
 
-    @tf.autograph.experimental.do_not_convert  # it has no branches, and converting it takes half a second
+    @tf.autograph.experimental.do_not_convert  # it has no branches to convert, and the conversion takes half a second
     def make(epochs, indices):
         return _augmented(read, preprocessing, mean, seed, epochs, indices), tf.gather(labels, indices)
 
@@ -197,16 +196,16 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
 
 
 def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1):
-    """Every image once, in order, cropped at its centre, or ten times; the last batch may be smaller.
+    """Streams every image once, in order, with a central crop or ten crops; the last batch may be smaller.
 
-    Ten crops are those of the four corners (top left, top right, bottom left, bottom right) and of the
-    centre, and then their mirror images.
+    The ten crops are the four corners (top left, top right, bottom left, bottom right), the centre, and then their
+    mirror images.
 
     Args:
         images: Images, resized as `preprocessing` says.
-        preprocessing: a Preprocessing; its blur and mirror do not count.
+        preprocessing: a Preprocessing; its blur and mirror are ignored.
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
-        batch_size: images a batch.
+        batch_size: images per batch.
         order: int64 [n], the indices of the images to show; None for all from first to last.
         crops: 1 or 10 of each image.
 
@@ -235,7 +234,7 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
     return indices.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(2)
 
 
-test_batches.__test__ = False  # pytest must not take it for a test
+test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest must not take it for a test
 
 
 def _check_count(name, value):
@@ -256,7 +255,7 @@ def _check_stream(images, preprocessing, batch_size):
 
 
 def _training_order(count, batch_size, seed, start, iterations):
-    """Yields for each batch the epoch and the index of each of its images: two int64 [batch_size]."""
+    """Yields the epoch and the index of each image of each batch: two int64 [batch_size]."""
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
@@ -272,13 +271,13 @@ def _training_order(count, batch_size, seed, start, iterations):
 
 
 def _augmented(read, preprocessing, mean, seed, epochs, indices):
-    """Section 4.1's random blur, mirror and crop of images [b], each by its own seeds: float32 [b, crop, crop, 3].
+    """Applies section 4.1's random blur, mirror and crop to images [b], each with its own seeds: float32 [b, crop, crop, 3].
 
-    The crop and the mirror are drawn first, so that only what they show is read and blurred.
+    The crop and the mirror are drawn first, so that only visible pixels are read and blurred.
     """
 
     def seeds(operation):
-        # no two of (seed, operation) and no two of (epoch, index) share a number
+        # different pairs (seed, operation), and different pairs (epoch, index), give different numbers
         return tf.stack([tf.fill(tf.shape(indices), tf.constant(4 * seed + operation, tf.int64)), epochs * 2**32 + indices], 1)
 
     p = preprocessing
@@ -294,7 +293,7 @@ def _augmented(read, preprocessing, mean, seed, epochs, indices):
 
 
 def _distorted(read, indices, seeds, rows, columns):
-    """The authors' distortion of each whole image, whose mean the contrast needs, and of that its rows and columns."""
+    """Applies the authors' distortion to each whole image, because the contrast needs its mean, then takes rows and columns."""
 
     def one(inputs):
         index, seed, rows, columns = inputs
@@ -305,13 +304,13 @@ def _distorted(read, indices, seeds, rows, columns):
 
 
 def _central_place(sides, size):
-    """The rows and columns of the central crop of each image [b]: a list of one pair of int64 [b, size]."""
+    """Returns the rows and columns of the central crop of each image [b]: a list of one pair of int64 [b, size]."""
     middle = (sides - size) // 2
     return [_window(middle[:, 0], middle[:, 1], size)]
 
 
 def _ten_places(sides, size):
-    """The rows and columns of the four corners and the centre, and of their mirror images: ten such pairs."""
+    """Returns the rows and columns of the four corners and the centre, then of their mirror images: ten pairs."""
     first, last = tf.zeros_like(sides[:, 0]), sides - size
     corners = [_window(top, left, size) for top in (first, last[:, 0]) for left in (first, last[:, 1])]
     upright = corners + _central_place(sides, size)
@@ -324,7 +323,7 @@ def _window(top, left, size):
 
 
 def _ordered(x, preprocessing):
-    """The scale, and the order of the channels, that the network was trained on."""
+    """Applies the scale and the channel order that the network was trained with."""
     pixels = preprocessing.pixels
     if pixels.scale != (1.0, 1.0, 1.0):
         x = x * tf.constant(pixels.scale, tf.float32)
@@ -332,6 +331,6 @@ def _ordered(x, preprocessing):
 
 
 def preprocessing_for(interface):
-    """The `Preprocessing` by which images are made for a model when it is tested."""
+    """Returns the `Preprocessing` for testing a model with this `Interface`."""
     names = ("resize", "resize_mode", "resize_filter", "crop", "pixels")
     return Preprocessing(**{name: getattr(interface, name) for name in names})

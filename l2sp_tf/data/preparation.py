@@ -1,4 +1,4 @@
-"""Preparing a set of TensorFlow Datasets: files first, then the shards, and nothing half-finished left behind."""
+"""Prepares a set of TensorFlow Datasets: first its files, then the shards; leaves nothing half-finished behind."""
 
 import contextlib
 import pathlib
@@ -11,22 +11,22 @@ from l2sp_tf.data.sets import ACCEPTED
 from l2sp_tf.data.tfds_sets import data_folder, find_prepared, known_names
 from l2sp_tf.files.errors import InputError
 
-# The files that their owners give out on registration only.
+# Files that are available only after registration.
 MANUAL_FILES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
-# Sets of TFDS whose registered addresses are exactly the files they are made of.
+# Sets whose files are exactly the addresses that TFDS has registered.
 LISTED_BY_TFDS = ("stanford_dogs", "places365_small")
 
 
 def prepare_tfds(name, *, data_dir=None, manual_dir=None, checksums=True, say=print):
-    """Downloads what a set of TFDS is made of, and writes its shards; what is there already is used.
+    """Downloads the files of a TFDS set and writes its shards; reuses what exists.
 
     Args:
-        name: of the set, with its configuration where it has several ("name/config").
-        data_dir: where TFDS keeps its sets; None for its own default.
-        manual_dir: where files lie that were downloaded by hand, and where those of the paper's
-            sets are loaded to; None for <data_dir>/downloads/manual/<name>.
-        checksums: whether those of Caltech 256 and MIT Indoors 67 are compared; TFDS compares all others.
-        say: called with a line of text for each step of the work.
+        name: of the set, with its configuration if it has several ("name/config").
+        data_dir: the folder of TFDS's sets; None for its default.
+        manual_dir: the folder for files that are downloaded by hand, and for the downloads of the paper's
+            sets; None for <data_dir>/downloads/manual/<name>.
+        checksums: whether to compare those of Caltech 256 and MIT Indoors 67; TFDS compares all others.
+        say: called with a line of text for each step.
 
     Returns:
         The folder of the prepared set.
@@ -58,20 +58,20 @@ def _prepare(name, folder, manual, checksums, say):
         fetch.fetch(download, manual, checksums=checksums, say=say)
     urls = [] if downloads or builder.MANUAL_DOWNLOAD_INSTRUCTIONS else sorted(builder.url_infos or ())
     if urls:
-        fetch.reach(urls[0])  # TFDS would try for minutes
+        fetch.reach(urls[0])  # TFDS would retry for minutes
     config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
     try:
         builder.download_and_prepare(download_dir=folder / "downloads", download_config=config)
     except (InputError, OSError):
         raise
-    except Exception as error:  # a builder of TFDS raises what it likes
+    except Exception as error:  # TFDS builders raise errors of any kind
         _remove_litter(folder, builder.name)
-        raise InputError(f"{name} cannot be prepared ({' '.join(str(error).split())}): mend that, and run it again") from error
+        raise InputError(f"{name} cannot be prepared ({' '.join(str(error).split())}): fix that, and run it again") from error
     return find_prepared(name, folder)
 
 
 def _downloads(builder):
-    """The files that are loaded here, and not by TFDS, which neither resumes them nor gives up."""
+    """Lists the files to download here instead of in TFDS, which does not resume and does not give up."""
     if builder.name in LISTED_BY_TFDS:
         return [fetch.Download(url, f"sha256:{info.checksum}") for url, info in sorted(builder.url_infos.items())]
     return getattr(builder, "DOWNLOADS", ())
@@ -88,14 +88,14 @@ def _check_manual_files(builder, manual):
 
 
 def _remove_litter(folder, name):
-    """Removes what killed preparations of a set have left: half-written shards, and half-loaded files of TFDS."""
+    """Removes the leftovers of killed preparations: half-written shards, and half-downloaded files of TFDS."""
     for path in (*folder.glob(f"{name}/**/incomplete.*"), *folder.glob(f"downloads/{name}/*.tmp.*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def _alone(folder, name):
-    """Holds a lock for preparing a set, which the system lets go when the process ends, however it ends."""
+    """Holds a lock while a set is prepared; the system releases it when the process ends in any way."""
     try:
         import fcntl
     except ImportError:  # Windows has no such lock

@@ -1,4 +1,4 @@
-"""What a data set is: the images and labels of its two splits (Table 1)."""
+"""A data set: the images and labels of its two splits (Table 1)."""
 
 import dataclasses
 import functools
@@ -28,12 +28,12 @@ class Split:
     """The images of one split and their labels.
 
     Attributes:
-        names: what to call each image in a message: its path, or a label.
+        names: the name of each image in messages: its path, or a label.
         labels: int32 [n].
-        pixels: uint8 [n, h, w, c] of a set held in memory, otherwise None.
+        pixels: uint8 [n, h, w, c] of a set in memory, otherwise None.
         files: the paths of a set on disk, otherwise None.
-        records: the places of the images of a set of TFDS (`tfds_sets.Records`), otherwise None.
-        memory: the file that remembers the digests of `files`, as `file_digests` takes it, or None.
+        records: the image records of a TFDS set (`tfds_sets.Records`), otherwise None.
+        memory: the file that remembers the digests of `files`, as in `file_digests`, or None.
     """
 
     names: tuple
@@ -55,7 +55,7 @@ class Split:
         return len(self.names)
 
     def take(self, positions):
-        """The split of the images at `positions` alone, in that order."""
+        """Returns the split of the images at `positions` alone, in that order."""
         return Split(
             names=tuple(self.names[i] for i in positions),
             labels=self.labels[positions],
@@ -66,7 +66,7 @@ class Split:
         )
 
     def read(self, i):
-        """The bytes of the i-th image file; of one that is too large for an image only the first."""
+        """Reads the bytes of the i-th image file; of an oversized file only the beginning."""
         if self.records is not None:
             return self.records.read(i)
         with self.files[i].open("rb") as file:
@@ -74,12 +74,12 @@ class Split:
 
     @functools.cached_property
     def digests(self):
-        """Of files the size and the sha256 of each one: a list of pairs. They are read when this is first asked for."""
+        """The (size, sha256) of each file, read on first use."""
         return file_digests(self.files, self.memory)
 
     @functools.cached_property
     def keys(self):
-        """For each image 16 bytes that tell its content from that of others."""
+        """16 bytes for each image that identify its content."""
         if self.files is not None:
             return [digest[:16] for _, digest in self.digests]
         kind, images = ("array", self.pixels) if self.records is None else ("record", self.records.prints)
@@ -97,11 +97,11 @@ class Dataset:
 
     @functools.cached_property
     def digest(self):
-        """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, wherever it lies.
+        """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, in any place.
 
-        Of images on disk their bytes and their places <class>/<file> count. They are read
-        when the digest is first asked for, unless they were read before (`digests.file_digests`).
-        Of records 64 bits of a hash of their bytes count, which were taken when the set was first loaded.
+        Images on disk count by their bytes and their places <class>/<file>. They are read on first use, unless
+        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, taken
+        when the set was first loaded.
         """
         sha = hashlib.sha256(repr(self.classes).encode())
         for split in (self.train, self.test):
@@ -116,10 +116,10 @@ class Dataset:
         return sha.hexdigest()
 
     def characteristics(self):
-        """What Table 1 tells of a data set: a dict of its name, its classes and its images, in all and a class.
+        """Returns Table 1's row as a dict: name, classes, and numbers of images in all and per class.
 
-        "train" and "test" are numbers of images, "train_per_class" and "test_per_class" pairs of
-        the smallest and the largest number a class. No image is read.
+        "train" and "test" are numbers of images; "train_per_class" and "test_per_class" are pairs of the smallest
+        and the largest number in a class. Reads no image.
         """
         row = {"name": self.name, "classes": len(self.classes)}
         for name, split in (("train", self.train), ("test", self.test)):
@@ -128,13 +128,12 @@ class Dataset:
         return row
 
     def subset(self, per_class, seed=None):
-        """The same task with `per_class` training images of each class; the test split stays whole.
+        """Returns the task with `per_class` training images of each class; the test split stays whole.
 
         Args:
-            per_class: how many.
-            seed: None for the first ones in sorted order. A number draws them at random: what is
-                drawn of a class depends on the seed and on that class alone, and a larger
-                subset contains the smaller one.
+            per_class: the number.
+            seed: None for the first images in sorted order. A number draws them at random: the draw of a class
+                depends only on the seed and that class, and a larger subset contains the smaller one.
 
         Raises:
             InputError: a class has fewer training images.
@@ -142,15 +141,16 @@ class Dataset:
         return dataclasses.replace(self, train=self.train.take(self.draw(per_class, seed)))
 
     def draw(self, per_class, seed=None):
-        """The sorted positions in the training split of what `subset` takes: int64 [classes * per_class]."""
+        """Returns the sorted positions in the training split that `subset` takes: int64 [classes * per_class]."""
         if per_class < 1:
-            raise InputError(f"{per_class} training images a class were asked for: it must be at least 1")
+            raise InputError(f"per_class is {per_class}: it must be at least 1")
         chosen = []
         for label, name in enumerate(self.classes):
             positions = np.flatnonzero(self.train.labels == label)
             if len(positions) < per_class:
                 raise InputError(
-                    f"{per_class} training images a class were asked for, but class {name!r} of {self.name} has {len(positions)}"
+                    f"per_class is {per_class}, but class {name!r} of {self.name} has {len(positions)} training images: "
+                    "give fewer"
                 )
             if seed is not None:
                 positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
@@ -159,8 +159,8 @@ class Dataset:
 
 
 def default_cache_dir():
-    """Makes the user's own folder among the temporary files, and returns its path."""
-    user = os.getuid() if hasattr(os, "getuid") else None  # None on Windows, where that place is the user's already
+    """Creates the user's own folder among the temporary files, and returns its path."""
+    user = os.getuid() if hasattr(os, "getuid") else None  # None on Windows, where each user has a folder for temporary files
     folder = pathlib.Path(tempfile.gettempdir()) / f"l2sp_tf-cache-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if user is not None and folder.stat().st_uid != user:

@@ -14,21 +14,21 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import MAX_IMAGE_BYTES, read_json, refusing
 from l2sp_tf.files.writing import atomic_path
 
-# Their test images are published without labels, so that accuracy is measured on the validation images.
+# Their test images have no published labels, so accuracy is measured on the validation images.
 UNLABELLED_TEST = ("imagenet2012", "places365_small")
-AUTHORS_TRAIN, AUTHORS_TEST = 60, 20  # images of each class of Caltech 256 that the authors' lists have
+AUTHORS_TRAIN, AUTHORS_TEST = 60, 20  # images of each class of Caltech 256 in the authors' lists
 MAX_CLASSES = 10**6
-TFRECORD_HEADER, TFRECORD_FOOTER = 12, 4  # bytes before and after a record: its length and checksum, and its own checksum
+TFRECORD_HEADER, TFRECORD_FOOTER = 12, 4  # bytes before a record (length, checksum of it) and after it (checksum)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """Images in the shards of a TFDS split, read one by one from where they lie.
+    """Images in the shards of a TFDS split, read one by one.
 
     Attributes:
         key: the feature that holds the image.
         shards: the paths of the TFRecord files.
-        shard, offset, length: int64 [n]: in which of them each record lies, where, and its bytes.
+        shard, offset, length: int64 [n]: the shard of each record, its offset in it, and its length in bytes.
         prints: int64 [n], a hash of the bytes of each image.
     """
 
@@ -43,12 +43,12 @@ class Records:
         return len(self.shard)
 
     def take(self, positions):
-        """The records at `positions` alone, in that order."""
+        """Returns the records at `positions` alone, in that order."""
         arrays = {name: getattr(self, name)[positions] for name in ("shard", "offset", "length", "prints")}
         return dataclasses.replace(self, **arrays)
 
     def read(self, i):
-        """The bytes of the i-th image, a JPEG or PNG file."""
+        """Reads the bytes of the i-th image, a JPEG or PNG file."""
         with open(self.shards[self.shard[i]], "rb") as file:
             file.seek(self.offset[i])
             content = file.read(self.length[i])
@@ -56,9 +56,9 @@ class Records:
 
 
 def load_tfds(name, data_dir=None, cache_dir=None):
-    """The training and test images of a prepared set of TFDS: a Dataset.
+    """Loads the training and test images of a prepared TFDS set: a Dataset.
 
-    The test split is "test"; "validation" where there is none, or where "test" has no labels.
+    The test split is "test"; it is "validation" if there is no "test", or if "test" has no labels.
 
     Raises:
         InputError: the set is unknown or not prepared, has no images with labels, or lacks a split.
@@ -78,7 +78,7 @@ def load_tfds(name, data_dir=None, cache_dir=None):
 
 
 def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=None):
-    """Caltech 256, split as `load_dataset` says: a Dataset.
+    """Loads Caltech 256, split as in `load_dataset`: a Dataset.
 
     Raises:
         InputError: per_class is missing or too large, or the set is not prepared.
@@ -87,7 +87,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     given = {str(value) for value in (size or None, per_class) if value is not None}
     if len(given) != 1 or not min(given).isdecimal():
         raise InputError(
-            f"{name} with per_class={per_class} tells no split: give caltech256/30 or caltech256/60 as in Table 1, or caltech256 "
+            f"{name} with per_class={per_class} names no split: give caltech256/30 or caltech256/60 as in Table 1, or caltech256 "
             "and --per_class=30"
         )
     per_class = int(min(given))
@@ -96,7 +96,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     whole = Dataset(f"caltech256-{per_class}", tuple(builder.info.features["label"].names), all_images, all_images)
     if protocol == "authors":
         if per_class > AUTHORS_TRAIN:
-            raise InputError(f"per_class is {per_class}: the authors' lists have at most {AUTHORS_TRAIN} a class")
+            raise InputError(f"per_class is {per_class}: the authors' lists have at most {AUTHORS_TRAIN} images per class")
         pool, listed = whole.draw(AUTHORS_TRAIN), whole.draw(AUTHORS_TRAIN + AUTHORS_TEST)
         whole = dataclasses.replace(whole, train=all_images.take(pool), test=all_images.take(np.setdiff1d(listed, pool)))
         return whole.subset(per_class, seed)
@@ -104,26 +104,27 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     test = all_images.take(np.setdiff1d(np.arange(len(all_images)), chosen))
     lost = np.setdiff1d(all_images.labels, test.labels)
     if lost.size:
-        raise InputError(f"per_class is {per_class}: that leaves no test image of {whole.classes[lost[0]]}, give less")
+        raise InputError(f"per_class is {per_class}: that leaves no test image of {whole.classes[lost[0]]}, give fewer")
     return dataclasses.replace(whole, train=all_images.take(chosen), test=test)
 
 
 def data_folder(data_dir=None):
-    """Where TFDS keeps its sets."""
+    """Returns the folder of TFDS's sets."""
     return pathlib.Path(tfds.core.constants.DATA_DIR if data_dir is None else data_dir).expanduser()
 
 
 def known_names():
-    """The names of the sets that can be prepared: those of TFDS and those of `builders`."""
+    """Lists the names of the sets that can be prepared: those of TFDS and those of `builders`."""
+    from l2sp_tf.data import builders  # noqa: F401  its classes register themselves
 
     return tfds.list_builders(with_community_datasets=False)
 
 
 def find_prepared(name, data_dir=None):
-    """The builder of a prepared set, read from its folder alone; None where it is not there.
+    """Returns the builder of a prepared set, read from its folder alone, or None if the set is not there.
 
     Raises:
-        InputError: the files that describe the set are damaged, or name other features or files than a set's own.
+        InputError: the files that describe the set are damaged, or name features or files of other packages or folders.
     """
     place = data_folder(data_dir)
     with refusing(f"The data set {name} in {place} is damaged", "remove its folder, and run prepare.py again"):
@@ -134,7 +135,7 @@ def find_prepared(name, data_dir=None):
             return None
         for split in builder.info.splits.values():
             if any(pathlib.Path(path).parent != pathlib.Path(builder.data_path) for path in split.filepaths):
-                raise ValueError(f"the files of {split.name} lie elsewhere")
+                raise ValueError(f"the files of {split.name} are in another folder")
         return builder
 
 
@@ -142,13 +143,13 @@ def _check_features(folder):
     """Refuses features of other packages, which TFDS would import, and more classes than a set can have."""
     for path in folder.rglob("features.json"):
         described = [read_json(path, f"{path} is damaged")]
-        for value in described:  # grows while it is walked
+        for value in described:  # the list grows during the loop
             described.extend(value.values() if isinstance(value, dict) else value if isinstance(value, list) else ())
             if not isinstance(value, dict):
                 continue
             for key in ("pythonClassName", "python_class_name", "type"):
                 if key in value and not str(value[key]).startswith("tensorflow_datasets.core.features."):
-                    raise ValueError(f"{path} asks for {str(value[key])[:100]}, which is no feature of TFDS")
+                    raise ValueError(f"{path} asks for {str(value[key])[:100]}, which is not a feature of TFDS")
             for key in ("numClasses", "num_classes"):
                 if not 0 <= int(value.get(key, 0)) <= MAX_CLASSES:
                     raise ValueError(f"{path} has {value[key]} classes, more than the {MAX_CLASSES:,} allowed")
@@ -165,10 +166,10 @@ def _prepared(name, data_dir):
 
 
 def _keys(builder):
-    """The names of the features that hold the image and its label."""
+    """Returns the names of the features that hold the image and its label."""
     features = builder.info.features if hasattr(builder.info.features, "keys") else {}
     keys = [name for name in builder.info.supervised_keys or () if isinstance(name, str)]
-    names = [name for name in keys or features if name in features]  # the two come from two files
+    names = [name for name in keys or features if name in features]  # keys and features come from different files
     images = [name for name in names if type(features[name]) is tfds.features.Image and features[name].np_dtype == np.uint8]
     labels = [name for name in names if type(features[name]) is tfds.features.ClassLabel]
     if len(images) != 1 or len(labels) != 1:
@@ -194,7 +195,7 @@ def _split(builder, split, image, label, cache_dir):
 
 
 def _index(builder, split, shards, image, label, cache_dir):
-    """Where the records of a split lie, their labels and a hash of each image, read once and then kept in a file."""
+    """Returns offset, length, label and image hash of each record in a split, read once and then kept in a file."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
         raise InputError(f"{builder.name} is prepared as {builder.info.file_format.value} files: prepare it again as tfrecord")
     try:
@@ -231,7 +232,7 @@ def _index_of_shard(builder, number, shard, image, label):
 
 
 def _places(builder, shard):
-    """Where the records of a shard lie, and their bytes, checked before TensorFlow takes memory for them: two int64 [n]."""
+    """Returns the offset and length of each record in a shard, checked before TensorFlow reserves memory: two int64 [n]."""
     offset, length, place, end = [], [], 0, pathlib.Path(shard).stat().st_size
     with open(shard, "rb", buffering=0) as file:
         while place < end:

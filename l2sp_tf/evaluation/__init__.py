@@ -1,1 +1,1 @@
-"""What came of a run: accuracy, and what is left of the pre-training."""
+"""Evaluation of a run: accuracy, and how much of the pre-training is left."""

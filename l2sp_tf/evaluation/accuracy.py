@@ -1,4 +1,4 @@
-"""Accuracy with central crops or ten crops, and what fine-tuning cost on the source task (Table 3)."""
+"""Accuracy with central crops or ten crops, and the accuracy lost on the source task by fine-tuning (Table 3)."""
 
 import warnings
 
@@ -19,42 +19,42 @@ STATISTICS = ("moving_mean", "moving_variance")
 
 
 def evaluate(model, data, *, batch_size=64, crops=1, from_logits=None, answers=False):
-    """Top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
+    """Computes top-1 accuracy over every test image, once each, with central crops (section 4.2) or ten crops.
 
-    The class is that of the highest score. One output, a sigmoid or its logit, says 1 where its probability is above 1/2.
-    With ten crops the class is that of the highest mean probability, 1/10 sum_v p(x_v), over the corners, the
-    centre and their mirror images. A row of scores with a NaN is no right answer.
+    The answer is the class of the highest score. With one output, a sigmoid or its logit, it is 1 if the probability is
+    above 1/2. With ten crops it is the class of the highest mean probability, 1/10 sum_v p(x_v), over the corners, the
+    centre and their mirror images. A row of scores with a NaN counts as wrong.
 
-    With weights the accuracy is sum_i w_i right_i / sum_i w_i; the counts stay counts. With many outputs each is judged by
-    itself, and the accuracy and counts are those of all answers together.
+    With sample weights the accuracy is sum_i w_i right_i / sum_i w_i; the counts ignore the weights. With several outputs each
+    output is judged by itself; the accuracy and counts cover the answers of all outputs.
 
     Args:
-        model: a Keras classifier with outputs [B, K], [B, 1, 1, K] or [B, 1]: logits and probabilities do alike.
+        model: a Keras classifier with outputs [B, K], [B, 1, 1, K] or [B, 1], either logits or probabilities.
         data: a `Task`; arrays (x, y) or (x, y, weights) in a tuple; a `tf.data.Dataset` or `keras.utils.PyDataset` of
             such elements, batched or not; or an iterable of batches. With ten crops x is [b, 10, h, w, 3]. x may be a
             dict or tuple of inputs. Labels are integers [b] or [b, 1], also as booleans or whole floats, or one-hot
-            [b, K]; for many outputs in a dict or list like theirs.
-        batch_size: crops a step, where the data are no batches; ten crops of an image stay together.
+            [b, K]; for several outputs, a dict or list of these in the structure of the outputs.
+        batch_size: crops per step, if the data are not batched; ten crops of an image stay together.
         crops: 1 or 10 of each image.
-        from_logits: whether the model's output is logits, as in `fisher_diagonal`. It counts with ten crops, and for
+        from_logits: whether the model's output is logits, as in `fisher_diagonal`. It matters with ten crops, and for
             one output.
         answers: whether to return which images were right, too.
 
     Returns:
         {"accuracy": in [0, 1], "correct": count, "total": count}, and with `answers` under "right" a
-        bool [n] in the order of the images. With many outputs also "outputs", a dict from the name of each output to
+        bool [n] in the order of the images. With several outputs also "outputs", a dict from the name of each output to
         such a dict; then "right" is bool [n, outputs]. If any answer has a NaN among its scores, a warning says so and
         "nan" counts them.
 
     Raises:
-        InputError: there is no image; data, labels or outputs have a form that cannot be judged; it cannot be told what an
-            output means where that matters; `crops` is neither 1 nor 10.
+        InputError: there is no image; data, labels or outputs have a form that cannot be judged; the meaning of an output
+            matters but is unknown; or `crops` is neither 1 nor 10.
     """
     return _accuracy(model, data, Judge(model, model, crops, from_logits), batch_size, answers)
 
 
 def _accuracy(model, data, judge, batch_size, answers=False):
-    """What `evaluate` returns, by the answers of a `Judge`."""
+    """Returns the result of `evaluate` from the answers of a `Judge`."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}: give an integer that is at least 1.")
     size = max(1, batch_size // judge.crops)
@@ -67,9 +67,7 @@ def _accuracy(model, data, judge, batch_size, answers=False):
     right, weights = (np.concatenate([part[i] for part in judged]) for i in (0, 1))
     nan = {"nan": judge.nan} if judge.nan else {}
     if nan:
-        warnings.warn(
-            f"{model.name!r} gives NaN in {judge.nan} of {right.size} answers, which are counted as wrong.", stacklevel=3
-        )
+        warnings.warn(f"{model.name!r} gives NaN in {judge.nan} of {right.size} answers, which count as wrong.", stacklevel=3)
     if judge.names == [None]:
         return {**_summary(right[:, 0], weights[:, 0], answers), **nan}
     each = {name: _summary(right[:, i], weights[:, i], answers) for i, name in enumerate(judge.names)}
@@ -86,24 +84,22 @@ def _summary(right, weights, answers):
 
 
 def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crops=1):
-    """What a fine-tuned model still knows of its source task (Table 3).
+    """Measures how much a fine-tuned model has kept of its source task (Table 3).
 
     The fine-tuned backbone gets the original head back, without any retraining, whatever the heads are called. Table 3
-    does not say whose batch-norm statistics it takes, so the accuracy is given both ways:
-    with those of the fine-tuned model ("target statistics") and of the pre-trained one
-    ("source statistics").
+    does not say whose batch-norm statistics it uses. So the accuracy is given with those of the fine-tuned model
+    ("target statistics") and with those of the pre-trained model ("source statistics").
 
     Args:
         finetuned: the fine-tuned model.
         pretrained: the functional or Sequential model it started from, unchanged since.
-        source: the source task, as `evaluate` takes it.
-        before: what `evaluate(pretrained, source)` returned, if it is known.
+        source: the source task, as in `evaluate`.
+        before: the result of `evaluate(pretrained, source)`, if known.
         batch_size, crops: as in `evaluate`.
 
     Returns:
-        {"before": ..., "target_statistics": ..., "source_statistics": ...}, accuracies as
-        `evaluate` returns them, and under "drop_target_statistics" and
-        "drop_source_statistics" the accuracy lost, in [-1, 1].
+        {"before": ..., "target_statistics": ..., "source_statistics": ...}, each a result of `evaluate`; and under
+        "drop_target_statistics" and "drop_source_statistics" the accuracy lost, in [-1, 1].
 
     Raises:
         InputError: the two models share no weights.
@@ -113,25 +109,25 @@ def retention(finetuned, pretrained, source, *, before=None, batch_size=64, crop
     result = {"before": before}
     for name in ("target_statistics", "source_statistics"):
         model = transplant(finetuned, pretrained, statistics=name == "target_statistics")
-        # the copy is not compiled: the loss of the pre-trained model says what its outputs mean
+        # the copy is not compiled: the pre-trained model's loss gives the meaning of its outputs
         result[name] = _accuracy(model, source, Judge(model, pretrained, crops, None), batch_size)
         result[f"drop_{name}"] = before["accuracy"] - result[name]["accuracy"]
     return result
 
 
 def transplant(finetuned, pretrained, *, statistics=True):
-    """A copy of `pretrained`, with its head, that has the fine-tuned values of all other weights that the two share.
+    """Copies `pretrained`, with its head, and gives the copy the fine-tuned values of all other weights that the two share.
 
     Args:
         finetuned, pretrained: two models that share weights by key and shape.
-        statistics: whether the moving statistics of batch norm are taken over too.
+        statistics: whether to take the moving statistics of batch norm from `finetuned` too.
 
     Raises:
-        InputError: the two models share no weights, or it is not clear which of them.
+        InputError: the two models share no weights, or the match is ambiguous.
     """
     model = detached_copy(pretrained)
     weights, tuned = keyed_weights(model), keyed_weights(finetuned)
-    head = head_of(model).keys  # never the new one's, not even where name and shape agree
+    head = head_of(model).keys  # never taken from the new head, even if name and shape agree
     found = match(weights, tuned)
     found.refuse([key for key in weights if key not in head])
     shared = {key: other for key, other in found.pairs.items() if key not in head}

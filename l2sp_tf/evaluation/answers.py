@@ -1,4 +1,4 @@
-"""Which answers of a model are right: the scores of its outputs against labels of any form."""
+"""Finds a model's right answers: compares the scores of its outputs with labels of any form."""
 
 import keras
 import numpy as np
@@ -9,17 +9,17 @@ from l2sp_tf.fisher.likelihoods import FAMILIES, count_classes, likelihood_of
 
 
 class Judge:
-    """Tells for a batch which answers are right.
+    """Finds the right answers in a batch.
 
     Args:
-        model: the model to be judged.
-        compiled: a model whose loss tells what the outputs mean: the same, or the one that it is a copy of.
+        model: the model to judge.
+        compiled: a model whose loss gives the meaning of the outputs: `model`, or the model that it was copied from.
         crops, from_logits: as in `evaluate`.
-        probabilities: whether `probable` is to be asked, for which it must be known what any output means.
+        probabilities: whether `probable` will be called, which needs the meaning of every output.
 
     Attributes:
-        names: of the outputs, once a batch was judged; [None] for one output.
-        nan: how many answers were judged that have a NaN among their scores.
+        names: the names of the outputs after the first batch; [None] for one output.
+        nan: the number of answers so far with a NaN among their scores.
     """
 
     def __init__(self, model, compiled, crops, from_logits, probabilities=False):
@@ -30,7 +30,7 @@ class Judge:
         self._traced = {}
 
     def __call__(self, x, labels, weights):
-        """(bool, float64) [b, outputs]: which answers of a batch are right, and their weights."""
+        """Returns (bool, float64) [b, outputs]: which answers of a batch are right, and their weights."""
         n = _count(x)
         outputs, meanings = self._outputs(x)
         labels = self._of_outputs(labels, "labels")
@@ -45,7 +45,7 @@ class Judge:
         return np.stack(right, axis=1), np.stack(found, axis=1)
 
     def probable(self, x):
-        """(int64 [n], float64 [n]): the class that a model of one output answers each image of a batch with, and its probability.
+        """Returns the answer of a model with one output to each image of a batch, and its probability: int64 [n], float64 [n].
 
         Raises:
             InputError: a score is NaN.
@@ -61,7 +61,7 @@ class Judge:
         return chosen, p[np.arange(len(p)), chosen]
 
     def _outputs(self, x):
-        """The model's outputs on a batch, in a flat list, and the `Likelihood` of each, or None where it does not matter."""
+        """Returns a flat list of the model's outputs, and the `Likelihood` of each, or None where it does not matter."""
         if self.crops > 1:
             if not tf.is_tensor(x) or x.shape.rank < 2 or x.shape[1] != self.crops:
                 shape = x.shape if tf.is_tensor(x) else type(x).__name__
@@ -89,7 +89,7 @@ class Judge:
         return meanings
 
     def _scores(self, output, meaning, n):
-        """(the scores [n, K] of a batch in float64, the threshold of the only one)."""
+        """Returns the scores [n, K] of a batch in float64, and the threshold if K = 1."""
         scores = tf.cast(tf.reshape(output, [output.shape[0], -1]), tf.float64).numpy()
         if len(scores) != n * self.crops:
             counts = f"{len(scores)} rows of scores for {n * self.crops} images"
@@ -103,7 +103,7 @@ class Judge:
         return p.reshape(n, self.crops, -1).mean(axis=1), 0.5
 
     def _of_outputs(self, values, what):
-        """Labels or weights in a list, one for each output; weights of one kind may serve all."""
+        """Returns a list of labels or weights, one for each output; one set of weights may serve all outputs."""
         names = self.names
         if isinstance(values, dict):
             if len(values) == 1 and names == [None]:
@@ -129,7 +129,7 @@ class Judge:
 
 
 def _named(outputs, model):
-    """(the names of a model's outputs, the outputs), both flat; one output has the name None.
+    """Returns (the names of a model's outputs, the outputs), both flat; a single output has the name None.
 
     Raises:
         InputError: the outputs are nested deeper than a dict or list.
@@ -147,7 +147,7 @@ def _named(outputs, model):
 
 
 def _count(x):
-    """The number of images of a batch."""
+    """Returns the number of images in a batch."""
     counts = {leaf.shape[0] if leaf.shape.rank else None for leaf in tf.nest.flatten(x)}
     if len(counts) != 1 or None in counts:
         found = ", ".join(map(str, counts))
@@ -156,20 +156,20 @@ def _count(x):
 
 
 def _relaxed(leaf):
-    """What a traced function takes in the place of a tensor: any number of images like it."""
+    """Returns the spec of a tensor with any number of images."""
     return tf.TensorSpec([None, *leaf.shape[1:]], leaf.dtype) if isinstance(leaf, tf.Tensor) else tf.type_spec_from_value(leaf)
 
 
 def right_answers(scores, labels, *, threshold=None, what="the output"):
-    """Tells which images were answered rightly.
+    """Returns which images were answered rightly.
 
-    The answer is the class of the highest score, the first of equal ones; of one output it is 1 where the score is above
-    the threshold. A row with a NaN is wrong.
+    The answer is the class of the highest score, the first if scores are equal. With one output it is 1 if the score is
+    above the threshold. A row with a NaN is wrong.
 
     Args:
         scores: float [n, K].
         labels: integers [n] or [n, 1], booleans or whole floats; or one-hot [n, K].
-        threshold: of the only output, if K = 1.
+        threshold: for K = 1.
         what: the output's name, for messages.
 
     Returns:
@@ -185,22 +185,22 @@ def right_answers(scores, labels, *, threshold=None, what="the output"):
 
 
 def answers_of(scores, threshold=None):
-    """The classes [n] that scores [n, K] answer with: the first of the highest; of one score 1 above the threshold, else 0."""
+    """Returns the answers [n] to scores [n, K]: the first class of the highest score; if K = 1, 1 above the threshold, else 0."""
     return (scores[:, 0] > threshold).astype(np.int64) if scores.shape[1] == 1 else np.argmax(scores, axis=1)
 
 
 def classes_of(labels, n, classes, what, *, one_hot=True):
-    """The classes [n] that labels of any form mean, in int64.
+    """Converts labels of any form to classes [n] in int64.
 
     Args:
-        labels: as `right_answers` takes them.
-        n: how many images there are.
+        labels: as in `right_answers`.
+        n: number of images.
         classes: K; 2 for one output.
         what: the output's name, for messages.
         one_hot: whether rows of K numbers are allowed.
 
     Raises:
-        InputError: the labels have another shape, number or range, or several classes an image.
+        InputError: the labels have another shape, number or range, or several classes for an image.
     """
     labels = np.asarray(labels)
     if labels.dtype.kind not in "iubf" and labels.dtype.name != "bfloat16":
@@ -220,7 +220,7 @@ def classes_of(labels, n, classes, what, *, one_hot=True):
 
 
 def weights_of(weights, n, what):
-    """Sample weights [n] or [n, 1] as float64 [n].
+    """Returns sample weights [n] or [n, 1] as float64 [n].
 
     Raises:
         InputError: they have another shape, or are negative or not finite.
@@ -235,7 +235,7 @@ def weights_of(weights, n, what):
 
 
 def _of_rows(rows, what):
-    """The place of the only entry above 0 of each row."""
+    """Returns the position of the only entry above 0 in each row."""
     above = rows > 0
     if (above.sum(axis=1) != 1).any() or (rows < 0).any():
         several = above.sum(axis=1) > 1
@@ -252,7 +252,7 @@ def _of_numbers(labels, classes, what):
     wrong = (labels % 1 != 0) | (labels < 0) | (labels >= classes)
     if wrong.any():
         raise InputError(
-            f"The labels of {what} contain {labels[wrong][0]}, but it tells {classes} classes: "
+            f"The labels of {what} contain {labels[wrong][0]}, but it has {classes} classes: "
             f"give whole numbers from 0 to {classes - 1}."
         )
     return labels.astype(np.int64)

@@ -1,4 +1,4 @@
-"""What a fine-tuned model answers on new images, made as its file says."""
+"""Predicts the classes of new images, prepared as the model's file says."""
 
 import dataclasses
 import pathlib
@@ -18,11 +18,11 @@ from l2sp_tf.files.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What a model answers on images.
+    """A model's answers on images.
 
     Attributes:
         files: the paths of the images, str.
-        labels: int64 [n], the output with the highest score of each.
+        labels: int64 [n], the output with the highest score for each image.
         probabilities: float64 [n], of that output.
         classes: the names of the outputs.
         skipped: the paths of the images that were left out because they could not be decoded.
@@ -38,7 +38,7 @@ class Predictions:
         return len(self.files)
 
     def table(self, most=None):
-        """A `report.Table` of file, class and probability, of the first `most` images."""
+        """Returns a `Table` of file, class and probability for the first `most` images."""
         rows = [
             (file, self.classes[label], f"{p:.4f}")
             for file, label, p in zip(self.files[:most], self.labels, self.probabilities, strict=False)
@@ -48,23 +48,23 @@ class Predictions:
 
 
 def predict(model, images, interface, *, batch_size=64, skip_bad_images=False):
-    """The class of each image and its probability, by the same crops and scores as `evaluate`.
+    """Returns the class and probability of each image, with the same crops and scores as `evaluate`.
 
     Args:
         model: a Keras classifier with one output.
-        images: a folder, which is searched with the folders in it, or a list of files, JPEG or PNG.
-        interface: how the images are made and which output is which class. Outputs without names are called by their number.
-        batch_size: crops a step.
-        skip_bad_images: leave out what cannot be decoded, with a warning, instead of raising.
+        images: a folder, searched with its subfolders, or a list of files, JPEG or PNG.
+        interface: how images are made, and the class of each output. Outputs without names are called by their number.
+        batch_size: crops per step.
+        skip_bad_images: whether to leave out images that cannot be decoded, with a warning, instead of raising.
 
     Returns:
-        `Predictions`, a folder's in the order of the paths.
+        `Predictions`; those of a folder are in the order of the paths.
 
     Raises:
-        InputError: there is no image, or one cannot be decoded; the interface does not fit the model.
+        InputError: there is no image, an image cannot be decoded, or the interface does not fit the model.
     """
     if interface is None or interface.pixels.mean is None:
-        raise InputError("It is not known how the model's images are made: give its interface, or of a file its mean.")
+        raise InputError("The model's interface is missing or has no mean: give an Interface whose pixel format has a mean.")
     classes, files = _classes(model, interface), _files(images)
     names = tuple(map(str, files))
     split = Split(names, np.zeros(len(files), np.int32), files=files)
@@ -79,13 +79,13 @@ def predict(model, images, interface, *, batch_size=64, skip_bad_images=False):
     skipped = set(decoded.skipped)
     if skipped:
         first = decoded.skipped[0]
-        warnings.warn(f"{len(skipped)} images were left out that cannot be decoded, the first is {first}.", stacklevel=3)
+        warnings.warn(f"{len(skipped)} images were left out because they cannot be decoded, such as {first}.", stacklevel=3)
     kept = tuple(name for name in names if name not in skipped)
     return Predictions(kept, labels, probabilities, classes, decoded.skipped)
 
 
 def _files(images):
-    """The paths of the images: those given, or all in a folder and the folders in it, hidden ones apart."""
+    """Lists the paths of the images: the given files, and all files in given folders and their subfolders but hidden ones."""
     if isinstance(images, (str, pathlib.Path)):
         images = [images]
     found, others = [], []
@@ -103,7 +103,7 @@ def _files(images):
         raise InputError(f"There are no images in {where}: give {', '.join(ENDINGS)} files, or a folder of them.")
     if others:
         kinds = ", ".join(ENDINGS)
-        warnings.warn(f"{len(others)} files are no {kinds} and were left out, the first is {others[0]}.", stacklevel=4)
+        warnings.warn(f"{len(others)} files are not {kinds} and were left out, such as {others[0]}.", stacklevel=4)
     return tuple(dict.fromkeys(found))
 
 
@@ -112,10 +112,10 @@ def _is_hidden(path):
 
 
 def _classes(model, interface):
-    """The names of a model's outputs; one output tells two classes.
+    """Returns the names of a model's outputs; a single output has two classes.
 
     Raises:
-        InputError: there is more than one output, or another number of names than of classes.
+        InputError: there are several outputs, or the numbers of names and classes differ.
     """
     if len(model.outputs) != 1:
         raise InputError(f"The model {model.name!r} has {len(model.outputs)} outputs: give a model with one.")

@@ -13,14 +13,18 @@ from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.zoo import input_shape
+from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
 DEFAULT_FOLDS = 5  # of an experiment
 DIGITS = ("digits/source", "digits/target")
 SWEPT = ("alpha", "beta", "learning_rate")  # fields of a recipe that a command gives as lists
 RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.name not in (*SWEPT, "images")] + list(IMAGES)
-PLAIN = ("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every")
-PLAIN += ("deterministic", "distribute", "backbone")  # fields of a plan whose flags have their name and value
+# fields of a plan whose flags have their name and value
+PLAIN = (
+    *("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every"),
+    *("deterministic", "distribute", "backbone"),
+)
 JIT = {"auto": "auto", "on": True, "off": False}
 OF_BACKBONE = ("backbone", "widths", "depths", "block")
 
@@ -34,6 +38,7 @@ def plans_of(values):
     Raises:
         InputError: a value is wrong, or two contradict each other.
     """
+    load_registered()
     for name in ("target", "weights", "penalty"):
         if values.get(name) is not None and not any(values[name]):
             raise InputError(f"--{name} is empty: give a value, or leave it out.")

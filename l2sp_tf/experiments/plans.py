@@ -10,12 +10,12 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.fisher.estimator import MODES
 from l2sp_tf.optimizers.decoupled import Decoupled
-from l2sp_tf.penalties.formulas import PENALTIES, FisherPenalty
+from l2sp_tf.penalties.formulas import PAPER, PENALTIES, FisherPenalty
 from l2sp_tf.training.devices import Devices
 from l2sp_tf.training.recipe import Recipe
 
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
-PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": tuple(PENALTIES), "figure_3": ("l2", "l2_sp")}
+PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": PAPER, "figure_3": ("l2", "l2_sp")}
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
 MOST_SEEDS = 2**32

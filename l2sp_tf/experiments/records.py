@@ -14,7 +14,7 @@ from l2sp_tf.files.writing import write_text
 
 FORMAT = "l2sp_tf.run.v2"
 FIRST_FORMAT = "l2sp_tf.run.v1"  # does not say by which code it was made
-SELECTION = "l2sp_tf.experiments.selection.v1"
+SELECTION = "l2sp_tf.selection.v1"
 SETTINGS = {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int}
 REQUIRED = {"settings": SETTINGS, "coverage": {"digest": str}, "anchors": {"digest": str}, "versions": {}}
 ACCURACY = {"accuracy": float, "correct": int, "total": int}
@@ -130,6 +130,10 @@ def check_record(record, path):
     if record["format"] == FORMAT:
         _check_fields(record, "code", {"version": str, "results": int, "digest": str}, path)
     settings, results = record["settings"], record.get("results")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", settings["penalty"]):
+        raise InputError(
+            f"{path} has settings.penalty = {settings['penalty'][:100]!r}, which is no symbol: remove it and run its run again."
+        )
     known = {"frozen": int, "anchors": str}  # not in every record of the first format
     _check_fields(record, "settings", {name: kind for name, kind in known.items() if name in settings}, path)
     if "recipe" in settings:

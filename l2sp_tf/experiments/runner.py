@@ -136,8 +136,8 @@ def _run_job(say, verbose, job):
     return record
 
 
-_STARTS = {}
-_NEEDED = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
+_STARTS: dict = {}
+_NEEDED: collections.Counter = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
 
 
 def _start_of(plan, say, verbose, **options):

@@ -9,6 +9,7 @@ from l2sp_tf.files.arrays import digest_of_arrays
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION, provenance
 from l2sp_tf.optimizers.proximal import frozen_share
+from l2sp_tf.penalties.formulas import PAPER
 from l2sp_tf.training.trainer import finetune
 
 
@@ -39,6 +40,8 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         "recipe": plain(recipe.record(setting.symbol)),
         "code": RESULTS_VERSION,
     }
+    if setting.symbol not in PAPER:  # tables know the names of the paper's penalties
+        settings["penalty_title"] = setting.penalty.title
     return settings if fisher is None else {**settings, "fisher": digest_of_arrays(fisher)}
 
 

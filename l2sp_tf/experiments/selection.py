@@ -245,26 +245,45 @@ def cross_validate(
         _axis("learning_rates", learning_rates, LEARNING_RATES, above=0),
     ]
     search = Search(penalty.symbol, dict(zip(AXES, axes, strict=True)), folds, frozen)
-    anchors = anchors if anchors is not None else Anchors.of(pretrained)
-    options |= {"anchors": anchors, "fisher": fisher, "frozen": frozen, "verbose": verbose}
-    made = {"source": "model", "weights": "model", "backbone": pretrained.name, "target": task.name}
+    options |= {"anchors": anchors if anchors is not None else Anchors.of(pretrained), "fisher": fisher, "frozen": frozen}
+    folder = None if run_dir is None else pathlib.Path(run_dir)
+    runs = _FoldRuns(pretrained, recipe, parts, seed, folder, options | {"verbose": verbose})
     # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
-    made |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "start": Anchors.of(pretrained).digest}
-
-    def run(setting):
-        chosen = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-        fold = {"fold": [setting.fold, folds, seed]}
-        settings = settings_of(setting, parts[setting.fold], chosen, anchors, fisher, **made, **fold)
-        folder = None if run_dir is None else folder_of(pathlib.Path(run_dir), setting, settings)
-        return _recorded(folder, pretrained, parts[setting.fold], setting, chosen, settings, options)
-
-    search_all({penalty.symbol: search}, lambda pairs: [run(setting) for _, setting in pairs])
+    runs.known |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "target": task.name}
+    first = Setting(penalty.symbol, *next(itertools.product(*search.axes.values())), frozen=frozen)
+    search_all({penalty.symbol: search}, lambda pairs: [runs.record(setting) for _, setting in pairs])
     found = search.selection(recipe)
-    if run_dir is not None:
-        first = Setting(penalty.symbol, *next(itertools.product(*search.axes.values())), frozen=frozen)
-        settings = settings_of(first, task, recipe, anchors, fisher, **made)
-        write_selection(pathlib.Path(run_dir), found.record(records.question(settings), folds))
+    if folder is not None:
+        question = records.question(runs.settings(first, task, recipe))
+        write_selection(folder, found.record(question, folds))
     return found
+
+
+class _FoldRuns:
+    """The runs of `cross_validate`: each is recorded once, and fine-tunes the same model on another fold or setting."""
+
+    def __init__(self, pretrained, recipe, parts, seed, run_dir, options):
+        self.pretrained, self.recipe, self.parts, self.seed = pretrained, recipe, parts, seed
+        self.run_dir, self.options = run_dir, options
+        self.known = {"source": "model", "weights": "model", "backbone": pretrained.name, "start": Anchors.of(pretrained).digest}
+
+    def settings(self, setting, task, recipe, **fold):
+        """What the result of a run depends on."""
+        return settings_of(setting, task, recipe, self.options["anchors"], self.options["fisher"], **self.known, **fold)
+
+    def record(self, setting):
+        """The record of a run on a fold: that in its folder, or of a run that is made now."""
+        part = self.parts[setting.fold]
+        recipe = self.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+        settings = self.settings(setting, part, recipe, fold=[setting.fold, len(self.parts), self.seed])
+        folder = None if self.run_dir is None else folder_of(self.run_dir, setting, settings)
+        if folder is not None and (folder / "run.json").exists():
+            return records.read_record(folder / "run.json")
+        options = {**self.options, "seed": setting.seed, "run_dir": folder, "save": False}
+        record = run_record(self.pretrained, part, setting, recipe, settings, **options)
+        if folder is not None:
+            records.write_record(folder / "run.json", record)
+        return record
 
 
 def _axis(name, values, default, above=None):
@@ -273,17 +292,6 @@ def _axis(name, values, default, above=None):
     if not found:
         raise InputError(f"{name} is empty: give at least one number, or leave it out.")
     return found
-
-
-def _recorded(folder, pretrained, part, setting, recipe, settings, options):
-    """The record of a run on a fold: that in the folder, or of a run that is made now."""
-    if folder is not None and (folder / "run.json").exists():
-        return records.read_record(folder / "run.json")
-    options = {**options, "seed": setting.seed}
-    record = run_record(pretrained, part, setting, recipe, settings, run_dir=folder, save=False, **options)
-    if folder is not None:
-        records.write_record(folder / "run.json", record)
-    return record
 
 
 def write_selection(workdir, record):

@@ -1,1 +1,1 @@
-"""What lies on disk: untrusted files are read, files are written whole, and arrays are verified."""
+"""Files on disk: untrusted files are read, files are written whole, and arrays are verified."""

@@ -1,4 +1,4 @@
-"""Arrays by name: read-only, and in safetensors files whose content is verified."""
+"""Arrays by name: read-only in memory, and in safetensors files whose content is verified."""
 
 import collections.abc
 import copy
@@ -20,17 +20,17 @@ WEIGHTS = "l2sp_tf.anchors.v1"
 
 
 class Arrays(collections.abc.Mapping):
-    """A read-only mapping from the key of a weight to a read-only array, copied by value.
+    """A read-only mapping from the key of a weight to a read-only copy of its array.
 
     Args:
         arrays: a mapping from key to array.
-        dtype: of all arrays; None keeps each one's own.
+        dtype: the dtype of all arrays; None keeps the dtype of each.
     """
 
     def __init__(self, arrays, dtype=None):
         self._arrays = {}
         for key, value in arrays.items():
-            array = aligned_copy(value, dtype)  # a copy: an anchor that aliased a live weight would penalise nothing
+            array = aligned_copy(value, dtype)  # copied: an anchor that shared a live weight's memory would penalise nothing
             array.flags.writeable = False
             self._arrays[key] = array
 
@@ -45,7 +45,7 @@ class Arrays(collections.abc.Mapping):
 
     @property
     def manifest(self):
-        """For each array its name, shape, dtype and sha256."""
+        """The name, shape, dtype and sha256 of each array, as a list of dicts."""
         return manifest_of(self)
 
     @property
@@ -55,11 +55,11 @@ class Arrays(collections.abc.Mapping):
 
 
 class Snapshot(Arrays):
-    """The weights of a model by value, a read-only mapping from key to array, with what is known of them.
+    """The weights of a model, copied: a read-only mapping from key to array, with metadata.
 
     Args:
         arrays: a mapping from key to array.
-        metadata: a dict from name to what JSON can hold, such as "pixels" (`PixelFormat.plain`) and "provenance"; or None.
+        metadata: a dict from name to a JSON value, such as "pixels" (`PixelFormat.plain`) and "provenance"; or None.
     """
 
     def __init__(self, arrays, metadata=None):
@@ -77,7 +77,7 @@ class Snapshot(Arrays):
         return self._digest
 
     def with_metadata(self, **metadata):
-        """The same weights, their arrays shared, with metadata where they had none of its name."""
+        """Returns the same weights, sharing the arrays, with more metadata; entries that exist already are kept."""
         other = copy.copy(self)
         other.metadata = {**metadata, **self.metadata}
         return other
@@ -96,19 +96,21 @@ class Snapshot(Arrays):
         """Reads weights that `save` wrote, and verifies each array against the manifest.
 
         Raises:
-            InputError: the file is missing, is no such file, or differs from its manifest.
+            InputError: the file is missing, is not one that `save` wrote, or differs from its manifest.
         """
         arrays, metadata = load_arrays(path, WEIGHTS, "no file of anchors", "Anchors.save")
         digest = metadata.pop("digest", None)
         metadata = {name: parse_json(text, f"The {name} in {path} is damaged") for name, text in metadata.items()}
         found = cls(arrays, metadata)
         if found.digest != digest:
-            raise InputError(f"The anchors in {path} are damaged: their digest is not the one in the manifest; use another copy.")
+            raise InputError(
+                f"The anchors in {path} are damaged (their digest differs from the one saved with them): use another copy."
+            )
         return found
 
 
 def manifest_of(arrays):
-    """The manifest of a mapping of arrays: a list of name, shape, dtype and sha256."""
+    """Lists the name, shape, dtype and sha256 of each array in a mapping."""
     return [
         {"name": key, "shape": list(array.shape), "dtype": array.dtype.name, "sha256": _sha256(array)}
         for key, array in arrays.items()
@@ -116,13 +118,13 @@ def manifest_of(arrays):
 
 
 def digest_of(manifest):
-    """The sha256 over a manifest, whatever the order of its entries."""
+    """Returns the sha256 over a manifest; the order of its entries does not matter."""
     entries = sorted(manifest, key=lambda entry: entry["name"])
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of_arrays(arrays):
-    """The digest of an `Anchors`, a `Fisher` or any other mapping from the key of a weight to an array."""
+    """Returns the digest of an `Anchors`, a `Fisher` or any other mapping from the key of a weight to an array."""
     return (arrays if hasattr(arrays, "digest") else Arrays(arrays)).digest
 
 
@@ -131,15 +133,15 @@ def save_arrays(path, arrays, format, metadata):
 
     Args:
         path: the file.
-        arrays: a mapping from name to NumPy array of any dtype of NumPy or ml_dtypes.
-        format: the name of the file's format, kept in the header.
-        metadata: a dict of strings kept in the header beside the manifest and a sha256 of both.
+        arrays: a mapping from name to NumPy array, of any dtype of NumPy or ml_dtypes.
+        format: the name of the file's format, stored in the header.
+        metadata: a dict of strings, stored in the header with the manifest and a sha256 of both.
 
     Raises:
         OSError: the file cannot be written.
     """
     stored = {key: np.asarray(array, order="C") for key, array in arrays.items()}
-    # safetensors' NumPy reader knows no bfloat16 and no 8-bit floats: keep their bits.
+    # safetensors' NumPy reader does not know bfloat16 and 8-bit floats: store their bits as integers.
     stored = {key: a if a.dtype.kind in "fiub" else a.view(f"u{a.dtype.itemsize}") for key, a in stored.items()}
     header = {"format": format, **metadata, "manifest": json.dumps(manifest_of(arrays))}
     header["sha256"] = _sha256_of(header)
@@ -148,24 +150,24 @@ def save_arrays(path, arrays, format, metadata):
 
 
 def load_arrays(path, format, otherwise, writer):
-    """Reads what `save_arrays` wrote: (arrays, metadata), each array verified.
+    """Reads a file that `save_arrays` wrote, verifies each array, and returns (arrays, metadata).
 
     Args:
         path: the file.
-        format: the format that it must have.
-        otherwise: what the message calls a file of another format, such as "no delta".
-        writer: the function that writes such files, for the message.
+        format: the required format.
+        otherwise: the message's words for a file of another format, such as "no delta".
+        writer: the function that writes such files, named in the message.
 
     Raises:
-        InputError: the file is missing, is not such a file, its header differs from its sha256, or an
-            array from its shape, dtype or sha256 in the manifest.
+        InputError: the file is missing or not such a file, its header differs from its sha256, or an
+            array differs from its shape, dtype or sha256 in the manifest.
     """
     path = _existing(path)
     with refusing(f"{path} is damaged or not a file that this project wrote"):
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             if metadata.pop("sha256", None) != _sha256_of(metadata):
-                raise ValueError("its header does not have the sha256 that it gives")
+                raise ValueError("its header does not match its sha256")
             manifest = parse_json(metadata.pop("manifest", "null"), f"The manifest of {path} is damaged")
             raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not iterable)
         arrays = {entry["name"]: _decode(raw.pop(entry["name"]), entry) for entry in manifest}
@@ -177,10 +179,10 @@ def load_arrays(path, format, otherwise, writer):
 
 
 def read_header(path):
-    """The metadata of any safetensors file, and the shape of each array, without reading the arrays.
+    """Returns the metadata of any safetensors file and the shape of each array, without reading the arrays.
 
     Raises:
-        InputError: the file is missing, or is not such a file.
+        InputError: the file is missing or not a safetensors file.
     """
     path = _existing(path)
     with refusing(f"{path} is damaged or no safetensors file"):
@@ -197,7 +199,7 @@ def _existing(path):
 
 
 def _decode(array, entry):
-    """Restores the dtype of one stored array and checks it against its manifest entry."""
+    """Restores the dtype of a stored array and checks the array against its manifest entry."""
     if array.dtype.name != entry["dtype"]:
         array = array.view(np.dtype(getattr(ml_dtypes, entry["dtype"], entry["dtype"])))
     is_numeric = array.dtype.kind in "fiub" or hasattr(ml_dtypes, array.dtype.name)

@@ -8,10 +8,10 @@ from l2sp_tf.files.errors import InputError
 
 
 def whole(name, value, least=1):
-    """Returns a whole number of at least `least` as an int; True and False are none.
+    """Returns a whole number of at least `least` as an int.
 
     Raises:
-        InputError: it is something else.
+        InputError: the value is something else, such as True or False.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise InputError(f"{name} is {value!r}: give a whole number of at least {least}.")
@@ -21,21 +21,21 @@ def whole(name, value, least=1):
 
 
 def number(name, value, least=0.0, below=math.inf, above=None):
-    """Returns a finite number as a float, from `least` (or above `above`) to below `below`.
+    """Returns a finite number as a float: at least `least` (or above `above`), and below `below`.
 
     Raises:
-        InputError: it is something else; True, False and NaN are no numbers.
+        InputError: the value is something else, such as True, False or NaN.
     """
     asked = "" if least == -math.inf else f" from {least:g}" if above is None else f" above {above:g}"
     asked += "" if below == math.inf else f" to below {below:g}"
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or value >= below or (value < least if above is None else value <= above):
         raise InputError(f"{name} is {value!r}: give a finite number{asked}.")
-    return float(value)  # 1 and NumPy's 1.0 are the same number, and are to be one in a record
+    return float(value)  # so that 1 and NumPy's 1.0 are written alike in a record
 
 
 def each_number(name, values, least=0.0, above=None):
-    """Returns a number, a sequence or an array as a tuple of finite floats, each once; errors as `number`."""
+    """Returns a number, a sequence or an array as a tuple of finite floats without repeats; raises as `number` does."""
     if isinstance(values, (str, dict)) or not (isinstance(values, numbers.Real) or hasattr(values, "__iter__")):
         raise InputError(f"{name} is {values!r}: give numbers, as in (0.1, 1.0).")
     found = (values,) if isinstance(values, numbers.Real) else values
@@ -46,7 +46,7 @@ def choice(name, value, choices):
     """Returns `value` if it is one of the choices.
 
     Raises:
-        InputError: it is not; the nearest one is named.
+        InputError: it is not; the message suggests the nearest choice.
     """
     if not any(value is known or (type(value) is type(known) and value == known) for known in choices):
         raise InputError(f"{name} is {value!r}: give one of {', '.join(map(str, choices))}.{_nearest_of(value, choices)}")
@@ -54,7 +54,7 @@ def choice(name, value, choices):
 
 
 def yes_or_no(name, value):
-    """Returns True or False as it is.
+    """Returns `value` if it is True or False.
 
     Raises:
         InputError: it is something else.
@@ -65,7 +65,7 @@ def yes_or_no(name, value):
 
 
 def nearest(name, known):
-    """Of some names the one that `name` is most like, or None if it is like none."""
+    """Returns the known name that is most like `name`, or None if no name is like it."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), None)
 
 

@@ -1,30 +1,30 @@
-"""Arrays and TensorFlow's tensors that share memory."""
+"""Memory that NumPy arrays and TensorFlow tensors share."""
 
 import numpy as np
 
-ALIGNMENT = 64  # bytes: TensorFlow stops the process when it meets shared memory that starts elsewhere
+ALIGNMENT = 64  # bytes: TensorFlow aborts the process if shared memory is not aligned to them
 
 
 def aligned_copy(value, dtype=None):
-    """A copy of an array in memory that a tensor can share."""
+    """Copies an array to memory that a tensor can share."""
     array = np.asarray(value, dtype)
     buffer = np.empty(array.nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    copy = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    padding = -buffer.ctypes.data % ALIGNMENT
+    copy = buffer[padding : padding + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy
 
 
 def shared_tensor(array):
-    """A tensor on the CPU that shares the memory of an array, or a copy where it cannot; nobody may write to either."""
-    import tensorflow as tf  # here, since the anchors serve Keras' other backends too
+    """Returns a CPU tensor that shares the array's memory, or a copy if it cannot; do not write to either."""
+    import tensorflow as tf  # imported here, because anchors also work on Keras' other backends
 
     is_aligned = array.size and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0
     if not is_aligned or array.dtype.kind not in "fiu":
         return tf.convert_to_tensor(array)
     view = array.view()
     try:
-        view.flags.writeable = True  # DLPack passes on nothing that is read-only
-    except ValueError:  # what lies below is read-only too
+        view.flags.writeable = True  # DLPack refuses read-only arrays
+    except ValueError:  # the memory itself is read-only
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(view.__dlpack__())

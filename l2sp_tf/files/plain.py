@@ -1,16 +1,16 @@
-"""Settings as JSON has them: nested, and with dotted names."""
+"""Settings as JSON values: nested, or flat with dotted names."""
 
 import dataclasses
 import json
 
 
 def plain(value):
-    """A dataclass or dict as JSON would give it back, so that keys do not depend on tuples and lists."""
+    """Converts a dataclass or dict to what JSON gives back, so that keys do not depend on tuples and lists."""
     return json.loads(json.dumps(dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value))
 
 
 def flat(value, whole=(), prefix=""):
-    """The leaves of nested dicts with their dotted names, ("recipe.momentum", 0.9); dicts named in `whole` are leaves too."""
+    """Yields the leaves of nested dicts by dotted name, as ("recipe.momentum", 0.9); dicts named in `whole` count as leaves."""
     if not isinstance(value, dict) or prefix in whole:
         yield prefix, value
         return

@@ -1,4 +1,4 @@
-"""What a result was made by: the code, the machine, the command and the time."""
+"""Where a result comes from: the code, the machine, the command and the time."""
 
 import datetime
 import functools
@@ -13,12 +13,12 @@ from importlib import metadata
 import tensorflow as tf
 
 # Part of the keys of runs, source models and Fisher diagonals. Raise it with every change after which equal settings may
-# give other results, a mended fault above all, so that what was made before is not taken for what is made now.
+# give other results, such as a bug fix: then no older result is reused in place of a new one.
 RESULTS_VERSION = 2
 
 
 def provenance():
-    """What a record says of its making: a dict of code, versions, machine, command and time."""
+    """Returns code, versions, machine, command and time as a dict for a record."""
     return {
         "code": {"version": _version(), "results": RESULTS_VERSION, "digest": source_digest()},
         "versions": versions(),
@@ -37,7 +37,7 @@ def _version():
 
 @functools.cache
 def source_digest():
-    """Sixteen hexadecimal digits of a hash of the package's source: equal digests, equal code."""
+    """Returns sixteen hexadecimal digits of a hash of the package's source: equal digests, equal code."""
     root = pathlib.Path(__file__).parents[1]
     sha = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -46,13 +46,13 @@ def source_digest():
 
 
 def versions():
-    """The versions of the libraries that a result depends on."""
+    """Returns the versions of the libraries that a result depends on."""
     found = {name: metadata.version(name) for name in ("keras", "numpy", "tensorflow")}
     return {**found, "python": platform.python_version()}
 
 
 def machine():
-    """The devices that compute, and the processors beside them."""
+    """Returns the device that computes, the number of processors and the architecture."""
     gpus = tf.config.list_physical_devices("GPU")
     names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU") for gpu in gpus]
     return {"device": ", ".join(names) or "CPU", "processors": os.cpu_count(), "architecture": platform.machine()}

@@ -1,4 +1,4 @@
-"""Reading files that anyone may have made: nothing runs, nothing is taken for granted, and memory follows what is there."""
+"""Reads untrusted files: nothing in them is executed, and memory is taken only as far as the file's size allows."""
 
 import contextlib
 import errno
@@ -14,30 +14,30 @@ import numpy as np
 
 from l2sp_tf.files.errors import InputError
 
-MAX_PIXELS = 178_956_970  # of an image as declared in its header: more would be a decompression bomb
-MAX_IMAGE_BYTES = 2**28  # of an image file
-SPARE_BYTES = 2**28  # that a file may unpack to, or a model take, whatever the size of the file
+MAX_PIXELS = 178_956_970  # in an image, by its header: more would be a decompression bomb
+MAX_IMAGE_BYTES = 2**28  # in an image file
+SPARE_BYTES = 2**28  # allowed to any file when it is unpacked or becomes a model, however small it is
 MAX_JSON_BYTES = 2**26
 MAX_JSON_DEPTH = 100
 BFLOAT16 = np.dtype("V2")  # as Keras writes it to HDF5
-MAX_DIGITS = 100  # of a whole number in JSON: more would overflow a float
+MAX_DIGITS = 100  # in a whole number in JSON: more would overflow a float
 
 
 @contextlib.contextmanager
 def refusing(what, advice="use another copy"):
-    """Turns whatever the block raises for content that it cannot take into one InputError; errors of the disk pass.
+    """Turns any exception of the block into one InputError; disk errors pass through.
 
     Args:
-        what: how the sentence begins, such as "a.keras is damaged or no model".
-        advice: how it ends.
+        what: the beginning of the sentence, such as "a.keras is damaged or no model".
+        advice: its end.
 
     Raises:
-        InputError: the block raised anything else than an OSError of the system.
+        InputError: the block raised anything but an OSError of the system.
     """
     try:
         yield
     except Exception as error:  # readers of damaged files raise exceptions of any kind
-        of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # a seek to a negative place
+        of_the_system = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)  # EINVAL: a seek before the start
         if isinstance(error, InputError) or of_the_system:
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -45,7 +45,7 @@ def refusing(what, advice="use another copy"):
 
 
 def unpacked_limit(size):
-    """How many bytes a file of `size` bytes may unpack to: a hundred times its size, and 256 MiB."""
+    """Returns how many bytes a file of `size` bytes may unpack to: a hundred times its size plus 256 MiB."""
     return 100 * size + SPARE_BYTES
 
 
@@ -54,20 +54,20 @@ def parse_json(text, what, *, finite=True):
 
     Args:
         text: str, or bytes in UTF-8.
-        what: how the sentence of an error begins, such as "a.json is no record".
-        finite: whether NaN and infinities are refused.
+        what: the beginning of an error, such as "a.json is no record".
+        finite: whether to refuse NaN and infinities.
 
     Returns:
         The value, at most 100 levels deep.
 
     Raises:
-        InputError: it is something else; holds a name twice in one object, a whole number of more than
-            100 digits or one that is not finite; is nested deeper; or takes more than 64 MiB.
+        InputError: the text is not JSON, is nested deeper or takes more than 64 MiB; a name occurs twice
+            in one object; or a number is not finite or is a whole number of more than 100 digits.
     """
 
     def constant(name):
         if finite:
-            raise ValueError(f"{name} is no number")
+            raise ValueError(f"{name} is not allowed")
         return float(name)
 
     def real(digits):
@@ -87,7 +87,7 @@ def parse_json(text, what, *, finite=True):
 def _without_repeats(pairs):
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
+        raise ValueError("a name occurs twice in one object")
     return found
 
 
@@ -128,8 +128,8 @@ def open_zip(path):
         A `zipfile.ZipFile`.
 
     Raises:
-        InputError: the zip is damaged; a member could be written outside of a folder, is a link or a device, is
-            encrypted or packed by a rare method, or stands twice; or all would unpack to more than `unpacked_limit`.
+        InputError: the zip is damaged; a member has a path that leads out of the folder, is a link or a device, is
+            encrypted, is packed by a rare method or occurs twice; or all would unpack to more than `unpacked_limit`.
     """
     with refusing(f"{path} is damaged or not a zip file", "copy it again"):
         archive = zipfile.ZipFile(path)
@@ -143,15 +143,15 @@ def check_members(members, path):
     names = set()
     for member in members:
         name, parts = member.filename, re.split(r"[/\\]", member.filename)
-        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 where the zip was made on a system without modes
+        kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if the zip was made on a system without modes
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
             raise InputError(f"{path} holds {name[:300]!r}, which leads out of the folder it is unpacked to")
         if "\\" in name or name in names or any(len(part.encode()) > 200 for part in parts):
-            raise InputError(f"{path} holds {name[:300]!r}, which is there twice, has a backslash or is too long: pack it again")
+            raise InputError(f"{path} holds {name[:300]!r}, which occurs twice, has a backslash or is too long: pack it again")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise InputError(f"{path} holds {name!r}, which is a link or a device: only files are unpacked")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(f"{path} cannot be unpacked: pack it again without encryption, by the method deflate")
+            raise InputError(f"{path} cannot be unpacked: pack it again without encryption, with the method deflate")
         names.add(name)
     size, limit = sum(member.file_size for member in members), unpacked_limit(path.stat().st_size)
     if size > limit:
@@ -159,19 +159,19 @@ def check_members(members, path):
 
 
 def h5_shapes(file, size):
-    """The shapes of all arrays in an HDF5 file, by name; no array is read.
+    """Returns the shape of each array in an HDF5 file by name, without reading any array.
 
     Args:
         file: an open `h5py.File`.
         size: its bytes.
 
     Raises:
-        ValueError: it has a link, an array that lies in another file or holds no numbers, or
+        ValueError: the file has a link, an array stored in another file, an array without numbers, or
             arrays that would unpack to more than `unpacked_limit`.
     """
     shapes, claimed = {}, 0
 
-    def wrong_with(name, item):  # what a visitor returns ends the visit; h5py loses what it raises
+    def wrong_with(name, item):  # returns the error, which ends the visit: h5py loses exceptions
         nonlocal claimed
         if not isinstance(item, h5py.Dataset):
             return None
@@ -194,28 +194,28 @@ def h5_shapes(file, size):
 
 @contextlib.contextmanager
 def variables_within(limit, what):
-    """Refuses the models built inside the block whose variables take more than `limit` bytes, before they take them.
+    """Stops the building of models inside the block before their variables take more than `limit` bytes.
 
     Args:
-        limit: in bytes; infinite for none.
-        what: how the sentence of the error begins.
+        limit: in bytes; infinite for no limit.
+        what: the beginning of the error.
 
     Raises:
-        InputError: there are more.
+        InputError: the variables would take more.
     """
     if limit == math.inf or keras.backend.backend() != "tensorflow":
         yield
         return
-    import tensorflow as tf  # here alone, so that all else works on Keras' other backends
+    import tensorflow as tf  # imported here, so that the rest works on Keras' other backends
 
     taken, last = 0, None
 
     def creator(make, **options):
         nonlocal taken, last
         value = options["initial_value"]
-        if value is not last:  # TensorFlow asks twice for one variable
+        if value is not last:  # TensorFlow calls this twice for one variable
             last = value
-            with tf.Graph().as_default():  # the shape without the numbers
+            with tf.Graph().as_default():  # finds the shape without computing the numbers
                 tensor = tf.convert_to_tensor(value() if callable(value) else value, options["dtype"])
             taken += tensor.shape.num_elements() * tensor.dtype.size
         if taken > limit:

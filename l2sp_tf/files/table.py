@@ -1,4 +1,4 @@
-"""A table of text, as Markdown and as CSV."""
+"""A table of text, written as Markdown and as CSV."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ class Table(typing.NamedTuple):
     notes: str = ""
 
     def markdown(self):
-        """The table in Markdown, its columns aligned, the notes in a paragraph of their own."""
+        """Returns the table in Markdown with aligned columns, the notes in a paragraph below."""
         lines = [self.columns, *self.rows]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines]
@@ -24,7 +24,7 @@ class Table(typing.NamedTuple):
         return "\n".join([*text, "", self.notes] if self.notes else text)
 
     def csv(self):
-        """The table as comma-separated values, without the notes."""
+        """Returns the table as comma-separated values, without the notes."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.columns, *self.rows])
         return text.getvalue()

@@ -1,4 +1,4 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writes files so that a reader never sees half of one."""
 
 import contextlib
 import hashlib
@@ -10,13 +10,13 @@ import tempfile
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a temporary path beside `path`, and renames it to `path` once the block has ended well.
+    """Yields a temporary path beside `path`, and renames it to `path` if the block succeeds.
 
-    The file is flushed to the disk before the rename. When the block raises, `path` stays
-    as it was and the temporary file is removed.
+    The file is flushed to the disk before the rename. If the block raises, `path` stays as it was
+    and the temporary file is removed.
 
     Args:
-        path: the file to write; its folder is made if it is missing.
+        path: the file to write; a missing folder is created.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full.
@@ -43,7 +43,7 @@ def write_text(path, text):
 
 
 def sync_folder(path):
-    """Makes sure that the names in a folder are on the disk, where the system can."""
+    """Flushes the names in a folder to the disk, on POSIX systems."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -53,7 +53,7 @@ def sync_folder(path):
 
 
 def link_or_copy(source, target):
-    """Makes `target` the same file as `source` where the disk can, and a copy of it where not."""
+    """Hard-links `target` to `source`, or copies it if the disk cannot link."""
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:
@@ -63,7 +63,7 @@ def link_or_copy(source, target):
 
 
 def sha256_of_file(path):
-    """The sha256 of a file's content, in hexadecimal."""
+    """Returns the sha256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -22,7 +22,7 @@ from l2sp_tf.fisher.layer_rules import check_layers, instrumented
 from l2sp_tf.fisher.likelihoods import CATEGORICAL, FAMILIES, likelihood_of, random_signs, random_uniforms
 from l2sp_tf.penalties.weights import keyed_weights
 
-FORMAT = "l2sp_tf.fisher.estimator.v1"
+FORMAT = "l2sp_tf.fisher.v1"
 MODES = ("rademacher", "mc", "exact")
 PROVENANCE = {"source", "images", "mode", "samples", "seed", "first", "model", "transforms"}
 # Cotangents go through the backward pass side by side, sharing what depends on the input alone: 3 of them, or up to 9 as

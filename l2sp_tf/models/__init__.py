@@ -1,1 +1,1 @@
-"""Networks, their files, and what is done to them."""
+"""Networks, their weights files, their heads, units and copies."""

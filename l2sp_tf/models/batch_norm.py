@@ -1,4 +1,4 @@
-"""Batch norm: its moving statistics, and its training by one operation of TensorFlow, where Keras 3 composes it of ten."""
+"""Batch norm: its moving statistics, and its training by one TensorFlow operation in place of Keras 3's ten."""
 
 import types
 
@@ -10,24 +10,23 @@ from l2sp_tf.penalties.weights import forget_traced_steps
 
 
 def fuse_batch_norm(model):
-    """Lets the batch norm of a model train by TensorFlow's fused operation, in place; it computes the same, up to rounding.
+    """Makes a model's batch norm train by TensorFlow's fused operation, in place; results are the same up to rounding.
 
         y = gamma (x - mean) / sqrt(variance + epsilon) + beta, with the mean and the variance of the batch.
 
-    Keras 3 composes this of operations that read and write the whole tensor of images each; fused, it is two passes forward
-    and two backward. The layers stay Keras' own: files and clones of the model do not know of it, so it is to be called
-    again on a model that was loaded or cloned. Where the fused operation cannot serve (inference, frozen layers, other axes
-    than the last of four, float64, masks, renormalisation, statistics synchronized over replicas), and in subclasses with a
-    `call` of their own, Keras' is kept.
+    Keras 3 composes this of operations that each read and write the whole tensor of images. The fused operation makes two
+    passes forward and two backward. Saved files and clones of the model do not keep the change: call this again after loading
+    or cloning. Keras' own operation still runs in inference, in frozen layers and in subclasses with a `call` of their own.
+    It also runs with other axes than the last of four, float64, masks, renormalisation or synchronized statistics.
 
     Args:
         model: a Keras model.
 
     Returns:
-        The number of layers that are fused now: 0 on Keras' other backends.
+        The number of fused layers: 0 on Keras' other backends.
 
     Raises:
-        InputError: `model` is no Keras model.
+        InputError: `model` is not a Keras model.
     """
     if not isinstance(model, keras.Model):
         raise InputError(f"The model is a {type(model).__name__}: give a Keras model.")
@@ -35,21 +34,21 @@ def fuse_batch_norm(model):
         return 0
     known = [layer for layer in model._flatten_layers() if getattr(type(layer), "call", None) is BatchNormalization.call]
     for layer in known:
-        object.__setattr__(layer, "call", types.MethodType(_call, layer))  # behind the back of Keras' tracking
+        object.__setattr__(layer, "call", types.MethodType(_call, layer))  # bypasses Keras' attribute tracking
     if known:
         forget_traced_steps(model)
     return len(known)
 
 
 def set_moving_statistics(model, *, fresh=False, decay=None):
-    """Sets what batch norm knows of its inputs beside the batch, in place, as a recipe asks for it.
+    """Sets the moving statistics of batch norm as a recipe asks, in place.
 
         moving = decay moving + (1 - decay) statistics of the batch
 
     Args:
         model: a Keras model.
-        fresh: whether the moving means become 0 and the moving variances 1, as in a new layer.
-        decay: of the moving statistics; None for each layer's own momentum.
+        fresh: whether to reset the moving means to 0 and the moving variances to 1, as in a new layer.
+        decay: the decay of the moving statistics; None keeps each layer's own momentum.
     """
     for layer in model._flatten_layers():
         if not isinstance(layer, BatchNormalization):
@@ -62,7 +61,7 @@ def set_moving_statistics(model, *, fresh=False, decay=None):
 
 
 def _call(self, inputs, training=None, mask=None):
-    """`BatchNormalization.call`, fused where it can be."""
+    """Replaces `BatchNormalization.call`: uses the fused operation where it can."""
     if not (training and self.trainable and mask is None and _can_be_fused(self, inputs)):
         return BatchNormalization.call(self, inputs, training=training, mask=mask)
     import tensorflow as tf

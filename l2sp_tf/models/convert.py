@@ -1,4 +1,4 @@
-"""Converting checkpoints: weights of TF-slim and PyTorch ResNets, as `python -m l2sp_tf.cli.convert` writes them to a file."""
+"""Converts checkpoints: weights of TF-slim and PyTorch ResNets, which `python -m l2sp_tf.cli.convert` writes to a file."""
 
 import glob
 import math
@@ -17,7 +17,7 @@ from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet
 from l2sp_tf.models.torch_files import read_state_dict
 from l2sp_tf.penalties.weights import keyed_weights
 
-SLIM_WEIGHTS = {"kernel": "weights", "bias": "biases"}  # the names of batch norm are those of Keras
+SLIM_WEIGHTS = {"kernel": "weights", "bias": "biases"}  # batch norm has the same names as in Keras
 TORCH_WEIGHTS = {
     "kernel": "weight",
     "gamma": "weight",
@@ -31,18 +31,17 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     """Reads a checkpoint of TF-slim's resnet_v1, such as `resnet_v1_101.ckpt`.
 
     Args:
-        path: the checkpoint, of one file (V1), or the common beginning of its files (V2).
+        path: the checkpoint: one file (V1), or the common beginning of its files (V2).
         backbone: one of `resnets.SLIM`.
-        classes: how many the head must have; None for as many as it has.
-        pixels: a `PixelFormat` or its name; None for RGB with the mean in the checkpoint, if
-            there is one.
+        classes: the required number of classes of the head; None accepts any.
+        pixels: a `PixelFormat` or its name; None means RGB, with the checkpoint's mean if it has one.
 
     Returns:
-        A `Snapshot` with pixel format and provenance, which `models.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `zoo.load_weights` reads once saved.
 
     Raises:
-        InputError: the checkpoint cannot be read, or its weights are not those of the backbone;
-            both sides are listed.
+        InputError: the checkpoint cannot be read, or its weights are not those of the backbone; the
+            message lists both sides.
     """
     _check_backbone(backbone, SLIM)
     pixels = None if pixels is None else named_pixels(pixels)
@@ -51,7 +50,7 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     files = [path] if path.is_file() else parts
     if not files:
         raise InputError(
-            f"There is no checkpoint {path}: give the path of a .ckpt file, or what its .index and .data files share."
+            f"There is no checkpoint {path}: give a .ckpt file, or the common beginning of its .index and .data files."
         )
     arrays = _read_checkpoint(path, files)
     scope = next((name.split("/")[0] for name in arrays if "/" in name), "")
@@ -65,20 +64,20 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
 
 
 def convert_torch(path, backbone, *, classes=None, pixels=None):
-    """Reads a state dict of a torchvision ResNet, such as `resnet50_places365.pth.tar`, as `read_state_dict` does.
+    """Reads a state dict of a torchvision ResNet, such as `resnet50_places365.pth.tar`, with `read_state_dict`.
 
     Args:
         path: the file.
         backbone: one of `resnets.TORCH`.
-        classes: how many the head must have; None for as many as it has.
-        pixels: a `PixelFormat` or its name; None for torchvision's.
+        classes: the required number of classes of the head; None accepts any.
+        pixels: a `PixelFormat` or its name; None means torchvision's.
 
     Returns:
-        A `Snapshot` with pixel format and provenance, which `models.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `zoo.load_weights` reads once saved.
 
     Raises:
-        InputError: as in `read_state_dict`, or the weights are not those of the backbone; both
-            sides are listed.
+        InputError: `read_state_dict` refuses the file, or its weights are not those of the backbone; the
+            message lists both sides.
     """
     _check_backbone(backbone, TORCH)
     pixels = named_pixels(pixels or "torch")
@@ -91,16 +90,16 @@ def convert_torch(path, backbone, *, classes=None, pixels=None):
 
 def _check_backbone(backbone, known):
     if backbone not in known:
-        raise InputError(f"The backbone {backbone!r} is none that this file can become: give one of {', '.join(known)}.")
+        raise InputError(f"The backbone {backbone!r} cannot be read from this kind of file: give one of {', '.join(known)}.")
 
 
 def _is_slot(name):
-    """Whether a variable of a checkpoint belongs to the training and not to the model."""
+    """Whether a variable of a checkpoint serves training only, not the model."""
     return name == "global_step" or name.endswith(("/Momentum", "/ExponentialMovingAverage"))
 
 
 def _slim_name(scope, layer, weight):
-    """The name in TF-slim of a weight of ours."""
+    """Returns TF-slim's name for one of our weights."""
     if layer == "predictions":
         return f"{scope}/logits/{SLIM_WEIGHTS[weight]}"
     place, kind = layer.rsplit("_", 1)
@@ -111,7 +110,7 @@ def _slim_name(scope, layer, weight):
 
 
 def _torch_name(layer, weight):
-    """The name in torchvision of a weight of ours."""
+    """Returns torchvision's name for one of our weights."""
     weight = TORCH_WEIGHTS.get(weight, weight)
     if layer == "predictions":
         return f"fc.{weight}"
@@ -125,11 +124,11 @@ def _torch_name(layer, weight):
 
 
 def _match(arrays, backbone, name_of, bias, classes, path):
-    """The arrays of a file under our keys, every one of them used once and of the shape that the backbone has."""
+    """Returns a file's arrays under our keys; each must be used once and have the backbone's shape."""
     if bias in arrays and classes is not None and classes != arrays[bias].size:
         raise InputError(f"{path} has a head of {arrays[bias].size} classes, not {classes}: give --classes={arrays[bias].size}.")
     found = arrays[bias].size if bias in arrays else classes or 1
-    limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single
+    limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single precision
     with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
         model = imagenet_resnet(backbone, found, image_size=32)
     names = {key: name_of(*key.split("/")) for key in keyed_weights(model)}
@@ -149,8 +148,8 @@ def _match(arrays, backbone, name_of, bias, classes, path):
 
 
 def _read_checkpoint(path, files):
-    """The variables of a TensorFlow checkpoint that belong to the model, as a dict from name to array."""
-    with refusing(f"{path} is damaged or no checkpoint"):  # TensorFlow raises errors of many kinds for it
+    """Returns the model's variables in a TensorFlow checkpoint as a dict from name to array."""
+    with refusing(f"{path} is damaged or no checkpoint"):  # TensorFlow raises errors of many kinds
         reader = tf.train.load_checkpoint(str(path))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
         shapes = {name: shape for name, shape in shapes.items() if not _is_slot(name)}
@@ -158,7 +157,7 @@ def _read_checkpoint(path, files):
         if claimed > _bytes_of(files):
             raise ValueError("it claims more numbers than it has bytes for")
         if not all(dtypes[name].is_floating for name in shapes):
-            raise ValueError("it holds variables that are no real numbers")
+            raise ValueError("it holds variables that are not real numbers")
         return {name: reader.get_tensor(name) for name in shapes}
 
 
@@ -167,7 +166,7 @@ def _bytes_of(files):
 
 
 def _snapshot(arrays, pixels, origin, backbone, files):
-    """The weights with their pixel format and where they come from: the kind of file, the architecture, each file's sha256."""
+    """Adds the pixel format and the origin: the kind of file, the architecture and the sha256 of each file."""
     digests = {file.name: sha256_of_file(file) for file in files}
     provenance = {"origin": origin, "backbone": backbone, "files": digests}
     return Snapshot(arrays, {"pixels": pixels.plain(), "provenance": provenance})

@@ -1,4 +1,4 @@
-"""Copies of models and values put into models, with all the state that layers derive or keep beside their weights."""
+"""Copies models, and values into models, with all the state that layers derive or keep outside their weights."""
 
 import inspect
 import tempfile
@@ -6,7 +6,7 @@ import warnings
 
 import keras
 import numpy as np
-from keras.src.saving.serialization_lib import SafeModeScope  # a live Lambda is no stranger's file
+from keras.src.saving.serialization_lib import SafeModeScope  # a live Lambda is trusted, unlike a file
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.assignment import finish, is_custom, is_merged, own_weights, said_by, title
@@ -18,14 +18,14 @@ LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 
 
 def detached_copy(model):
-    """A copy that computes the same as a functional or Sequential model, shares nothing with it, and has no penalties of ours.
+    """Copies a functional or Sequential model, without our penalties. The copy computes the same and shares nothing.
 
-    The copy has the weights, the adapted state, the `trainable` flags and the call arguments of the original; its random
-    layers draw from seeds of their own, and it is not compiled. Both are compared on one made-up example.
+    The copy has the weights, the adapted state, the `trainable` flags and the call arguments of the original. Its random
+    layers draw their own seeds, and it is not compiled. Both models are compared on one made-up example.
 
     Raises:
-        InputError: a layer cannot be made again from its configuration, its state cannot be carried over, or the outputs
-            differ; the layer is named.
+        InputError: a layer cannot be rebuilt from its configuration, its state cannot be copied, or the outputs differ;
+            the message names the layer.
     """
     copy = copy_of(model)
     if copy.weights:
@@ -34,12 +34,12 @@ def detached_copy(model):
 
 
 def copy_of(model, *, scope=None, seeds=False):
-    """A copy as `detached_copy` makes it, but with the regularizers that the layers' configurations name.
+    """Copies a model as `detached_copy` does, but keeps the regularizers that the layers' configurations name.
 
     Args:
         model: a functional or Sequential model.
-        scope: a context in which its variables are made; none by default.
-        seeds: whether its random layers draw the original's numbers.
+        scope: a context in which to create the copy's variables; None for no context.
+        seeds: whether the copy's random layers draw the original's numbers.
 
     Raises:
         InputError: as in `detached_copy`.
@@ -58,7 +58,7 @@ def copy_of(model, *, scope=None, seeds=False):
         if seeds:
             for a, b in zip(one._seed_generators, two._seed_generators, strict=True):
                 b.state.assign(a.state.numpy())
-    for one, two in pairs:  # a setter would reach into the layers inside
+    for one, two in pairs:  # the public setter would also set the layers inside
         two._trainable = one._trainable
     for one, two in pairs:
         for a, b in _own_pairs(one, two):
@@ -68,10 +68,10 @@ def copy_of(model, *, scope=None, seeds=False):
 
 
 def copy_variables(source, target):
-    """Gives `target` the values of all variables of `source`, seeds too, a model of the same architecture.
+    """Assigns the values of all variables of `source`, random seeds included, to `target`, a model of the same architecture.
 
     Raises:
-        InputError: a layer cannot derive its state from the values; it is named.
+        InputError: a layer cannot derive its state from the values; the message names it.
     """
     for one, two in zip(_state(source), _state(target), strict=True):
         two.assign(one.numpy())
@@ -79,20 +79,20 @@ def copy_variables(source, target):
 
 
 def carry_tables(source, target):
-    """Gives lookup layers of `target` the vocabularies that those of `source`, a model of the same architecture, have.
+    """Copies the vocabularies of `source`'s lookup layers to those of `target`, a model of the same architecture.
 
     Raises:
         InputError: the models have different numbers of lookup layers.
     """
     ones, twos = ([layer for layer in model._flatten_layers() if isinstance(layer, LOOKUPS)] for model in (source, target))
     if len(ones) != len(twos):
-        raise InputError(f"The model {target.name!r} has {len(twos)} lookup layers, but that of the values has {len(ones)}.")
+        raise InputError(f"The model {target.name!r} has {len(twos)} lookup layers, but the model of the values has {len(ones)}.")
     for one, two in zip(ones, twos, strict=True):
         _carry_vocabulary(one, two)
 
 
 def _rebuilt(operation, made):
-    """A layer, model or operation made again with new weights, once however often it is met."""
+    """Rebuilds a layer, model or operation with new weights, or returns the copy that was already built."""
     if id(operation) not in made:
         if _is_graph(operation):
             copy = _graph_rebuilt(operation, made)
@@ -107,7 +107,7 @@ def _rebuilt(operation, made):
 
 
 def _is_graph(operation):
-    """Whether this is a functional model that computes what its graph says."""
+    """Whether this is a functional model whose `call` runs its graph."""
     if not isinstance(operation, keras.Model) or not hasattr(operation, "_run_through_graph"):
         return False
     return type(operation).call.__module__.startswith("keras.")
@@ -117,7 +117,7 @@ def _graph_rebuilt(model, made):
     def call(copy, *args, **kwargs):
         try:
             return copy(*args, **kwargs)
-        except Exception as error:  # whatever a stranger's layer raises
+        except Exception as error:  # a custom layer may raise anything
             raise InputError(f"The layer {title(copy)} cannot be called again in a copy: {said_by(error)}.") from error
 
     inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
@@ -138,7 +138,7 @@ def _layer_rebuilt(layer):
         with keras.saving.custom_object_scope(_objects_of(parts)), SafeModeScope(False), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The object being serialized includes a `lambda`")
             copy = type(layer).from_config(_config_of(layer))
-    except Exception as error:  # whatever a stranger's layer raises
+    except Exception as error:  # a custom layer may raise anything
         raise InputError(
             f"The layer {title(layer)} cannot be made again from its configuration: {said_by(error)}; give it a get_config "
             "with all arguments of its constructor."
@@ -146,21 +146,21 @@ def _layer_rebuilt(layer):
     for one, two in zip(parts, copy._flatten_layers() if isinstance(layer, keras.Layer) else [copy], strict=False):
         for name, value in _functions_of(one).items():
             if inspect.isfunction(getattr(two, name, None)):
-                setattr(two, name, value)  # a lambda that was written out and read again has lost its module's names
+                setattr(two, name, value)  # a deserialized lambda has lost its module's names
     return copy
 
 
 def _config_of(layer):
-    """The configuration of a layer, with its lambdas as they are, which Keras writes out as it cannot read them."""
+    """Returns a layer's configuration with its lambdas as objects, because Keras cannot read the lambdas that it writes."""
     lambdas = {name: value for name, value in _functions_of(layer).items() if value.__name__ == "<lambda>"}
     config = layer.get_config()
-    if not isinstance(layer, keras.layers.Lambda):  # it reads its own
+    if not isinstance(layer, keras.layers.Lambda):  # it reads the lambda that it wrote
         config |= {name: value for name, value in lambdas.items() if name in config}
     return config
 
 
 def _functions_of(layer):
-    """The functions of others that a layer was given, such as activations, by the attribute; methods are none."""
+    """Returns, by attribute, the functions that a layer was given, such as activations; methods and Keras' own do not count."""
     return {
         name: value
         for name, value in vars(layer).items()
@@ -169,7 +169,7 @@ def _functions_of(layer):
 
 
 def _objects_of(parts):
-    """The classes and functions that the configuration of a layer may name, by their names."""
+    """Returns, by name, the classes and functions that a layer's configuration may name."""
     found = {}
     for part in parts:
         found[type(part).__name__] = type(part)
@@ -179,9 +179,9 @@ def _objects_of(parts):
 
 
 def _pairs(made):
-    """Each layer of the original, those inside others too, with that of the copy: outer ones first."""
+    """Pairs each layer of the original, inner ones included, with its copy; outer layers come first."""
     found = {}
-    for one, two in reversed(made.values()):  # a model is made after what it consists of
+    for one, two in reversed(made.values()):  # models are built after their parts
         if isinstance(one, keras.Layer):
             if not two.built and one.built:
                 two.build_from_config(one.get_build_config())
@@ -194,7 +194,7 @@ def _pairs(made):
 
 
 def _carry(one, two):
-    """Gives a layer the weights of another, without those of the layers inside, and what else it keeps."""
+    """Copies a layer's own weights and its other state, without the layers inside."""
     for a, b in _own_pairs(one, two):
         b.assign(a.numpy())
     try:
@@ -204,7 +204,7 @@ def _carry(one, two):
             _carry_vocabulary(one, two)
         else:
             _carry_kept(one, two)
-    except Exception as error:  # whatever a stranger's layer raises
+    except Exception as error:  # a custom layer may raise anything
         raise InputError(
             f"The layer {title(one)} cannot be copied, as its state cannot be carried over: {said_by(error)}."
         ) from error
@@ -212,7 +212,7 @@ def _carry(one, two):
 
 
 def _carry_kept(one, two):
-    """Carries over what layers of others' making keep, by the methods that Keras saves and loads them with."""
+    """Copies the extra state of custom layers with the methods by which Keras saves and loads it."""
     if is_custom(one, "load_own_variables") and not is_merged(one):
         store = {}
         one.save_own_variables(store)
@@ -224,18 +224,18 @@ def _carry_kept(one, two):
 
 
 def _carry_vocabulary(one, two):
-    """Carries over the table of a lookup layer; a file of it would break words at line ends."""
+    """Copies the table of a lookup layer in memory: a file would split words at line ends."""
     vocabulary = one.get_vocabulary()
     if one.lookup_table.size() == 0:
         return
     idf = one.idf_weights_const.numpy()[: len(vocabulary)] if one.output_mode == "tf_idf" else None
     if vocabulary != two.get_vocabulary() or idf is not None:
-        two._frozen_vocab_size = None  # it belongs to the table that goes
+        two._frozen_vocab_size = None  # it belongs to the table that is replaced
         two.set_vocabulary(vocabulary, idf_weights=idf)
 
 
 def _own_pairs(one, two):
-    """The weights of a layer with those of its copy: in order, or by name where they were made in another order."""
+    """Pairs a layer's own weights with those of its copy: in order, or by name if the copy created them in another order."""
     ones, twos = own_weights(one), own_weights(two)
     named = {variable.name: variable for variable in twos}
     if [v.name for v in ones] != [v.name for v in twos] and {v.name for v in ones} == set(named) and len(named) == len(ones):
@@ -249,7 +249,7 @@ def _own_pairs(one, two):
 
 
 def _unlisted(layer):
-    """Variables that a layer holds where Keras does not look for weights, such as the states of a stateful LSTM."""
+    """Returns variables outside of `layer.variables`, such as the states of a stateful LSTM."""
     listed = {id(variable) for variable in layer.variables}
     held = [
         v for name, v in vars(layer).items() if not name.startswith("_") and isinstance(v, (keras.Variable, list, tuple, dict))
@@ -266,12 +266,12 @@ def check_same(model, copy):
     """Compares a model with its copy on one made-up example, in inference mode; neither changes.
 
     Raises:
-        InputError: the outputs differ; the first layer whose output does is named.
+        InputError: the outputs differ; the message names the first layer whose output does.
     """
     for inputs in probes(model):
         try:
             expected = infer(model, inputs)
-        except Exception:  # whatever the model raises for an input that nobody meant for it
+        except Exception:  # a made-up input may make any model fail
             continue
         try:
             found = infer(copy, inputs, like=model)
@@ -281,25 +281,25 @@ def check_same(model, copy):
             raise InputError(_difference(model, copy, inputs))
         return
     warnings.warn(
-        f"The copy of the model {model.name!r} could not be compared with it, because the model takes no made-up input.",
+        f"The copy of the model {model.name!r} could not be compared with it, because the model fails on made-up inputs.",
         stacklevel=4,
     )
 
 
 def infer(model, inputs, *, like=None):
-    """The outputs of a model in inference mode, as arrays, without any change of its state.
+    """Returns a model's outputs in inference mode as arrays, without changing its state.
 
     Args:
         model: a built model.
-        inputs: arrays or tensors in the structure that it takes.
-        like: a model of the same architecture whose random numbers are to be drawn.
+        inputs: arrays or tensors in the structure of the model's inputs.
+        like: a model of the same architecture whose random seeds are used.
     """
     with _stateless(model, like):
         return [keras.ops.convert_to_numpy(x) for x in keras.tree.flatten(model(inputs, training=False))]
 
 
 def _stateless(model, like):
-    """A scope in which no variable changes, with the seeds of another model."""
+    """Returns a scope in which no variable changes and random layers use the seeds of `like`."""
     seeds = zip(_seeds(model), _seeds(like or model), strict=True)
     return keras.StatelessScope(state_mapping=[(own, other.value) for own, other in seeds])
 
@@ -309,7 +309,7 @@ def _seeds(model):
 
 
 def probes(model):
-    """Made-up inputs of one example, in the structure that a model takes: with unknown sides, of one size after the other."""
+    """Yields made-up inputs of one example in the structure of the model's inputs; unknown sides are tried at several sizes."""
     specs = getattr(getattr(model, "_functional", None) or model, "_inputs_struct", None)
     if specs is None:
         return
@@ -329,7 +329,7 @@ def _made_up(spec, scale, words, rng):
     if keras.backend.is_float_dtype(spec.dtype):
         return keras.ops.convert_to_tensor(rng.normal(size=shape), dtype=spec.dtype)
     numbers = rng.integers(0, 2, shape)
-    numbers.flat[0] = 1  # a mask hides not all
+    numbers.flat[0] = 1  # so that a mask does not hide everything
     return keras.ops.convert_to_tensor(numbers, dtype=spec.dtype)
 
 
@@ -338,7 +338,7 @@ def _are_close(expected, found):
 
 
 def _is_close(a, b):
-    """Whether two arrays differ by rounding only: by 1e-5 of the largest finite entry; NaN equals NaN."""
+    """Whether two arrays differ by rounding only: at most 1e-5 of the largest finite entry; NaN equals NaN."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if a.dtype.kind not in "fcV" or not a.size:  # bfloat16 is of kind V
@@ -352,7 +352,7 @@ def _is_close(a, b):
 
 
 def _difference(model, copy, inputs):
-    """The sentence that names the first layer whose output is another in the copy."""
+    """Returns a message that names the first layer whose output differs in the copy."""
     trails = [], []
     for one, like, trail in zip((model, copy), (model, model), trails, strict=True):
         with _stateless(one, like):
@@ -367,7 +367,7 @@ def _difference(model, copy, inputs):
 
 
 def _trace(model, inputs, trail):
-    """Runs through the graph of a model, and of those nested in it, and lists each operation with its output."""
+    """Runs the graph of a model and of the models inside it, and appends each operation with its output to `trail`."""
     graph = getattr(model, "_functional", None) or model
     if not hasattr(graph, "_run_through_graph"):
         return model(inputs, training=False)

@@ -1,4 +1,4 @@
-"""The head of a classifier: which layers it is, and another one in its place."""
+"""The head of a classifier: finds its layers, and replaces them."""
 
 import dataclasses
 
@@ -29,12 +29,12 @@ NORMALIZATIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What `head_of` finds.
+    """The head that `head_of` finds.
 
     Attributes:
         layers: the paths of the layers and operations from the head to the output, in the order of the calls, such as
-            ("mobilenet/conv_preds", "mobilenet/reshape_2", "mobilenet/predictions"); empty where there is no head.
-        keys: the keys of the head's weights, as `keyed_weights` gives them.
+            ("mobilenet/conv_preds", "mobilenet/reshape_2", "mobilenet/predictions"); empty without a head.
+        keys: the keys of the head's weights, as in `keyed_weights`.
     """
 
     layers: tuple
@@ -43,10 +43,10 @@ class Head:
 
 @dataclasses.dataclass
 class _Step:
-    """One operation on the way from the output back: the models around it, and its node in the graph."""
+    """One operation on the way back from the output: its node in the graph, and the models around it."""
 
     models: tuple
-    calls: tuple  # of these models, each in the graph of the one around it
+    calls: tuple  # the calls of these models, each in the graph of the model around it
     node: object
 
     @property
@@ -60,12 +60,12 @@ class _Step:
 
 @dataclasses.dataclass
 class _Found:
-    """Where the way back ends.
+    """The end of the way back.
 
     Attributes:
-        kind: "head", "features" (there is no head, all stays) or "unclear" (the output is scores of no one layer).
-        steps: the `_Step`s from the output back to the head, it included; without a head to where the way ends.
-        owners: the layers whose weights make the scores; several where it is unclear.
+        kind: "head"; "features", if there is no head and everything stays; or "unclear", if scores come from no single layer.
+        steps: the `_Step`s from the output back to the head, included; without a head, to the end of the way.
+        owners: the layers whose weights make the scores; several if it is unclear.
     """
 
     kind: str
@@ -74,14 +74,14 @@ class _Found:
 
 
 def head_of(model):
-    """Finds the original head of a classifier: the last layer with weights, if it makes logits or scores of classes.
+    """Finds the original head of a classifier: the last layer with weights, if it makes logits or class scores.
 
     Args:
-        model: a functional or Sequential model; of one with several outputs, the heads of all are found.
+        model: a functional or Sequential model; with several outputs, all their heads are found.
 
     Returns:
-        A `Head`. Where the scores come from several layers, or from one that is no Dense layer and no 1x1 convolution,
-        it lists them all.
+        A `Head`. If the scores come from several layers, or from a layer that is neither Dense nor a 1x1 convolution,
+        it lists all of these layers.
 
     Raises:
         InputError: the model is subclassed.
@@ -96,27 +96,27 @@ def head_of(model):
 
 
 def with_new_head(pretrained, num_classes, *, seed=None, bias=0.0, say=print):
-    """A copy of a pre-trained classifier with a new, random last layer of logits; one line says what it stands on.
+    """Copies a pre-trained classifier with a new, random last layer of logits, and says in one line what it replaced.
 
-    The graph is followed back from the output, into nested models, to the last layer with weights. If it is a Dense layer
-    or a 1x1 convolution that makes one number for each class (its activation, or those behind it, are linear, softmax or
-    sigmoid), it is cut off with all behind it. Otherwise the model is a backbone without a head, and stays whole. Features
-    that are an image get global average pooling. The copy keeps layer names and weights, and shares nothing with
-    `pretrained`; the new layer is called "new_head", with a number behind it where that name is taken.
+    The graph is followed back from the output, into nested models, to the last layer with weights. If that layer is Dense or
+    a 1x1 convolution, and makes one number for each class, it is cut off with everything behind it. It does so if its
+    activation and those behind it are linear, softmax or sigmoid. Otherwise the model is a backbone without a head and stays
+    whole. Image features get global average pooling. The copy keeps layer names and weights and shares nothing with
+    `pretrained`. The new layer is called "new_head", with a number appended if that name is taken.
 
     Args:
         pretrained: a built functional or Sequential model with one output.
         num_classes: number of classes of the target task.
-        seed: of the head's Glorot uniform initial weights.
-        bias: what its biases begin with.
-        say: called with the line that tells what was cut off.
+        seed: the seed of the head's Glorot uniform initial weights.
+        bias: the initial value of the head's biases.
+        say: called with the line that says what was cut off.
 
     Returns:
         A functional Keras model that returns logits [b, num_classes].
 
     Raises:
-        InputError: the model is subclassed, has several outputs, or the new layer would see class scores: of several
-            classifiers, or of a layer that is neither Dense nor a 1x1 convolution.
+        InputError: the model is subclassed or has several outputs; or the new layer would see class scores, of several
+            classifiers or of a layer that is neither Dense nor a 1x1 convolution.
     """
     _check_graph(pretrained, "with_new_head", "build the new model from its layers, and give it to attach")
     if len(pretrained.outputs) != 1:
@@ -163,7 +163,7 @@ def _sentence(pretrained, num_classes, found, features):
 
 
 def _found_in(model, tensor):
-    """What makes an output; one that looks like scores of classes on an example is judged as such, whatever makes it so."""
+    """Finds the layers that make an output; an output that looks like class scores on an example is treated as such."""
     found = _find(tensor, (model,), ())
     if found.kind == "features" and found.owners and _are_scores(keras.Model(inputs_of(model), tensor)):
         found = _find(tensor, (model,), (), scores=True)
@@ -172,17 +172,17 @@ def _found_in(model, tensor):
 
 
 def _find(tensor, models, calls, scores=False):
-    """Follows the graph back from a tensor to what makes it.
+    """Follows the graph back from a tensor to the layers that make it.
 
     Args:
         tensor: in the graph of the innermost of `models`.
         models, calls: as in a `_Step`.
-        scores: whether the tensor is known to become scores of classes.
+        scores: whether the tensor is known to become class scores.
     """
     steps = []
     end = _back(tensor, models, calls, steps)
     scores = scores or _makes_scores(steps[:-1])
-    while end is not None and scores and isinstance(end.operation, NORMALIZATIONS):  # of logits, before a softmax
+    while end is not None and scores and isinstance(end.operation, NORMALIZATIONS):  # a normalization of logits, before a softmax
         end = _back(end.node.input_tensors[0], end.models, end.calls, steps)
     owners = [step.operation for step in steps if _weights_of(step.operation)]
     if end is None:
@@ -196,12 +196,12 @@ def _find(tensor, models, calls, scores=False):
 
 
 def _of_several(end, steps, scores):
-    """The finding where several tensors meet: a sum of class scores is no features, and what is no head stays."""
+    """Judges an operation that joins several tensors: a sum of class scores is unclear, branches without a head are features."""
     branches = [_find(tensor, end.models, end.calls, scores) for tensor in _sources(end)]
     owners = list({id(owner): owner for branch in branches for owner in branch.owners}.values())
     ends = {id(branch.steps[-1].operation) for branch in branches if branch.steps}
     heads = all(branch.kind == "head" for branch in branches)
-    if heads and len(ends) == 1:  # such as z / sum(z)
+    if heads and len(ends) == 1:  # one head on every branch, as in z / sum(z)
         longest = max(branches, key=lambda branch: len(branch.steps))
         return _Found("head", steps + longest.steps, owners)
     are_scores = all(branch.kind != "features" for branch in branches) and (
@@ -211,9 +211,10 @@ def _of_several(end, steps, scores):
 
 
 def _back(tensor, models, calls, steps):
-    """Goes back through operations without weights to the first one with some, or where several tensors meet; None at inputs.
+    """Goes back past operations without weights, and appends each operation to `steps`.
 
-    Each operation is put into `steps`.
+    Returns:
+        The first step with weights or with several input tensors; None at the inputs.
     """
     while True:
         operation, index, position = tensor._keras_history
@@ -238,20 +239,20 @@ def _back(tensor, models, calls, steps):
 
 
 def _outer(tensor, models, calls):
-    """The tensor that a nested model is called with for one of its inputs."""
+    """Returns the tensor that a nested model is called with for one of its inputs."""
     graph = _graph(models[-1])
     place = next(number for number, x in enumerate(graph.inputs) if x is tensor)
     return calls[-1].input_tensors[place]
 
 
 def _graph(operation):
-    """The functional model that an operation is or consists of, or None."""
+    """Returns the functional model that an operation is or contains, or None."""
     graph = getattr(operation, "_functional", None) or operation
     return graph if isinstance(graph, keras.Model) and hasattr(graph, "_run_through_graph") else None
 
 
 def _sources(step):
-    """The different tensors that an operation takes; a mask tells which of their entries count, and is none."""
+    """Returns the distinct tensors that an operation takes, without masks: a mask only says which entries count."""
     masks = {id(x) for x in keras.tree.flatten(step.node.arguments.kwargs.get("mask"))}
     return list({id(x): x for x in step.node.input_tensors if id(x) not in masks}.values())
 
@@ -261,14 +262,14 @@ def _weights_of(operation):
 
 
 def _judged(operation):
-    """The layer that computes, where one wraps it."""
+    """Returns the layer inside any wrappers."""
     while isinstance(operation, keras.layers.Wrapper):
         operation = operation.layer
     return operation
 
 
 def _activation(operation):
-    """The name of the activation that an operation is or ends with, or None."""
+    """Returns the name of the activation that an operation is or ends with, or None."""
     operation = _judged(operation)
     activation = getattr(operation, "activation", None)
     if callable(activation):
@@ -278,7 +279,7 @@ def _activation(operation):
 
 
 def _snake(name):
-    """The name of an operation's class as its function is called: LogSoftmax is log_softmax."""
+    """Returns the function name of an operation's class, such as log_softmax for LogSoftmax."""
     if name.isupper() or name in ("ReLU", "LeakyReLU", "PReLU"):
         return {"ReLU": "relu", "LeakyReLU": "leaky_relu", "PReLU": "relu"}.get(name, name.lower())
     return "".join(f"_{c.lower()}" if c.isupper() and number else c.lower() for number, c in enumerate(name))
@@ -293,12 +294,18 @@ def _is_linear(operation):
 
 
 def _is_sum(operation):
-    """Whether an operation, or layer, puts numbers of the same class together."""
+    """Whether an operation or layer combines numbers of the same class."""
     return type(operation).__name__ in ("Add", "Average", "Subtract", "Maximum", "Minimum", "Multiply", "Mean", "Sum", "Stack")
 
 
 def _is_head(step, behind, scores):
-    """Whether a layer makes one number for each class, given the steps from it to the output, and whether that is scores."""
+    """Whether a layer makes one number for each class.
+
+    Args:
+        step: the `_Step` of the layer.
+        behind: the steps from the layer to the output.
+        scores: whether the output is known to be class scores.
+    """
     layer = _judged(step.operation)
     names = {_activation(layer), *(_activation(other.operation) for other in behind)}
     scores = scores or bool(names & SCORES)
@@ -316,7 +323,7 @@ def _is_head(step, behind, scores):
 
 
 def _is_known(layer):
-    """Whether the activation of a layer is one whose name tells what it makes."""
+    """Whether a layer has a linear activation, a score or none, so that its outputs are known."""
     activation = getattr(layer, "activation", None)
     return activation is None or _activation(layer) in {"linear", *SCORES}
 
@@ -326,7 +333,7 @@ def _pools(step):
 
 
 def _features(model, found):
-    """The tensor that the new head is to stand on, in the graph of the model, or of one whose nested model ends earlier."""
+    """Returns the tensor that the new head takes as input; a nested model with the head inside is rebuilt to end there."""
     if found.kind != "head":
         return model.outputs[0]
     step = found.steps[-1]
@@ -341,18 +348,18 @@ def _features(model, found):
 
 
 def inputs_of(model):
-    """The inputs of a model in the structure that it takes, or the only one."""
+    """Returns a model's inputs in the structure that it takes, or its only input."""
     structure = getattr(_graph(model), "_inputs_struct", None)
     return structure if isinstance(structure, dict) or len(model.inputs) > 1 else model.inputs[0]
 
 
 def _calls_of(model):
-    """The calls of a nested model; the one that made a functional model itself is none."""
+    """Returns the calls of a nested model, without the one that created a functional model."""
     return [node for node in model._inbound_nodes if not node.is_input and node.outputs[0] not in model.outputs]
 
 
 def _flat(x, names, is_pooled):
-    """Features as [b, c]: an image is averaged over its positions, a sequence if the old head's was, one position flattened."""
+    """Turns features into [b, c]: averages images over positions, and sequences if the old head's were; flattens one position."""
     rank = len(x.shape)
     if rank not in POOLS or (rank == 3 and not is_pooled):
         return x
@@ -370,7 +377,7 @@ def _are_scores(features):
     for inputs in probes(features):
         try:
             (x,) = infer(features, inputs)
-        except Exception:  # whatever the model raises for an input that nobody meant for it
+        except Exception:  # a made-up input may make any model fail
             continue
         x = x.astype("float64")
         return x.ndim > 1 and x.shape[-1] > 1 and bool(np.all(x >= 0) and np.all(np.abs(x.sum(axis=-1) - 1) < 1e-3))

@@ -1,4 +1,4 @@
-"""What goes into a network and what comes out: how it sees pixels, how its images are made, which output is which class."""
+"""Inputs and outputs of a network: its pixel format, how its images are made, and the class of each output."""
 
 import dataclasses
 import json
@@ -10,12 +10,12 @@ from l2sp_tf.files.reading import MAX_PIXELS, parse_json
 
 @dataclasses.dataclass(frozen=True)
 class PixelFormat:
-    """What the weights of a network were trained on: (x - mean) * scale of RGB pixels x from 0 to 255, in some order.
+    """The pixel format that a network was trained on: (x - mean) * scale of RGB pixels x from 0 to 255, in some channel order.
 
     Attributes:
         channel_order: "rgb" or "bgr", the order in which the network gets the channels.
         scale: three factors in RGB order.
-        mean: of the training images, three numbers from 0 to 255 in RGB order; None where it is not known.
+        mean: the mean of the training images, three numbers from 0 to 255 in RGB order; None if unknown.
 
     Raises:
         InputError: an attribute is out of its range.
@@ -39,28 +39,28 @@ class PixelFormat:
         return f"{self.channel_order}{scale}, mean {'not known' if self.mean is None else _listed(self.mean)}"
 
     def agrees_with(self, other):
-        """Whether order and scale are the same; the mean that is subtracted is a choice of the run."""
+        """Whether order and scale are equal; the mean may differ, because each run chooses which mean it subtracts."""
         return (self.channel_order, self.scale) == (other.channel_order, other.scale)
 
     def with_mean(self, mean):
-        """A copy with another mean."""
+        """Returns a copy with another mean."""
         return dataclasses.replace(self, mean=mean)
 
     def plain(self):
-        """Its attributes as a dict, which JSON can hold."""
+        """Returns the attributes as a dict of JSON values."""
         return dataclasses.asdict(self)
 
     def to_json(self):
-        """The text that `from_json` reads."""
+        """Returns the text that `from_json` reads."""
         return json.dumps(self.plain())
 
     @classmethod
     def from_json(cls, text, where):
-        """Reads what `to_json` wrote.
+        """Reads a text that `to_json` wrote.
 
         Args:
             text: the text.
-            where: the file it was found in, for the message.
+            where: the file that held it, for the message.
 
         Raises:
             InputError: it is something else.
@@ -70,14 +70,14 @@ class PixelFormat:
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """How the images of a network are made, and which output is which class: what its answers depend on beside its weights.
+    """How a network's images are made, and the class of each output: what its answers depend on besides its weights.
 
     Attributes:
-        pixels: a `PixelFormat`, with the mean that is subtracted.
+        pixels: a `PixelFormat`, with the mean to subtract.
         resize, resize_mode, resize_filter, crop: as in `l2sp_tf.data.Preprocessing`.
-        crops: 1 (central) or 10 of each image, whose probabilities are averaged.
-        mean: where the mean comes from, as in a `Recipe`: how images of another task get theirs.
-        classes: the names of the classes in the order of the outputs, or None where they are not known.
+        crops: 1 (central) or 10 for each image; the probabilities of ten are averaged.
+        mean: the source of the mean, as in a `Recipe`; images of another task get their mean in the same way.
+        classes: the names of the classes in the order of the outputs, or None if unknown.
 
     Raises:
         InputError: an attribute is out of its range.
@@ -109,14 +109,14 @@ class Interface:
             object.__setattr__(self, "classes", classes)
 
     def to_json(self):
-        """The text that `from_json` reads; the pixel format is apart from it."""
+        """Returns the text that `from_json` reads, without the pixel format."""
         values = dataclasses.asdict(self)
         del values["pixels"]
         return json.dumps(values)
 
     @classmethod
     def from_json(cls, text, pixels, where):
-        """Reads what `to_json` wrote; `where` is the file it was found in, for the message.
+        """Reads a text that `to_json` wrote; `where` is the file that held it, for the message.
 
         Raises:
             InputError: it is something else.
@@ -125,10 +125,10 @@ class Interface:
 
 
 def named_pixels(name):
-    """The pixel format called "rgb", "bgr" or "torch"; a `PixelFormat` is returned as it is.
+    """Returns the pixel format called "rgb", "bgr" or "torch", or a given `PixelFormat` unchanged.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: the name is unknown.
     """
     if isinstance(name, PixelFormat):
         return name
@@ -138,10 +138,10 @@ def named_pixels(name):
 
 
 def three_numbers(name, values):
-    """Three finite floats as a tuple.
+    """Returns three finite floats as a tuple.
 
     Raises:
-        InputError: they are something else; the message calls them `name`.
+        InputError: the values are something else; the message calls them `name`.
     """
     try:
         numbers = tuple(float(value) for value in values)
@@ -153,7 +153,7 @@ def three_numbers(name, values):
 
 
 def _read(make, text, what):
-    """What `make` makes of the values in a JSON text; `what` begins the sentence of an error."""
+    """Calls `make` on the values in a JSON text; `what` begins the sentence of an error."""
     values = parse_json(text, what)
     try:
         return make(values)
@@ -166,7 +166,7 @@ def _listed(numbers):
 
 
 PIXELS = {
-    "rgb": PixelFormat(),  # TF-slim, and what this project trains from scratch
+    "rgb": PixelFormat(),  # TF-slim, and networks that this project trains from scratch
     "bgr": PixelFormat("bgr", mean=(123.68, 116.779, 103.939)),  # ImageNet ResNets of keras.applications
     "torch": PixelFormat(  # torchvision divides by 255, and by the standard deviations of ImageNet
         scale=tuple(1 / (255 * deviation) for deviation in (0.229, 0.224, 0.225)),

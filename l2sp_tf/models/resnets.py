@@ -1,11 +1,11 @@
-"""Residual networks with the layer names of `keras.applications`: for small images, and as TF-slim and torchvision have them."""
+"""Residual networks with the layer names of `keras.applications`: for small images, and as TF-slim and torchvision build them."""
 
 import keras
 
 from l2sp_tf.files.errors import InputError
 
 WIDTHS = (64, 128, 256, 512)
-DEPTHS = {  # blocks of each stage, and their kind
+DEPTHS = {  # number of blocks in each stage, and their kind
     "resnet18": ((2, 2, 2, 2), "basic"),
     "resnet34": ((3, 4, 6, 3), "basic"),
     "resnet50": ((3, 4, 6, 3), "bottleneck"),
@@ -17,20 +17,20 @@ TORCH = tuple(f"{name}_torch" for name in DEPTHS)
 
 
 def small_resnet(input_shape, num_classes, widths=(16, 32, 64), depths=(1, 1, 1), block="basic", name="small_resnet"):
-    """A residual network for small images: a 3x3 convolution, then stages of residual blocks.
+    """Builds a residual network for small images: a 3x3 convolution, then stages of residual blocks.
 
-    Layers are named as in `keras.applications.ResNet50`, convolutions have no bias (batch
-    norm follows each), and every stage after the first halves the image.
+    Layers are named as in `keras.applications.ResNet50`. Convolutions have no bias, because batch norm
+    follows each. Every stage after the first halves the image.
 
     Args:
         input_shape: (height, width, channels) of the images.
         num_classes: number of logits.
-        widths: channels of each stage (of the 3x3 convolutions, if the block is a bottleneck).
-        depths: number of blocks of each stage, as long as `widths`.
+        widths: channels of each stage; in bottleneck blocks, of the 3x3 convolutions.
+        depths: number of blocks in each stage, as long as `widths`.
         block: "basic" (two 3x3 convolutions) or "bottleneck" (1x1, 3x3, 1x1 with 4 times the channels).
 
     Raises:
-        InputError: an unknown block, or widths and depths of different lengths.
+        InputError: the block is unknown, or widths and depths differ in length.
     """
     if block not in ("basic", "bottleneck"):
         raise InputError(f'The block {block!r} is unknown: give "basic" or "bottleneck".')
@@ -45,14 +45,14 @@ def small_resnet(input_shape, num_classes, widths=(16, 32, 64), depths=(1, 1, 1)
 
 
 def imagenet_resnet(name, num_classes, image_size=224):
-    """A ResNet with the 7x7 convolution in front, as another framework's weights need it.
+    """Builds a ResNet with a 7x7 convolution in front, to fit weights of another framework.
 
-    Both kinds stride in the 3x3 convolution of a bottleneck and pad what has a stride by
-    half its size on every side. They differ in where a stage strides:
+    Both kinds stride in the 3x3 convolution of a bottleneck. Before a convolution with a stride they pad every side
+    by half the kernel size. They differ in where a stage strides:
 
-    * torchvision: in its first block; stages 2 to 4; the max-pooling pads every side by 1;
-    * TF-slim's resnet_v1: in its last block, whose shortcut is then subsampled without a
-      convolution; stages 1 to 3; the max-pooling pads as TensorFlow's "SAME".
+    * torchvision: in the first block of stages 2 to 4; max-pooling pads every side by 1;
+    * TF-slim's resnet_v1: in the last block of stages 1 to 3, whose shortcut is subsampled without a
+      convolution; max-pooling pads as TensorFlow's "SAME".
 
     Args:
         name: one of SLIM or TORCH, such as "resnet50_slim".
@@ -60,7 +60,7 @@ def imagenet_resnet(name, num_classes, image_size=224):
         image_size: height and width of the images, in pixels.
 
     Raises:
-        InputError: an unknown name.
+        InputError: the name is unknown.
     """
     if name not in SLIM + TORCH:
         raise InputError(f"The ResNet {name!r} is unknown: give one of {', '.join(SLIM + TORCH)}.")
@@ -70,14 +70,14 @@ def imagenet_resnet(name, num_classes, image_size=224):
     x = _convolution(inputs, 64, 7, 2, "conv1", style)
     x = keras.layers.Activation("relu", name="conv1_relu")(x)
     if style == "torch":
-        x = keras.layers.ZeroPadding2D(1, name="pool1_pad")(x)  # zeros never win: they come after the relu
+        x = keras.layers.ZeroPadding2D(1, name="pool1_pad")(x)  # zeros never win: the relu leaves nothing below them
     x = keras.layers.MaxPooling2D(3, 2, padding="same" if style == "slim" else "valid", name="pool1_pool")(x)
     x = _stages(x, WIDTHS, depths, block, (2, 2, 2, 1) if style == "slim" else (1, 2, 2, 2), style)
     return _classifier(inputs, x, num_classes, name)
 
 
 def _stages(x, widths, depths, block, strides, style="small"):
-    """Residual blocks; each stage strides once, in its first block, or in TF-slim's style in its last."""
+    """Adds residual blocks; each stage strides once, in its first block, or in its last for TF-slim."""
     for stage, (width, depth, stride) in enumerate(zip(widths, depths, strides, strict=True), start=2):
         for number in range(1, depth + 1):
             strided = number == (depth if style == "slim" else 1)
@@ -86,7 +86,7 @@ def _stages(x, widths, depths, block, strides, style="small"):
 
 
 def _block(x, width, stride, block, name, style):
-    """One residual block: x -> relu(shortcut(x) + branch(x))."""
+    """Adds one residual block: x -> relu(shortcut(x) + branch(x))."""
     layers = [(width, 3), (width, 3)] if block == "basic" else [(width, 1), (width, 3), (4 * width, 1)]
     strided = 2 if block == "bottleneck" and style != "small" else 1
     shortcut = x
@@ -103,7 +103,7 @@ def _block(x, width, stride, block, name, style):
 
 
 def _convolution(x, filters, size, stride, name, style="small"):
-    """Convolution and batch norm. Elsewhere than in TensorFlow, padding before a stride is the same on all sides."""
+    """Adds a convolution and batch norm; TF-slim and torchvision pad all sides equally before a stride."""
     evenly = style != "small" and stride > 1 and size > 1
     if evenly:
         x = keras.layers.ZeroPadding2D(size // 2, name=f"{name}_pad")(x)

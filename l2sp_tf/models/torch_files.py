@@ -1,4 +1,4 @@
-"""State dicts of PyTorch files, read without PyTorch and without running anything that the file asks for."""
+"""Reads state dicts of PyTorch files without PyTorch and without running any code that a file asks for."""
 
 import collections
 import io
@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import safetensors.numpy
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import check_members, refusing
 
-MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in files from before PyTorch 1.6
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
@@ -31,12 +32,11 @@ DTYPES = {
 
 
 def read_state_dict(path):
-    """Reads the weights in a PyTorch file: those of `torch.save`, new or from before 1.6, or safetensors.
+    """Reads the weights in a PyTorch file: safetensors, or `torch.save` of any version.
 
-    A state dict may lie under the entry "state_dict" of a training's checkpoint, and its
-    names may begin with the "module." of a model that was trained in parallel. Pickled
-    code is never run: besides containers and numbers, a file may only name what describes
-    tensors.
+    A training checkpoint may hold the state dict under "state_dict". Names may begin with "module.",
+    as in models that were trained in parallel. Pickled code is never run: besides containers and numbers,
+    a file may only name functions and classes that describe tensors.
 
     Args:
         path: the file.
@@ -45,13 +45,13 @@ def read_state_dict(path):
         A dict from name to array.
 
     Raises:
-        InputError: the file is missing, damaged, holds other things than a state dict, or
+        InputError: the file is missing, is damaged, holds something other than a state dict, or
             asks for a function or class that describes no tensor.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}: give the path of a PyTorch file.")
-    content = path.read_bytes()  # what the file claims of its sizes is checked against these bytes before memory is taken
+    content = path.read_bytes()  # every size that the file claims is checked against these bytes before memory is taken
     with refusing(f"{path} is damaged or no state dict of PyTorch"):
         if path.suffix == ".safetensors":
             return safetensors.numpy.load(content)
@@ -60,7 +60,7 @@ def read_state_dict(path):
 
 
 def _weights(found):
-    """The state dict in what a file holds, its tensors as arrays, the "module." of parallel training taken off."""
+    """Returns the state dict in a file's contents, with arrays for tensors and without the "module." of parallel training."""
     state = found.contents
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -86,7 +86,7 @@ class _Tensor(collections.namedtuple("_Tensor", "storage offset shape strides"))
 
 
 class _DescribeTensor:
-    """Stands in for the functions that rebuild a tensor: it only keeps their arguments."""
+    """Stands in for the functions that rebuild a tensor: keeps their arguments."""
 
     __slots__ = ()
 
@@ -95,7 +95,7 @@ class _DescribeTensor:
 
 
 class _DescribeParameter:
-    """Stands in for the function that rebuilds a parameter: its tensor."""
+    """Stands in for the function that rebuilds a parameter: keeps its tensor."""
 
     __slots__ = ()
 
@@ -104,7 +104,7 @@ class _DescribeParameter:
 
 
 class _OrderedDict:
-    """Stands in for OrderedDict: keys may be texts and numbers only, as the hash of nested tuples takes for ever."""
+    """Stands in for OrderedDict; keys must be strings or integers, because hashing nested tuples could take forever."""
 
     __slots__ = ()
 
@@ -114,7 +114,7 @@ class _OrderedDict:
 
 def _key(key):
     if type(key) not in (str, int):
-        raise pickle.UnpicklingError(f"a {type(key).__name__} is a name in it")
+        raise pickle.UnpicklingError(f"it uses a {type(key).__name__} as a name")
     return key
 
 
@@ -123,11 +123,11 @@ ALLOWED = {
     ("torch._utils", "_rebuild_tensor"): _DescribeTensor(),
     ("torch._utils", "_rebuild_tensor_v2"): _DescribeTensor(),
     ("torch._utils", "_rebuild_parameter"): _DescribeParameter(),
-    **{("torch", name): dtype.name for name, dtype in DTYPES.items()},  # a text, which cannot be called
+    **{("torch", name): dtype.name for name, dtype in DTYPES.items()},  # a string: a pickle cannot call it
 }
 
 
-# What no state dict needs: BYTEARRAY8 takes memory for any length that a file claims, others hash or make any object.
+# No state dict needs these: BYTEARRAY8 takes memory for any length that a file claims, the others hash or make any object.
 REFUSED = (
     "BYTEARRAY8",
     "DICT",
@@ -144,13 +144,13 @@ REFUSED = (
 )
 
 
-# The unpickler written in Python: that in C takes memory for any index that a file puts into its memo.
+# The Python unpickler: the one in C takes memory for any memo index that a file gives.
 class _Unpickler(pickle._Unpickler):
-    """Unpickles containers, texts, numbers and the descriptions of tensors; every other name is refused."""
+    """Unpickles containers, strings, numbers and descriptions of tensors; refuses every other name."""
 
     def __init__(self, file):
         super().__init__(file, encoding="latin1")  # some old files were written by Python 2
-        self.itemsizes = {}  # of the storages met, by their key
+        self.itemsizes = {}  # bytes per number of each storage, by its key
 
     def find_class(self, module, name):
         if (module, name) not in ALLOWED:
@@ -171,30 +171,30 @@ class _Unpickler(pickle._Unpickler):
 
     refused = dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused)
     own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
-    dispatch = pickle._Unpickler.dispatch | refused | own
+    dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, **refused, **own}
 
     def persistent_load(self, pid):
         kind, dtype, key, _location, count, *view = pid
         known = type(kind) is type(dtype) is str and kind == "storage" and dtype in {d.name for d in DTYPES.values()}
         if not known or any(v is not None for v in view):
-            raise pickle.UnpicklingError("it refers to something else than a storage of numbers")
+            raise pickle.UnpicklingError("it refers to something other than a storage of numbers")
         storage = _Storage(str(_key(key)), np.dtype(getattr(ml_dtypes, dtype, dtype)), count)
         self.itemsizes[storage.key] = storage.dtype.itemsize
         return storage
 
 
 class _Found:
-    """What a file holds: the unpickled contents, and the bytes of each storage by its key."""
+    """A file's contents: the unpickled objects, and the bytes of each storage by its key."""
 
     def __init__(self, contents, storages):
         self.contents, self._storages = contents, storages
 
     def array(self, tensor):
-        """The array of a tensor, a view of the file's bytes."""
+        """Returns a tensor's array, a view of the file's bytes."""
         storage, offset, shape, strides = tensor
         numbers = (storage.count, offset, *shape, *strides)
         if len(shape) != len(strides) or not all(type(number) is int and 0 <= number < 2**48 for number in numbers):
-            raise ValueError("a tensor has sizes that no tensor has")
+            raise ValueError("a tensor has impossible sizes")
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         count = math.prod(shape)
         if count and (last >= storage.count or count > storage.count):
@@ -207,7 +207,7 @@ class _Found:
 
 
 def _read_zip(path, content):
-    """The format since PyTorch 1.6: a zip of data.pkl and one uncompressed file for each storage."""
+    """Reads the format since PyTorch 1.6: a zip of data.pkl and one uncompressed file for each storage."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         check_members(archive.infolist(), path)
         members = {info.filename: info for info in archive.infolist()}
@@ -227,10 +227,10 @@ def _read_zip(path, content):
 
 
 def _read_legacy(content):
-    """The format before PyTorch 1.6: pickles of a magic number, version, system, contents and storage keys, then the storages."""
+    """Reads the format before PyTorch 1.6: pickles (magic number, version, system, contents, storage keys), then the storages."""
     file = io.BytesIO(content)
     if _Unpickler(file).load() != MAGIC:
-        raise ValueError("it begins with no magic number of PyTorch")
+        raise ValueError("it does not begin with PyTorch's magic number")
     _Unpickler(file).load()  # the version
     if not _Unpickler(file).load()["little_endian"]:
         raise ValueError("its numbers are big-endian")

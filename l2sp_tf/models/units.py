@@ -1,4 +1,4 @@
-"""The units of a network, in the order in which an image passes them, and freezing the first n of them (Fig. 3)."""
+"""The units of a network in the order in which an image passes them, and freezing the first n of them (Fig. 3)."""
 
 import re
 
@@ -7,7 +7,7 @@ import keras
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.weights import forget_traced_steps
 
-# The first group of a pattern marks the layers of the first unit, the second names the unit of any other layer.
+# In each pattern, capture 1 matches the layers of the first unit, and capture 2 names the unit of any other layer.
 NAMED = {
     "ResNet, ResNetV2, DenseNet": r"(conv1)_(?:pad|conv|bn|relu)|(conv\d+_block\d+)_\w+",
     "VGG, Xception": r"(block1)_(?:conv\d+|pool)(?:_bn|_act)?|(block\d+)_(?:conv\d+|sepconv\d+|pool)(?:_bn|_act)?",
@@ -18,7 +18,7 @@ NAMED = {
     "ConvNeXt": r".+_(stem)_(?:conv|layernorm)|.+_(stage_\d+_block_\d+)_\w+",
     "NASNet": r"(stem)_(?:conv1|bn1)|(?:adjust|normal|reduction|separable_conv)_\w+?_((?:stem|reduce)_\d+|\d+)",
 }
-# Keras numbers the convolutions of these; only what ends a block has a name.
+# Keras only numbers the convolutions of these networks; the layer that ends a block has a name.
 ENDED = {
     "InceptionV3": r"(mixed\d+)",
     "InceptionResNetV2": r"(mixed_\d+[a-z]|block\d+_\d+)(?:_(?:mixed|conv|ac))?",
@@ -26,12 +26,12 @@ ENDED = {
 
 
 def units(model):
-    """The units that Fig. 3 counts: the first convolution, then each block or cell, as lists of layers.
+    """Lists the units that Fig. 3 counts, each as a list of layers: the first convolution, then each block or cell.
 
-    Units are told by the layer names of the networks of `keras.applications` and of `l2sp_tf.models.resnets`, also where the
-    network is nested in the model. Batch norm belongs to its convolution's unit. What stands between two blocks (DenseNet's
-    transitions, ConvNeXt's downsampling) or behind the last one is no unit. InceptionV3 and InceptionResNetV2 have names
-    only where a block ends: a unit is then all between two ends.
+    Units are recognised by the layer names of `keras.applications` and `l2sp_tf.models.resnets`, also in nested models. Batch
+    norm belongs to its convolution's unit. Layers between two blocks (DenseNet's transitions, ConvNeXt's downsampling) and
+    after the last one belong to no unit. InceptionV3 and InceptionResNetV2 name only the ends of blocks: a unit is then
+    everything between two ends.
 
     Args:
         model: a functional or Sequential model.
@@ -40,13 +40,13 @@ def units(model):
         A list of units in the order of the network, each a list of layers in topological order.
 
     Raises:
-        InputError: the model is of another kind, or its layers are named otherwise.
+        InputError: the model is of another kind, or its layers have other names.
     """
     return _units(model, _parents(model))
 
 
 def unit_count(model):
-    """How many units a model has; 0 where they cannot be told."""
+    """Counts the units of a model; returns 0 if they are unknown."""
     try:
         return len(units(model))
     except InputError:
@@ -54,20 +54,20 @@ def unit_count(model):
 
 
 def freeze_first(model, n):
-    """Freezes the first n units of a network and all upstream of them (Fig. 3), and unfreezes all other layers.
+    """Freezes the first n units of a network and everything upstream of them (Fig. 3), and unfreezes all other layers.
 
-    A shortcut without a name that bridges unit n (Xception) is frozen with it. A frozen batch norm runs in inference mode:
-    its statistics stay the source's.
+    An unnamed shortcut around unit n (Xception) is frozen with it. A frozen batch norm runs in inference mode and
+    keeps the source's statistics.
 
     Args:
-        model: a model whose units are known, as `units` says.
+        model: a model whose units are known, as in `units`.
         n: number of units, from 0 (nothing is frozen, as after `unfreeze`) to all of them.
 
     Returns:
         The number of units of the model.
 
     Raises:
-        InputError: n is not between 0 and the number of units, or the units are not known; the model stays as it is.
+        InputError: n is not between 0 and the number of units, or the units are unknown; the model is unchanged.
     """
     parents = _parents(model)
     found = _units(model, parents)
@@ -82,15 +82,15 @@ def freeze_first(model, n):
 
 
 def unfreeze(model):
-    """Makes every layer, nested model and variable trainable that Keras makes so; statistics stay statistics.
+    """Makes all layers, nested models and variables trainable, except those that Keras never trains, such as statistics.
 
-    A kernel under LoRA is not trained, as in a new layer with LoRA: its low-rank update is.
+    As in a new layer with LoRA, a kernel under LoRA stays frozen and its low-rank update is trained.
 
     Args:
         model: any Keras model or layer.
     """
     for layer in model._flatten_layers():
-        layer.trainable = True  # one by one: Keras passes a value on only where it changes the outer layer's
+        layer.trainable = True  # one by one: Keras sets inner layers only if the outer layer's value changes
         for variable in layer._trainable_variables:
             variable.trainable = True
     for layer in model._flatten_layers():
@@ -100,21 +100,21 @@ def unfreeze(model):
 
 
 def graph_of(layer):
-    """The graph that a functional model is, or that a built Sequential model has; None for any other layer."""
+    """Returns the graph of a functional or built Sequential model, or None for any other layer."""
     graph = getattr(layer, "_functional", None) or layer
     return graph if hasattr(graph, "_nodes_by_depth") else None
 
 
 def nodes_of(graph):
-    """The calls in the graph of a model, each after those whose outputs it reads."""
+    """Returns the calls in a model's graph, each after those whose outputs it reads."""
     return [node for depth in sorted(graph._nodes_by_depth, reverse=True) for node in graph._nodes_by_depth[depth]]
 
 
 def _parents(model):
-    """What each operation of a model reads directly, in topological order; nested models are replaced by their layers.
+    """Lists which operations each operation reads directly, in topological order; nested models are replaced by their layers.
 
     Returns:
-        A dict from operation (a layer, or such as the sum of two tensors) to the set of operations that it reads.
+        A dict from operation (a layer, or for example the sum of two tensors) to the set of operations that it reads.
 
     Raises:
         InputError: the model has no graph.
@@ -135,7 +135,7 @@ def _parents(model):
                 made = [{node.operation}] * len(node.outputs)
             elif len(read) == len(inner.inputs):
                 made = walk(inner, read)
-            else:  # optional inputs were left out
+            else:  # the call leaves out optional inputs
                 made = walk(inner, [set().union(*read)] * len(inner.inputs))
             makers.update(zip(map(id, node.outputs), made, strict=True))
         return [makers[id(tensor)] for tensor in graph.outputs]
@@ -146,15 +146,15 @@ def _parents(model):
 
 def _units(model, parents):
     layers = [operation for operation in parents if isinstance(operation, keras.Layer)]
-    named = [_groups(layers, pattern, {1, 2}) for pattern in NAMED.values()]
-    ended = [_between(_groups(layers, pattern, {1}), layers, parents) for pattern in ENDED.values()]
-    known = [groups for groups in named + ended if len(groups) > 1]
+    named = [_matched(layers, pattern, {1, 2}) for pattern in NAMED.values()]
+    ended = [_between(_matched(layers, pattern, {1}), layers, parents) for pattern in ENDED.values()]
+    known = [found for found in named + ended if len(found) > 1]
     if not known:
         raise InputError(
             f"The model {model.name!r} has no layers named as the units of a network of keras.applications or of "
             "l2sp_tf.models.resnets: freeze its layers by hand."
         )
-    names = [layer.name for group in known[0] for layer in group]
+    names = [layer.name for unit in known[0] for layer in unit]
     if len(known) > 1 or len(set(names)) < len(names):
         raise InputError(f"The model {model.name!r} holds more than one network of known units: freeze its layers by hand.")
     for number, unit in enumerate(known[0]):
@@ -167,19 +167,19 @@ def _units(model, parents):
     return known[0]
 
 
-def _groups(layers, pattern, needed):
-    """The layers whose names match, grouped by what the pattern captures; none unless just the needed groups of it match."""
+def _matched(layers, pattern, needed):
+    """Lists the units of layers whose names match a pattern, or nothing unless exactly the `needed` captures of it matched."""
     found, captured = {}, set()
     for layer in layers:
         if match := re.fullmatch(pattern, layer.name):
             captured.add(match.lastindex)
             found.setdefault(match[match.lastindex], []).append(layer)
     place = {layer: number for number, layer in enumerate(layers)}
-    return sorted(found.values(), key=lambda group: place[group[-1]]) if captured == needed else []
+    return sorted(found.values(), key=lambda unit: place[unit[-1]]) if captured == needed else []
 
 
 def _between(ends, layers, parents):
-    """The units of a network that has names only where a block ends: its first convolution with batch norm, then the blocks."""
+    """Lists the units of a network that names only the ends of blocks: its first convolution with batch norm, then the blocks."""
     if len(ends) < 2:
         return []
     above = _reach(ends[0], parents)
@@ -200,7 +200,7 @@ def _between(ends, layers, parents):
 
 
 def _upstream(found, n, parents):
-    """The layers to freeze with unit n: its own, all that they read from, and what stands beside it on the way to unit n + 1."""
+    """Lists the layers to freeze with unit n: its own, all that they read from, and branches beside it before unit n + 1."""
     children = {}
     for operation, read in parents.items():
         for parent in read:
@@ -215,7 +215,7 @@ def _upstream(found, n, parents):
 
 
 def _reach(starts, edges):
-    """The starts, and all that is reached from them along the edges."""
+    """Returns the starts and everything that the edges reach from them."""
     seen, waiting = set(starts), list(starts)
     while waiting:
         new = edges.get(waiting.pop(), set()) - seen

@@ -1,4 +1,4 @@
-"""Backbones and their weights."""
+"""Backbones and their weights files."""
 
 import io
 import math
@@ -22,7 +22,7 @@ from l2sp_tf.penalties.weights import keyed_weights
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
-# of the zip that a .keras file is; earlier files have the first alone
+# members of the zip of a .keras file; older files have the first alone
 PIXELS_MEMBER, INTERFACE_MEMBER = "l2sp_tf/pixels.json", "l2sp_tf/interface.json"
 MAX_MEMBER_BYTES = 10_000_000
 
@@ -32,26 +32,26 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
 
     Args:
         name: "small" (see `small_resnet`); "resnet50", "resnet101" or "resnet152" of keras.applications;
-            or a ResNet of TF-slim or torchvision, such as "resnet50_slim" or "resnet18_torch"
-            (see `imagenet_resnet`), whose weights `l2sp_tf.models.convert` reads.
+            or a ResNet of TF-slim or torchvision (see `imagenet_resnet`), such as "resnet50_slim" or
+            "resnet18_torch", whose weights `l2sp_tf.models.convert` reads.
         num_classes: number of classes of the source task.
         image_size: height and width of the images, in pixels.
-        weights: None for random ones, "imagenet" (for those of keras.applications; downloaded), or the
-            path of a `.safetensors`, `.weights.h5` or `.keras` file of this architecture.
-        widths, depths, block: of the small ResNet.
+        weights: None for random weights; "imagenet" for those of keras.applications, which are downloaded;
+            or the path of a `.safetensors`, `.weights.h5` or `.keras` file of this architecture.
+        widths, depths, block: as in `small_resnet`.
 
     Returns:
         A Keras model from float32 images [b, image_size, image_size, 3] to logits [b, num_classes].
 
     Raises:
-        InputError: an unknown name, or weights that cannot be had or are of another architecture.
+        InputError: the name is unknown, or the weights are not available or of another architecture.
     """
     if name not in BACKBONES:
         raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
     if weights == "imagenet" and name not in RESNETS:
         raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
     from_file = weights not in (None, "imagenet")
-    limit = _most_bytes(_existing(weights)) if from_file else math.inf  # the file may have said how many classes there are
+    limit = _most_bytes(_existing(weights)) if from_file else math.inf  # num_classes may come from the file
     with variables_within(limit, f"The backbone {name} with {num_classes} classes has"):
         if name == "small":
             model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
@@ -71,7 +71,7 @@ def _resnet(name, num_classes, image_size, weights):
     build = getattr(keras.applications, name)
     try:
         return build(weights="imagenet" if weights == "imagenet" else None, **options)
-    except Exception as error:  # Keras raises a bare Exception for a download that fails
+    except Exception as error:  # Keras raises a bare Exception for a failed download
         if weights != "imagenet":
             raise
         raise InputError(
@@ -83,8 +83,8 @@ def load_weights(model, path):
     """Loads a `.safetensors`, `.weights.h5` or `.keras` file into a built model of the same architecture.
 
     Raises:
-        InputError: the file is missing, damaged, of an unknown kind, or of another
-            architecture (both sides are listed); the model then keeps its weights.
+        InputError: the file is missing, damaged, of an unknown kind, or of another architecture (the
+            message lists both sides); the model then keeps its weights.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
@@ -114,7 +114,7 @@ def _existing(path):
 
 
 def _check_h5(model, path):
-    """Compares the arrays of a `.weights.h5` file with those the model would write; Keras skips some that differ."""
+    """Compares the arrays of a `.weights.h5` file with those the model would write, because Keras skips some that differ."""
     with tempfile.TemporaryDirectory() as folder:
         own = pathlib.Path(folder) / "own.weights.h5"
         model.save_weights(own)
@@ -135,10 +135,10 @@ def _h5_shapes(path):
 
 
 def load_model(path):
-    """Reads a `.keras` file without its optimizer, and without running anything that it asks for.
+    """Reads a `.keras` file without its optimizer, and without running any code that it asks for.
 
     Raises:
-        InputError: the file is missing, damaged, made of layers unknown here, or needs more memory than its size allows.
+        InputError: the file is missing, is damaged, has unknown layers, or needs more memory than its size allows.
     """
     path = pathlib.Path(path)
     if not path.is_file() or path.suffix != ".keras":
@@ -148,23 +148,23 @@ def load_model(path):
         parse_json(archive.read("config.json"), what)
         with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
             h5_shapes(file, path.stat().st_size)
-    # the weights of all variables lie in the file; a model may have a few more of its own making
+    # the file holds the values of almost all variables; a model may create a few more
     with refusing(what), variables_within(_most_bytes(path), what + ", as it has"):
         return keras.models.load_model(path, compile=False, safe_mode=True)
 
 
 def _most_bytes(path):
-    """How many bytes the variables of a model may take whose weights lie in a file, which may keep them in fewer bits."""
+    """Returns how many bytes a model's variables may take if a file holds their values, perhaps in fewer bits."""
     return 4 * path.stat().st_size + SPARE_BYTES
 
 
 def save_model(model, path, interface):
-    """Writes a copy of a functional or Sequential model without penalties to a `.keras` file, with its interface.
+    """Writes a copy of a functional or Sequential model, without penalties, to a `.keras` file with its interface.
 
     Args:
         model: the model.
         path: the file.
-        interface: an `Interface`, or where no more is known a `PixelFormat`.
+        interface: an `Interface`, or a `PixelFormat` if nothing more is known.
 
     Raises:
         OSError: the file cannot be written.
@@ -177,13 +177,13 @@ def save_model(model, path, interface):
         if model.compiled:
             copy.compile_from_config(model.get_compile_config())
         copy.save(temporary)
-        with zipfile.ZipFile(temporary, "a") as archive:  # Keras passes over members that it does not know
+        with zipfile.ZipFile(temporary, "a") as archive:  # Keras ignores unknown members
             for name, member in members.items():
                 archive.writestr(name, member.to_json())
 
 
 def stored_pixels(path):
-    """The pixel format in a `.safetensors` or `.keras` file, or None where the file carries none.
+    """Returns the pixel format in a `.safetensors` or `.keras` file, or None if the file has none.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -198,7 +198,7 @@ def stored_pixels(path):
 
 
 def stored_interface(path):
-    """The `Interface` in a `.keras` file, or None where the file carries none, or its pixel format alone.
+    """Returns the `Interface` in a `.keras` file, or None if the file has none or only a pixel format.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -211,23 +211,23 @@ def stored_interface(path):
 
 
 def _member(path, name):
-    """The content of one member of a `.keras` file, or None where it has no such member."""
+    """Returns the content of one member of a `.keras` file, or None if there is no such member."""
     with open_zip(path) as archive, refusing(f"The model file {path} is damaged"):
         return archive.open(name).read(MAX_MEMBER_BYTES) if name in archive.namelist() else None
 
 
 def pixels_of(weights, given=None):
-    """How weights see pixels: as their file or their origin says, and as the caller says where neither does.
+    """Returns the pixel format of weights: from their file or origin, or else from the caller.
 
     Args:
-        weights: None for weights that are still random, "imagenet", or the path of a file, as `backbone` takes it.
+        weights: None for random weights, "imagenet", or the path of a file, as in `backbone`.
         given: a `PixelFormat`, one of the names "rgb", "bgr" and "torch", or None.
 
     Returns:
         A `PixelFormat`.
 
     Raises:
-        InputError: nobody says, or the two disagree.
+        InputError: neither gives a format, or the two disagree.
     """
     given = None if given is None else named_pixels(given)
     known = {None: PIXELS["rgb"], "imagenet": PIXELS["bgr"]}.get(weights) or stored_pixels(weights)
@@ -240,16 +240,16 @@ def pixels_of(weights, given=None):
 
 
 def head_classes(path):
-    """The number of classes of the head in a `.safetensors` file of weights; None where there is no such head."""
+    """Returns the number of classes of the head in a `.safetensors` file of weights; None if it has no such head."""
     shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
     return shape[0] if shape else None
 
 
 def input_shape(path):
-    """The shape of the images that a `.keras` file takes, by its description alone.
+    """Returns the shape of the images that a `.keras` file takes, from its configuration alone.
 
     Returns:
-        (height, width, channels), each None where any will do; None if its input is no image.
+        (height, width, channels), each None if any size will do; None if the input is not an image.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -264,7 +264,7 @@ def input_shape(path):
 
 
 def _first_shape(config):
-    """The batch shape of the first input in a model's description, or None."""
+    """Returns the batch shape of the first input in a model's configuration, or None."""
     if not isinstance(config, dict):
         return None
     inner = config.get("config")

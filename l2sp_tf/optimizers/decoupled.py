@@ -1,10 +1,13 @@
 """The pull to the start apart from the gradient, for adaptive optimizers: what AdamW is to L2."""
 
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
+from l2sp_tf.files.types import Tensor
 from l2sp_tf.optimizers.stepping import Stepping
-from l2sp_tf.penalties.formulas import L2, L2SP, L2SPFisher
+from l2sp_tf.penalties.formulas import Penalty
 
 
 @keras.saving.register_keras_serializable(package="l2sp_tf")
@@ -21,17 +24,9 @@ class Decoupled(Stepping):
         optimizer, name: as `l2sp_tf.optimizers.stepping.Stepping`; `Decoupled.of(optimizer, model)` is how to make one.
     """
 
-    penalties = (L2, L2SP, L2SPFisher)
+    needs = "gradient"
 
-    def step(self, update, penalty, variable, learning_rate):
+    def step(self, update: Callable[[], object], penalty: Penalty, variable: Tensor, learning_rate: Tensor) -> None:
         # before the inner step, from the weight at which the gradient was taken
-        self.assign_sub(variable, ops.cast(learning_rate, "float32") * penalty_gradient(penalty, variable))
+        self.assign_sub(variable, ops.cast(learning_rate, "float32") * penalty.gradient(variable))
         update()
-
-
-def penalty_gradient(penalty, w):
-    """alpha F (w - w0), the gradient of Eqs. (1), (2) and (4), in float32 at least."""
-    w = ops.cast(w, keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32"))
-    difference = w if isinstance(penalty, L2) else w - ops.cast(penalty.anchor, w.dtype)
-    weight = ops.cast(penalty.fisher, w.dtype) if isinstance(penalty, L2SPFisher) else 1
-    return penalty.alpha * weight * difference

@@ -3,13 +3,15 @@
 import contextlib
 import functools
 import warnings
+from collections.abc import Callable
 
 import keras
 from keras import ops
 
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.types import Tensor
 from l2sp_tf.penalties import effect
-from l2sp_tf.penalties.formulas import Penalty
+from l2sp_tf.penalties.formulas import PENALTIES, Penalty
 from l2sp_tf.penalties.weights import forget_traced_steps
 
 
@@ -39,16 +41,16 @@ class Stepping(keras.optimizers.Optimizer):
         InputError: it is no optimizer, or none whose steps of single weights can be surrounded.
     """
 
-    penalties = ()  # the classes that can be stepped
+    needs = ""  # the name of the method that a penalty has if it can be stepped
 
-    def __init__(self, optimizer, name=None):
+    def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None) -> None:
         optimizer = _checked(optimizer)
         super().__init__(learning_rate=0.0, name=name)
         self.inner_optimizer = optimizer
         optimizer.update_step = functools.partial(self._update, optimizer.update_step)
 
     @classmethod
-    def of(cls, optimizer, model):
+    def of(cls, optimizer: keras.optimizers.Optimizer | str, model: keras.Model) -> keras.optimizers.Optimizer:
         """Wraps `optimizer`, and lets `model` keep its penalties out of the gradient in each step that this optimizer takes.
 
         Their values stay in the loss that Keras reports, and in `model.losses`. Compiled with another optimizer, the model
@@ -76,13 +78,13 @@ class Stepping(keras.optimizers.Optimizer):
         return optimizer
 
     @classmethod
-    def check(cls, penalty):
-        """Raises an InputError if the penalty is none that can be stepped."""
-        if not isinstance(penalty, cls.penalties):
-            names = ", ".join(kind.__name__ for kind in cls.penalties)
+    def check(cls, penalty: Penalty) -> None:
+        """Raises an InputError if the penalty cannot be stepped."""
+        if getattr(penalty, cls.needs) is None:
+            names = ", ".join(kind.__name__ for kind in PENALTIES.values() if getattr(kind, cls.needs) is not None)
             raise InputError(f"{cls.__name__} cannot step {penalty}: it can step {names}.")
 
-    def step(self, update, penalty, variable, learning_rate):
+    def step(self, update: Callable[[], object], penalty: Penalty, variable: Tensor, learning_rate: Tensor) -> None:
         """Takes the step of one penalised weight.
 
         Args:

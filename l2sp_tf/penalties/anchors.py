@@ -1,5 +1,9 @@
 """The starting point w0: a snapshot of a model's weights by value, saved and verified."""
 
+from typing import Any, Self
+
+import keras
+
 from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.penalties.matching import restore
 from l2sp_tf.penalties.weights import keyed_weights
@@ -19,11 +23,11 @@ class Anchors(Snapshot):
     """
 
     @classmethod
-    def of(cls, model, metadata=None):
+    def of(cls, model: keras.Model, metadata: dict[str, Any] | None = None) -> Self:
         """Copies the weights of a built model by value; later training does not change them."""
         return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}, metadata)
 
-    def restore(self, model):
+    def restore(self, model: keras.Model) -> None:
         """Assigns these values to the weights of `model` that have the same key; its layers derive their state from them.
 
         Args:

@@ -6,12 +6,14 @@ import json
 import math
 import warnings
 import weakref
+from collections.abc import Iterable
 
 import keras
 import numpy as np
 
 from l2sp_tf.files.arrays import digest_of_arrays
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.types import Weights
 from l2sp_tf.penalties import effect
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.formulas import L2, AnchoredPenalty, FisherPenalty, Penalty, UnboundPenaltyError, check_strength
@@ -60,21 +62,21 @@ class Coverage:
     is_saved: bool = True
 
     @property
-    def distance(self):
+    def distance(self) -> float:
         """||w - w0|| over S when the penalty was attached; 0 at a fresh start."""
-        return math.sqrt(sum(weight.distance**2 for weight in self.group(SHARED)))
+        return math.sqrt(sum((weight.distance or 0.0) ** 2 for weight in self.group(SHARED)))
 
-    def group(self, name):
+    def group(self, name: str) -> list[CoveredWeight]:
         """The weights of one group: "S", "S-bar" or "left out"."""
         return [weight for weight in self.weights if weight.group == name]
 
     @property
-    def counts(self):
+    def counts(self) -> dict[str, tuple[int, int]]:
         """For each group the number of weight tensors and of numbers in them."""
         return {name: (len(self.group(name)), sum(w.size for w in self.group(name))) for name in (SHARED, NEW, LEFT_OUT)}
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """The sha256 of the whole coverage: equal digests mean the same penalties on the same weights."""
         rows = [[w.key, w.group, w.shape, w.penalty, w.reason] for w in self.weights]
         return hashlib.sha256(json.dumps([rows, self.anchors_digest], sort_keys=True).encode()).hexdigest()
@@ -92,7 +94,16 @@ class Coverage:
         return "\n".join([*lines, f"distance to the anchors when attached: {self.distance:.6g}"])
 
 
-def attach(model, penalty, anchors=None, beta=0.01, *, params="all", fisher=None, new=()):
+def attach(
+    model: keras.Model,
+    penalty: Penalty,
+    anchors: Weights | None = None,
+    beta: float = 0.01,
+    *,
+    params: str = "all",
+    fisher: Weights | None = None,
+    new: Iterable[str] = (),
+) -> Coverage:
     """Eq. (3): puts `penalty` on the shared weights S and L2 of strength beta on the new ones S-bar.
 
     A trainable weight is in S if the anchors hold its starting point, and in S-bar otherwise (`l2sp_tf.penalties.matching` says
@@ -278,13 +289,15 @@ def _is_saved(model, bound):
     """Whether a `.keras` file of the model keeps one of the penalties at least."""
     if not any(bound.values()):
         return True
+    names = {keras.saving.get_registered_name(type(penalty)) for penalty in filter(None, bound.values())}
     try:
-        return '"l2sp_tf>' in json.dumps(model.get_config(), default=str)
+        text = json.dumps(model.get_config(), default=str)
+        return any(f'"{name}"' in text for name in names)
     except Exception:  # whatever the model's own method raises, its file does not have the layers
         return False
 
 
-def detach(model):
+def detach(model: keras.Model) -> int:
     """Takes the penalties of this package off all weights of `model`, and returns how many there were."""
     count = drop_penalties(keyed_weights(model))
     forget_traced_steps(model)
@@ -305,11 +318,12 @@ class AnchorGuard(keras.callbacks.Callback):
         coverage: what `attach` returned for the model, or for a part of it such as a nested backbone.
     """
 
-    def __init__(self, coverage):
+    def __init__(self, coverage: Coverage) -> None:
         super().__init__()
-        self.coverage, self._first_step = coverage, None
+        self.coverage = coverage
+        self._first_step: _FirstStep | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         penalties = check_bound(self.model, self.coverage)
         decay = getattr(self.model.optimizer, "weight_decay", None)
         if decay:
@@ -322,7 +336,7 @@ class AnchorGuard(keras.callbacks.Callback):
         if keras.backend.backend() == "tensorflow":
             self._first_step = _FirstStep(self.model, penalties)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         if self._first_step is not None and self._first_step.check():
             self._first_step = None
 
@@ -330,7 +344,7 @@ class AnchorGuard(keras.callbacks.Callback):
 class _FirstStep:
     """Watches which penalties take part in the next step of a model; a traced step that is known to have them passes."""
 
-    _known = weakref.WeakKeyDictionary()  # from a traced step to the penalties that were seen in it
+    _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # from a traced step to the penalties that were seen in it
 
     def __init__(self, model, penalties):
         self._model, self._penalties, self._before = model, penalties, []

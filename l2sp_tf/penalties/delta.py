@@ -6,16 +6,18 @@ import json
 import pathlib
 import zlib
 
+import keras
 import numpy as np
 
 from l2sp_tf.files.arrays import load_arrays, save_arrays
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import parse_json, refusing
+from l2sp_tf.files.types import Path
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
-FORMAT = "l2sp_tf.penalties.delta.v1"
+FORMAT = "l2sp_tf.delta.v1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DeltaSize:
         return f"{self.bytes:,} bytes, {self.bytes / self.full_bytes:.1%} of {self.full_bytes:,}; weights: {counts}"
 
 
-def save_delta(model, anchors, path):
+def save_delta(model: keras.Model, anchors: Anchors, path: Path) -> DeltaSize:
     """Writes what a model differs in from its anchors, atomically; `load_delta` gives it back to the bit.
 
     Each weight is stored in one of three ways, all exact for any dtype:
@@ -79,7 +81,7 @@ def save_delta(model, anchors, path):
     return DeltaSize(pathlib.Path(path).stat().st_size, sum(a.nbytes for a in weights.values()), dict(counts))
 
 
-def load_delta(model, anchors, path):
+def load_delta(model: keras.Model, anchors: Anchors, path: Path) -> None:
     """Gives a model the weights that `save_delta` wrote, to the bit.
 
     Args:

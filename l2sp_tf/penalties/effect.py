@@ -13,8 +13,9 @@ import weakref
 import keras
 
 _apart = contextvars.ContextVar("apart", default=False)  # for each thread: each replica has its own
-_in_gradient = weakref.WeakKeyDictionary()  # from a graph to the penalties whose gradient was taken while it was traced
-_watches = weakref.WeakSet()
+# from a graph to the penalties whose gradient was taken while it was traced
+_in_gradient: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_watches: weakref.WeakSet = weakref.WeakSet()
 
 
 def passed_on(penalty, value):

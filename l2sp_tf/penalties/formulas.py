@@ -1,12 +1,17 @@
 """The penalties of section 3 as Keras regularizers, one class for each equation.
 
 Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength,
-`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size.
+`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size. Each penalty is one class, which
+`register_penalty` makes known to all else.
 """
 
 import copy
+import importlib.metadata
 import math
 import numbers
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import keras
 import numpy as np
@@ -14,11 +19,79 @@ from keras import ops
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
-from l2sp_tf.penalties import effect
+from l2sp_tf.files.types import Tensor
+from l2sp_tf.penalties import effect, maps
 
 
 class UnboundPenaltyError(RuntimeError):
     """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
+
+
+def check_strength(value: Any, name: str) -> float:
+    """Returns a strength as a float.
+
+    Raises:
+        InputError: it is not a finite number that is at least 0.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
+    return float(value)
+
+
+PENALTIES: dict[str, type["Penalty"]] = {}  # the registered classes by symbol
+
+
+def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable[[type["Penalty"]], type["Penalty"]]:
+    """Makes a penalty known by its symbol: to Keras' files, train.py, cross-validation, records, tables and figures.
+
+    A penalty of your own is a subclass of `Penalty`, `AnchoredPenalty` or `FisherPenalty` with a method `value`; `gradient`
+    and `pull` let `Decoupled` and `Proximal` step it. An installed package that names the module of such a class as an entry
+    point of the group "l2sp_tf.penalties" makes it known to train.py.
+
+    Args:
+        symbol: what train.py and records call it, such as "l2_sp": lower case letters, digits and underscores.
+        title: what tables and figures call it, such as "L2-SP".
+        grid: the strengths that cross-validation tries by default.
+
+    Returns:
+        A decorator of the class.
+
+    Raises:
+        InputError: the symbol is no such word or another class has it, the class is no `Penalty`, or the grid is empty.
+    """
+
+    def register(cls):
+        known = PENALTIES.get(symbol)
+        if not (isinstance(symbol, str) and re.fullmatch(r"[a-z][a-z0-9_]*", symbol)):
+            raise InputError(f"The symbol {symbol!r} is no word of lower case letters, digits and underscores: give another.")
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise InputError(f"The symbol {symbol} is that of {known.__module__}.{known.__qualname__}: give another.")
+        if not issubclass(cls, Penalty):
+            raise InputError(f"{cls.__name__} is no subclass of l2sp_tf.penalties.formulas.Penalty: make it one.")
+        cls.symbol, cls.title = symbol, title
+        cls.grid = tuple(check_strength(alpha, "grid") for alpha in grid)
+        if not cls.grid:
+            raise InputError(f"The grid of {cls.__name__} is empty: give at least one strength.")
+        PENALTIES[symbol] = cls
+        return keras.saving.register_keras_serializable(package=cls.__module__.partition(".")[0])(cls)
+
+    return register
+
+
+def load_registered() -> None:
+    """Imports the modules of installed packages that register penalties: entry points of the group "l2sp_tf.penalties".
+
+    Raises:
+        InputError: one cannot be imported; it is named.
+    """
+    for entry in importlib.metadata.entry_points(group="l2sp_tf.penalties"):
+        try:
+            entry.load()
+        except Exception as error:  # whatever a stranger's module raises
+            raise InputError(
+                f"The penalties of {entry.value} cannot be imported ({error}): mend or remove its package."
+            ) from error
 
 
 class Penalty(keras.regularizers.Regularizer):
@@ -35,15 +108,19 @@ class Penalty(keras.regularizers.Regularizer):
         InputError: the strength is not a finite number that is at least 0.
     """
 
-    symbol = ""
+    symbol, title, grid = "", "", ()  # see `register_penalty`
     is_penalty = True  # by which `drop_penalties` knows it
+    # A subclass that `Decoupled` can step has a method gradient(w), and one that `Proximal` can step a method pull(d, step):
+    # see `L2`.
+    gradient: Any = None
+    pull: Any = None
 
-    def __init__(self, alpha, *, key=None):
+    def __init__(self, alpha: float, *, key: str | None = None) -> None:
         self.alpha = check_strength(alpha, "alpha")
         self.key = key
         self._is_attached = False
 
-    def __call__(self, w):
+    def __call__(self, w: Tensor) -> Tensor:
         """The value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
 
         Raises:
@@ -51,13 +128,37 @@ class Penalty(keras.regularizers.Regularizer):
         """
         if not self.is_bound:
             raise UnboundPenaltyError(self._unbound())
-        return effect.passed_on(self, self._value(w))
+        return effect.passed_on(self, self.value(w))
 
-    def _value(self, w):
+    def value(self, w: Tensor) -> Tensor:
+        """The value for a weight w, a scalar tensor in float32 at least; each subclass has its formula here."""
         raise NotImplementedError
 
+    def displacement(self, w: Tensor) -> Tensor:
+        """What the penalty pulls to 0: w itself, or w - w0 for those with an anchor; in float32 at least."""
+        return self._weight(w)
+
+    def proximal_map(self, w: Tensor, step: Tensor) -> Tensor:
+        """argmin_x penalty(x) + sum_j (x_j - w_j)^2 / (2 step_j), by the formula of `pull`.
+
+        Args:
+            w: a tensor or variable of any float type, of the weight's shape.
+            step: at least 0, a scalar or a tensor of that shape.
+
+        Returns:
+            A tensor of the type of `w`, but float32 at least; entries on w0 are equal to it bit by bit.
+        """
+        d = self.displacement(w)
+        w = self._weight(w)
+        pull, stays = self.pull(d, ops.cast(step, d.dtype))
+        return ops.where(stays, self._origin(w), w - pull)  # w0 itself, as w0 + 0 would be wrong by a rounding or a sign
+
+    def _origin(self, w):
+        """What the penalty pulls w to."""
+        return ops.zeros_like(w)
+
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         """Whether the penalty has all it needs to be computed."""
         return self._is_attached or self.key is None
 
@@ -68,13 +169,13 @@ class Penalty(keras.regularizers.Regularizer):
             "l2sp_tf.attach(model, ...) before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
         )
 
-    def bind(self, key, **_):
+    def bind(self, key: str, **_: Any) -> Any:
         """Returns a copy of this penalty for the weight named `key`."""
         bound = type(self)(**{**self.get_config(), "key": key})
         bound._is_attached = True
         return bound
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The strength and the key: small enough to live in a `.keras` file."""
         return {"alpha": self.alpha, "key": self.key}
 
@@ -99,21 +200,21 @@ class AnchoredPenalty(Penalty):
         InputError: a bad strength, or an anchor that is not finite.
     """
 
-    def __init__(self, alpha, anchor=None, *, key=None, digest=None):
+    def __init__(self, alpha: float, anchor: Tensor | None = None, *, key: str | None = None, digest: str | None = None) -> None:
         super().__init__(alpha, key=key)
         self.digest = digest
-        self._anchor = None if anchor is None else _constant(anchor, self._name_of("anchor"))
+        self._anchor: Any = None if anchor is None else _constant(anchor, self._name_of("anchor"))
 
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         return self._anchor is not None
 
     @property
-    def anchor(self):
+    def anchor(self) -> Tensor:
         """w0, a tensor, or None."""
         return self._anchor
 
-    def bind(self, key, *, anchor, digest, **_):
+    def bind(self, key: str, *, anchor: Tensor = None, digest: str | None = None, **_: Any) -> Any:
         """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
         bound = super().bind(key)
         bound.digest, bound._anchor = digest, _constant(anchor, bound._name_of("anchor"), share=True)
@@ -130,14 +231,17 @@ class AnchoredPenalty(Penalty):
     def _name_of(self, what):
         return f"the {what} of {self.key or type(self).__name__}"
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "digest": self.digest}
 
-    def _difference(self, w):
+    def displacement(self, w: Tensor) -> Tensor:
         """w - w0, in float32 at least."""
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
         w = self._weight(w)
-        return ops.subtract(w, ops.cast(self._anchor, w.dtype))
+        return ops.subtract(w, self._origin(w))
+
+    def _origin(self, w):
+        return ops.cast(self._anchor, w.dtype)
 
 
 class FisherPenalty(AnchoredPenalty):
@@ -152,30 +256,39 @@ class FisherPenalty(AnchoredPenalty):
             anchor's.
     """
 
-    def __init__(self, alpha, anchor=None, fisher=None, *, key=None, fisher_digest=None, **kwargs):
+    def __init__(
+        self,
+        alpha: float,
+        anchor: Tensor | None = None,
+        fisher: Tensor | None = None,
+        *,
+        key: str | None = None,
+        fisher_digest: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(alpha, anchor, key=key, **kwargs)
         self.fisher_digest, self._root_fisher = fisher_digest, None
         if fisher is not None:
             self._set_fisher(fisher)
 
     @property
-    def is_bound(self):
+    def is_bound(self) -> bool:
         return super().is_bound and self._root_fisher is not None
 
     @property
-    def fisher(self):
+    def fisher(self) -> Tensor:
         """F_jj, a tensor, or None."""
         return None if self._root_fisher is None else ops.square(self._root_fisher)
 
-    def bind(self, key, *, anchor, digest, fisher=None, fisher_digest=None, **_):
+    def bind(self, key: str, *, fisher: Tensor = None, fisher_digest: str | None = None, **bound_to: Any) -> Any:
         """Returns a copy of this penalty for one weight, bound to its anchor and Fisher diagonal."""
-        bound = super().bind(key, anchor=anchor, digest=digest)
+        bound = super().bind(key, **bound_to)
         bound.fisher_digest = fisher_digest
         if fisher is not None:
             bound._set_fisher(fisher)
         return bound
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "fisher_digest": self.fisher_digest}
 
     def _set_fisher(self, fisher):
@@ -186,10 +299,13 @@ class FisherPenalty(AnchoredPenalty):
         if self._anchor is not None:
             _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
 
-    def _weighted_difference(self, w):
+    def _weighted_displacement(self, w):
         """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
-        difference = self._difference(w)
-        return ops.multiply(ops.cast(self._root_fisher, difference.dtype), difference)
+        d = self.displacement(w)
+        return ops.multiply(ops.cast(self._root_fisher, d.dtype), d)
+
+    def _fisher_as(self, x):
+        return ops.cast(self.fisher, x.dtype)
 
 
 class _Grouped:
@@ -200,7 +316,7 @@ class _Grouped:
     root, which smooths the kink at w0 (the authors' code has 1e-16).
     """
 
-    def __init__(self, *args, group_axes=None, epsilon=0.0, **kwargs):
+    def __init__(self, *args: Any, group_axes: Iterable[int] | None = None, epsilon: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.group_axes = None if group_axes is None else tuple(group_axes)
         self.epsilon = check_strength(epsilon, "epsilon")
@@ -216,45 +332,70 @@ class _Grouped:
 
     def _group_norms(self, x):
         """alpha * sum_g sqrt(p_g) (sum_{j in g} x_j^2 + epsilon)^(1/2)."""
-        axes = tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
-        p_g = math.prod(x.shape[axis] for axis in axes)
+        axes, p_g = self._axes(x), self._group_size(x)
         if not axes and not self.epsilon:  # groups of one weight, such as the gammas of batch norm
             return ops.multiply(self.alpha, ops.sum(ops.absolute(x)))
         norms = _root(_sum_over(ops.square(x), axes), self.epsilon)
         return ops.multiply(self.alpha * math.sqrt(p_g), ops.sum(norms))
 
+    def _axes(self, x):
+        return tuple(range(len(x.shape) - 1)) if self.group_axes is None else self.group_axes
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+    def _group_size(self, x):
+        """p_g."""
+        return math.prod(x.shape[axis] for axis in self._axes(x))
+
+
+@register_penalty("l2", "L2", (1e-5, 1e-4, 1e-3, 1e-2))
 class L2(Penalty):
     """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
 
-    symbol = "l2"
+    def value(self, w: Tensor) -> Tensor:
+        return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._weight(w)))
+    def gradient(self, w: Tensor) -> Tensor:
+        """alpha w."""
+        return self.alpha * self.displacement(w)
+
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """What the proximal map takes away from w: s alpha d / (1 + s alpha), and where w becomes 0: nowhere."""
+        return maps.quadratic(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l2_sp", "L2-SP", (1e-3, 1e-2, 1e-1, 1.0))
 class L2SP(AnchoredPenalty):
     """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
 
-    symbol = "l2_sp"
+    def value(self, w: Tensor) -> Tensor:
+        return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._difference(w)))
+    def gradient(self, w: Tensor) -> Tensor:
+        """alpha (w - w0)."""
+        return self.alpha * self.displacement(w)
+
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """As of L2, with d = w - w0."""
+        return maps.quadratic(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l2_sp_fisher", "L2-SP-Fisher", (1e-3, 1e-2, 1e-1, 1.0))
 class L2SPFisher(FisherPenalty):
     """Eq. (4): L2-SP-Fisher. alpha / 2 * sum_j F_jj (w_j - w0_j)^2."""
 
-    symbol = "l2_sp_fisher"
+    def value(self, w: Tensor) -> Tensor:
+        return ops.multiply(self.alpha, _half_square_sum(self._weighted_displacement(w)))
 
-    def _value(self, w):
-        return ops.multiply(self.alpha, _half_square_sum(self._weighted_difference(w)))
+    def gradient(self, w: Tensor) -> Tensor:
+        """alpha F (w - w0)."""
+        d = self.displacement(w)
+        return self.alpha * self._fisher_as(d) * d
+
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """s alpha F d / (1 + s alpha F)."""
+        return maps.quadratic(d, step * self.alpha * self._fisher_as(d))
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("l1_sp", "L1-SP", (1e-5, 1e-4, 1e-3, 1e-2))
 class L1SP(AnchoredPenalty):
     """Eq. (5): L1-SP. alpha * sum_j |w_j - w0_j|, with the subgradient 0 at w0.
 
@@ -263,43 +404,56 @@ class L1SP(AnchoredPenalty):
             authors' code has 1e-16); 0 by default.
     """
 
-    symbol = "l1_sp"
-
-    def __init__(self, alpha, anchor=None, *, epsilon=0.0, **kwargs):
+    def __init__(self, alpha: float, anchor: Tensor | None = None, *, epsilon: float = 0.0, **kwargs: Any) -> None:
         super().__init__(alpha, anchor, **kwargs)
         self.epsilon = check_strength(epsilon, "epsilon")
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "epsilon": self.epsilon}
 
-    def _value(self, w):
-        difference = self._difference(w)
+    def value(self, w: Tensor) -> Tensor:
+        d = self.displacement(w)
         if self.epsilon:
-            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(difference) + self.epsilon)))
-        return ops.multiply(self.alpha, ops.sum(ops.absolute(difference)))
+            return ops.multiply(self.alpha, ops.sum(ops.sqrt(ops.square(d) + self.epsilon)))
+        return ops.multiply(self.alpha, ops.sum(ops.absolute(d)))
+
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """sign(d) s alpha, or all of d where |d| <= s alpha."""
+        return maps.soft_threshold(d, step * self.alpha)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("gl_sp", "GL-SP", (1e-5, 1e-4, 1e-3, 1e-2))
 class GroupLassoSP(_Grouped, AnchoredPenalty):
     """Eq. (6): GL-SP. alpha * sum_g sqrt(p_g) ||w_g - w0_g||_2, with the subgradient 0 at w0."""
 
-    symbol = "gl_sp"
+    def value(self, w: Tensor) -> Tensor:
+        return self._group_norms(self.displacement(w))
 
-    def _value(self, w):
-        return self._group_norms(self._difference(w))
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """d min(1, s alpha sqrt(p_g) / ||d_g||) for one s; see `maps.weighted_group` for an s for each weight."""
+        axes, strength = self._axes(d), self.alpha * math.sqrt(self._group_size(d))
+        if len(step.shape) == 0:
+            return maps.group(d, strength * step, axes)
+        return maps.weighted_group(d, ops.ones_like(d), strength, step, axes)
 
 
-@keras.saving.register_keras_serializable(package="l2sp_tf")
+@register_penalty("gl_sp_fisher", "GL-SP-Fisher", (1e-5, 1e-4, 1e-3, 1e-2))
 class GroupLassoSPFisher(_Grouped, FisherPenalty):
     """Eq. (7): GL-SP-Fisher. alpha * sum_g sqrt(p_g) (sum_{j in g} F_jj (w_j - w0_j)^2)^(1/2)."""
 
-    symbol = "gl_sp_fisher"
+    def value(self, w: Tensor) -> Tensor:
+        return self._group_norms(self._weighted_displacement(w))
 
-    def _value(self, w):
-        return self._group_norms(self._weighted_difference(w))
+    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """See `maps.weighted_group`."""
+        strength = self.alpha * math.sqrt(self._group_size(d))
+        return maps.weighted_group(d, self._fisher_as(d), strength, step, self._axes(d))
 
 
-def smoothed(penalty, epsilon):
+PAPER = tuple(PENALTIES)  # the symbols of Eqs. (1), (2) and (4)-(7), in this order
+
+
+def smoothed(penalty: Penalty, epsilon: float) -> Penalty:
     """A penalty with epsilon inside its roots, Eqs. (5)-(7); as it is where it has none, or an epsilon of its own.
 
     Raises:
@@ -311,21 +465,6 @@ def smoothed(penalty, epsilon):
     penalty = copy.copy(penalty)
     penalty.epsilon = epsilon
     return penalty
-
-
-PENALTIES = {cls.symbol: cls for cls in (L2, L2SP, L2SPFisher, L1SP, GroupLassoSP, GroupLassoSPFisher)}
-
-
-def check_strength(value, name):
-    """Returns a strength as a float.
-
-    Raises:
-        InputError: it is not a finite number that is at least 0.
-    """
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise InputError(f"{name} is {value!r}: give a finite number that is at least 0.")
-    return float(value)
 
 
 def _half_square_sum(x):

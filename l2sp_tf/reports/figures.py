@@ -17,9 +17,15 @@ from l2sp_tf.reports.labels import by_place, differences, labelled, lines, place
 from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, summary
 
 COLORS = dict(zip(paper.PENALTIES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
+MORE_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # of penalties that are not the paper's
 MOST_BOXES = 12
 # An example for appendix A: J is about 10 times as curved across its valley as along it.
 PATH_EXAMPLE = {"hessian": [[0.325, -0.39], [-0.39, 0.775]], "w_star": [1.0, 2.2], "w0": [2.6, 1.9]}
+
+
+def color_of(symbol):
+    """Returns the color of a penalty: the same in all figures."""
+    return COLORS.get(symbol) or MORE_COLORS[sum(map(ord, symbol)) % len(MORE_COLORS)]
 
 
 def save(drawing, folder, name):
@@ -149,7 +155,7 @@ def figure_3(records):
     drawing, axes = _panels(len(places), 1, width=7)
     for (panel,), (where, here) in zip(axes, places.items(), strict=True):
         for number, line in enumerate(here):
-            color, marker, dashes = COLORS[line["penalty"]], "osD^v"[number % 5], ("--", ":", "-.")[number % 3]
+            color, marker, dashes = color_of(line["penalty"]), "osD^v"[number % 5], ("--", ":", "-.")[number % 3]
             points = [(row["frozen"], *row["target_accuracy"]) for row in line["points"]]
             x, mean, sd = zip(*(point for point in points if point[0]), strict=True)
             panel.errorbar(x, mean, [spread or 0 for spread in sd], fmt=f"{marker}-", color=color, label=line["label"])
@@ -178,7 +184,7 @@ def figure_4(records):
             boxes = _boxes(_lowest_with_r2(row)["results"]["r2"])
             positions = [layer + 0.8 * (number + 0.5) / len(here) - 0.4 for layer in range(len(boxes))]
             same = [other["penalty"] for other in here[:number]].count(row["penalty"])
-            look = {"facecolor": COLORS[row["penalty"]], "alpha": 0.6, "hatch": ("", "///", "...", "xxx")[same % 4]}
+            look = {"facecolor": color_of(row["penalty"]), "alpha": 0.6, "hatch": ("", "///", "...", "xxx")[same % 4]}
             _draw_boxes(panel, [box for _, box in boxes], positions, 0.7 / len(here), look)
             panel.fill_between([], [], **look, label=row["label"])
         panel.set_xticks(range(len(boxes)), [name.removesuffix("_out").removesuffix("_relu") for name, _ in boxes], rotation=30)

@@ -38,11 +38,16 @@ def title(settings):
     return f"{name} - {per_class}" if per_class is not None else name
 
 
+def penalty(settings):
+    """Names the penalty: as the paper does, or as the class of one of your own does."""
+    return paper.PENALTIES.get(settings["penalty"]) or settings.get("penalty_title") or settings["penalty"]
+
+
 def method(settings):
     """Names the penalty, and the solver and the penalty's step where they are not the paper's: "L2-SP, Adam, proximal"."""
     recipe = settings.get("recipe") or {}
     solver, step = recipe.get("solver", "sgd"), recipe.get("penalty_step", "gradient")
-    return paper.PENALTIES[settings["penalty"]] + ", Adam" * (solver == "adam") + f", {step}" * (step != "gradient")
+    return penalty(settings) + ", Adam" * (solver == "adam") + f", {step}" * (step != "gradient")
 
 
 def place(row):

@@ -4,10 +4,9 @@ import collections
 import statistics
 
 from l2sp_tf.experiments.records import diverged, identity, is_chosen, question, runs_of, selections_of
-from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.reports import paper
-from l2sp_tf.reports.labels import SOURCE, TARGET, by_place, key, method, title, titles
+from l2sp_tf.reports.labels import SOURCE, TARGET, by_place, key, method, penalty, title, titles
 
 STATISTICS = {"target_statistics": "fine-tuned statistics", "source_statistics": "source statistics"}
 
@@ -32,14 +31,10 @@ def summary(records):
             pre-trained model's, and the same pairs after fine-tuning (see `evaluation.accuracy.retention`).
 
     Raises:
-        InputError: a record has an unknown penalty, or different targets or sources would have the same name.
+        InputError: different targets or sources would have the same name.
     """
     groups, repeated = collections.defaultdict(dict), collections.Counter()
     for record in runs_of(records):
-        penalty = record["settings"]["penalty"]
-        if penalty not in paper.PENALTIES:
-            known = ", ".join(paper.PENALTIES)
-            raise InputError(f"A record has the penalty {penalty[:100]!r}: remove it, or give one of {known}.")
         row, seed = key(identity(record["settings"])), record["settings"]["seed"]
         repeated[row] += seed in groups[row]
         groups[row].setdefault(seed, record)  # counts a copied run once
@@ -57,8 +52,9 @@ def _order(row):
 
 
 def _number(row):
-    """Returns the position of a row's penalty among Eqs. (1)-(7)."""
-    return list(paper.PENALTIES).index(row["penalty"])
+    """Returns the position of a row's penalty among Eqs. (1)-(7); others come after them."""
+    known = list(paper.PENALTIES)
+    return known.index(row["penalty"]) if row["penalty"] in known else len(known)
 
 
 def _row(found, selections):
@@ -153,7 +149,7 @@ def _notes_on_starts(rows):
 
 def _note_on(selection):
     """Says what is doubtful about a selection; None where nothing is."""
-    name = f"{paper.PENALTIES[selection['question']['penalty']]} on {title(selection['question'])}"
+    name = f"{penalty(selection['question'])} on {title(selection['question'])}"
     if selection["chosen"] is None:
         return f"Every setting of {name} diverged in cross-validation, so that none was run on all training images."
     if selection.get("edges"):

@@ -1,1 +1,1 @@
-"""One run: a model is fine-tuned by a recipe."""
+"""One run: fine-tunes a model by a recipe."""

@@ -30,7 +30,7 @@ UNFINISHED = ".part-"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What was saved after a step: arrays by name, and a dict of what else the run needs."""
+    """The state saved after a step: arrays by name, and a dict with the rest of what the run needs."""
 
     step: int
     arrays: dict
@@ -38,16 +38,15 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in folders `step-<number>` of which the newest few are kept.
+    """The checkpoints of one run, in folders `step-<number>`; only the newest few are kept.
 
-    A checkpoint is written to a folder of another name, its files one by one to the disk and the
-    manifest with their checksums last; then the folder gets its name. What a crash left
-    unfinished is never read, and is removed by the next `save`. Which one is the newest is told by
-    the number in its name, whatever the clock said when it was written.
+    `save` writes a checkpoint to a folder of another name: its files one by one, and the manifest with their checksums
+    last. Then it renames the folder. A checkpoint that a crash left unfinished is never read, and the next `save`
+    removes it. The newest checkpoint is the one with the largest number in its name, whatever the clock says.
 
     Args:
-        folder: where they are; made by the first `save`.
-        keep: how many are kept.
+        folder: where they are; created by the first `save`.
+        keep: how many to keep.
     """
 
     def __init__(self, folder, keep=2):
@@ -55,19 +54,19 @@ class Checkpoints:
 
     @property
     def newest(self):
-        """The step of the newest checkpoint, whether or not it is damaged; 0 if there is none."""
+        """The step of the newest checkpoint, damaged or not; 0 if there is none."""
         return next(iter(self._steps()), 0)
 
     def save(self, step, arrays, state):
         """Writes a checkpoint, and removes those older than the last `keep`.
 
         Args:
-            step: the number of steps that were done.
+            step: the number of finished steps.
             arrays: a mapping from name to NumPy array.
-            state: what JSON can hold.
+            state: JSON values.
 
         Raises:
-            OSError: the disk is full or cannot be written; the checkpoints before it stand.
+            OSError: the disk is full or cannot be written; earlier checkpoints stay.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
@@ -84,20 +83,20 @@ class Checkpoints:
         finally:
             shutil.rmtree(part, ignore_errors=True)
         for old in self._steps()[self.keep :]:
-            with contextlib.suppress(OSError):  # the new one is safe all the same
+            with contextlib.suppress(OSError):  # a failed removal does not harm the new one
                 _remove(self._path(old))
 
     def load(self):
-        """The newest checkpoint that agrees with its manifest, or None; a damaged one is passed over with a warning."""
+        """Returns the newest checkpoint that agrees with its manifest, or None; warns of damaged ones and skips them."""
         for step in self._steps():
             try:
                 return self._read(step)
             except (OSError, InputError) as error:
-                warnings.warn(f"The checkpoint {self._path(step)} is passed over: {error}", stacklevel=2)
+                warnings.warn(f"The checkpoint {self._path(step)} is skipped: {error}", stacklevel=2)
         return None
 
     def remove(self, keep=0):
-        """Removes all but the newest `keep`, and what was left unfinished; with 0 the folder too."""
+        """Removes unfinished checkpoints and all but the newest `keep`; with keep=0 the folder too."""
         if self.folder.is_dir():
             self._sweep()
             for step in self._steps()[keep:]:
@@ -109,7 +108,7 @@ class Checkpoints:
         return self.folder / f"step-{step:010d}"
 
     def _steps(self):
-        """The numbers of the committed checkpoints, the newest first."""
+        """Lists the steps of the complete checkpoints, the newest first."""
         names = (path.parent.name.removeprefix("step-") for path in self.folder.glob(f"step-*/{MANIFEST}"))
         return sorted((int(name) for name in names if name.isascii() and name.isdigit()), reverse=True)
 
@@ -124,25 +123,24 @@ class Checkpoints:
         path = self._path(step)
         manifest = read_json(path / MANIFEST, f"{MANIFEST} is damaged")
         if manifest != {name: sha256_of_file(path / name) for name in (ARRAYS, STATE)}:
-            raise InputError("its files do not have the sha256 of the manifest.")
+            raise InputError("its files differ from the sha256 in the manifest.")
         content = read_json(path / STATE, f"{STATE} is damaged")
         if not isinstance(content, dict) or content.keys() != {"format", "step", "state"}:
             raise InputError(f"{STATE} lacks a part.")
         if content["format"] != FORMAT or content["step"] != step or not isinstance(content["state"], dict):
             raise InputError(f"{STATE} is not that of step {step} in the format {FORMAT}.")
-        return Checkpoint(step, load_arrays(path / ARRAYS, FORMAT, "no checkpoint", "Checkpoints.save")[0], content["state"])
+        return Checkpoint(step, load_arrays(path / ARRAYS, FORMAT, "not a checkpoint", "Checkpoints.save")[0], content["state"])
 
 
 class Checkpointing(keras.callbacks.Callback):
-    """Saves all that a run needs to go on as if it had never stopped, and restores it.
+    """Saves everything that a run needs to resume as if it had never stopped, and restores it.
 
-    That is every variable of the model (seeds of random layers too), of the optimizer and of the
-    metrics, and what `monitor` has logged. A checkpoint never holds weights that are not finite. A
-    save that fails is warned of, and training goes on.
+    That is all variables of the model, the optimizer and the metrics, random seeds included, and the log of `monitor`.
+    A checkpoint never holds weights that are not finite. If a save fails, training continues with a warning.
 
-    A training that another callback stops is over, and its last checkpoint says so in `stopped_at`.
+    If another callback stops a training, the training is over, and its last checkpoint says so in `stopped_at`.
 
-    Without a place to keep checkpoints it does no more than look at the weights after the last step.
+    Until `keep` is called, it only checks the weights after the last step.
 
     Args:
         monitor: has `state()` and `restore(step, state)`.
@@ -150,7 +148,7 @@ class Checkpointing(keras.callbacks.Callback):
         iterations: the last step.
 
     Raises:
-        FloatingPointError: the weights are not finite when they are to be saved.
+        FloatingPointError: the weights to save are not finite.
     """
 
     def __init__(self, monitor, metrics, iterations):
@@ -162,22 +160,22 @@ class Checkpointing(keras.callbacks.Callback):
         self._seconds, self._began = 0.0, None
 
     def keep(self, checkpoints, identity, every, stops=(), writes=True):
-        """Says where checkpoints are kept, and when they are made.
+        """Sets where and when to save checkpoints.
 
         Args:
             checkpoints: a `Checkpoints`.
-            identity: a dict of what tells this run from others; a checkpoint that differs in it is refused.
-            every: steps between two checkpoints, 0 for none but that of the last step.
+            identity: a dict that identifies this run; a checkpoint with another identity is refused.
+            every: steps between two checkpoints; 0 saves after the last step only.
             stops: a list; training stops after the step in which something is put there (see `deferred_signals`).
-            writes: whether this process writes them; of several that train one model one does.
+            writes: whether this process writes; of several processes that train one model, one does.
         """
         self.checkpoints, self.identity, self.every, self.stops, self.writes = checkpoints, identity, every, stops, writes
 
     def restore(self, model):
-        """Puts a compiled model, its optimizer built, where the newest checkpoint has it, and returns how many steps were done.
+        """Restores the newest checkpoint into a compiled model with a built optimizer, and returns the number of finished steps.
 
         Raises:
-            InputError: the checkpoint is of another run; all differences are listed.
+            InputError: the checkpoint is of another run; the message lists all differences.
         """
         found = self.checkpoints and self.checkpoints.load()
         if found is None:
@@ -207,15 +205,16 @@ class Checkpointing(keras.callbacks.Callback):
     def _refuse_another_run(self, found):
         if differences := _differences(found.state.get("identity"), self.identity):
             raise InputError(
-                f"The checkpoint of step {found.step} in {self.checkpoints.folder} is of another run ("
-                f"{'; '.join(differences)}): go on with what it began with, give another folder, or remove this one."
+                f"The checkpoint of step {found.step} in {self.checkpoints.folder} is of another run "
+                f"({'; '.join(differences)}): resume with the settings that it began with, give another folder, or remove this "
+                "one."
             )
         if changes := "; ".join(_differences(found.state.get("versions"), versions())):
-            warnings.warn(f"The run goes on, but may not end in the same bits as without a stop: {changes}.", stacklevel=3)
+            warnings.warn(f"The run resumes, but may not end in the same bits as without a stop: {changes}.", stacklevel=3)
 
     @property
     def seconds(self):
-        """The time of training so far, before interruptions too; without the steps that were lost by them."""
+        """Training time so far in seconds, summed over all interrupted attempts, without the steps that interruptions lost."""
         return self._seconds + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def on_train_begin(self, logs=None):
@@ -223,12 +222,12 @@ class Checkpointing(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._seconds, self._began = self.seconds, None
-        if 0 < self.step < self.iterations and not self.stops:  # a callback has stopped it
+        if 0 < self.step < self.iterations and not self.stops:  # a callback stopped it
             self.stopped_at = self.step
             self._save()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._found is not None:  # Keras has just set the metrics to zero
+        if self._found is not None:  # Keras has just reset the metrics
             for name, variable in _variables(None, self.metrics).items():
                 variable.assign(self._found.arrays[name])
             self._found = None
@@ -246,7 +245,7 @@ class Checkpointing(keras.callbacks.Callback):
             )
         if self.checkpoints is None:
             return
-        # by every process, as the sums of metrics are added up over all
+        # in every process, because reading a metric sums it over all of them
         arrays = {name: variable.numpy() for name, variable in _variables(self.model, self.metrics).items()}
         if not self.writes:
             return
@@ -265,10 +264,10 @@ class Checkpointing(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Holds a folder for this process, until the block or the process ends.
+    """Locks a folder for this process, until the block or the process ends.
 
     Raises:
-        InputError: another process, or another run in this one, holds it.
+        InputError: another process, or another run in this process, holds the lock.
         OSError: the folder cannot be written.
     """
     folder = pathlib.Path(folder)
@@ -286,7 +285,7 @@ def locked(folder):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """Yields a list that the first SIGINT or SIGTERM is put into; when the block ends it takes effect as it would have.
+    """Yields a list that receives the first SIGINT or SIGTERM; the signal takes its usual effect when the block ends.
 
     A second signal takes effect at once. The list stays empty outside the main thread, where signals cannot be caught, and for
     signals that the process ignores.
@@ -296,7 +295,7 @@ def deferred_signals():
         yield caught
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # None: not set from Python. What the process ignores, as one that a script starts with & ignores Ctrl-C, stays ignored.
+    # None: not set from Python. Ignored signals stay ignored, such as Ctrl-C in a process that a script starts with &.
     previous = {number: handler for number, handler in previous.items() if handler not in (None, signal.SIG_IGN)}
 
     def restore():
@@ -315,28 +314,28 @@ def deferred_signals():
         restore()
     if caught:
         signal.raise_signal(caught[0])
-        raise SystemExit(128 + caught[0])  # a handler that returns must not make a part of a run pass for the whole
+        raise SystemExit(128 + caught[0])  # if the handler returns, the partial run must not pass for a whole one
 
 
 def _variables(model, metrics):
-    """All variables by the name that they have in a checkpoint; without a model those of the metrics alone.
+    """Returns all variables by their names in a checkpoint; without a model, only those of the metrics.
 
-    Names are numbers, as Keras gives a layer another name in a process that has made one of its kind before.
+    Names are numbers, because Keras names a layer differently after earlier layers of its kind in the same process.
     """
-    groups = {"metrics": [variable for metric in metrics for variable in metric.variables]}
+    owners = {"metrics": [variable for metric in metrics for variable in metric.variables]}
     if model is not None:
-        groups |= {"model": model.variables, "optimizer": model.optimizer.variables}
-    return {f"{group}/{i}": variable for group, variables in groups.items() for i, variable in enumerate(variables)}
+        owners |= {"model": model.variables, "optimizer": model.optimizer.variables}
+    return {f"{owner}/{i}": variable for owner, variables in owners.items() for i, variable in enumerate(variables)}
 
 
 def _differences(before, now):
-    """What differs between two nested dicts, as texts "recipe.momentum was 0.9 and is 0.5"."""
+    """Lists the differences between two nested dicts, as "recipe.momentum was 0.9 and is 0.5"."""
     before, now = ({name: json.dumps(value) for name, value in flat(side)} for side in (before, now))
     values = {key: (before.get(key, "not given"), now.get(key, "not given")) for key in before | now}
     return [f"{key} was {one} and is {two}" for key, (one, two) in values.items() if one != two]
 
 
 def _remove(path):
-    """Removes a checkpoint so that at no moment a part of it looks like the whole."""
+    """Removes a checkpoint; at no moment does a part of it look complete."""
     (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""One run on several devices: those of one machine (MirroredStrategy) or of several (MultiWorkerMirroredStrategy).
+"""One run on several devices: of one machine (MirroredStrategy) or of several machines (MultiWorkerMirroredStrategy).
 
-Every replica sees an equal share of each batch, the loss is the mean over the whole batch, and the penalty counts once:
-the gradient is the sum over r of d/dw (1/R mean_r(loss) + 1/R penalty), which on one device is that of mean(loss) + penalty.
+Every replica sees an equal share of each batch. The loss is the mean over the whole batch, and the penalty counts once:
+the gradient sum over r of d/dw (1/R mean_r(loss) + 1/R penalty) equals that of mean(loss) + penalty on one device.
 """
 
 import contextlib
@@ -22,19 +22,19 @@ KINDS = ("none", "mirrored", "multiworker")
 LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError, tf.errors.DeadlineExceededError)
 
 
-@functools.cache  # a process can have one multi-worker strategy, and several mirrored ones may hang
+@functools.cache  # a process can have only one multi-worker strategy, and several mirrored ones may hang
 def make_strategy(kind):
-    """The strategy of a kind over all devices there are: one object a process.
+    """Returns the strategy of a kind over all devices, the same object on every call in a process.
 
     Args:
-        kind: "none"; "mirrored" for all GPUs of this machine (without any, its CPU devices); "multiworker" for all
-            machines of the environment variable TF_CONFIG, before TensorFlow has computed anything.
+        kind: "none"; "mirrored" for all GPUs of this machine, or without GPUs for its CPU devices; or "multiworker"
+            for all machines in the environment variable TF_CONFIG, called before TensorFlow computes anything.
 
     Returns:
         A `tf.distribute.Strategy`, or None for "none".
 
     Raises:
-        InputError: the kind is unknown, there is one device only, TF_CONFIG is missing or wrong, or it is too late.
+        InputError: the kind is unknown, there is only one device, TF_CONFIG is missing or wrong, or the call comes too late.
     """
     if kind not in KINDS:
         raise InputError(f"distribute is {kind!r}: give one of {', '.join(KINDS)}.")
@@ -71,10 +71,10 @@ def _multiworker():
 
 
 class Devices:
-    """The devices of one training, and which part of them this process is.
+    """The devices of one training, and this process's part of them.
 
     Args:
-        strategy: what `make_strategy` returns; None for one device.
+        strategy: a strategy from `make_strategy`; None for one device.
     """
 
     def __init__(self, strategy=None):
@@ -82,21 +82,21 @@ class Devices:
 
     @classmethod
     def of(cls, kind):
-        """The devices of a kind, as `make_strategy` takes it."""
+        """Returns the devices of a kind, as in `make_strategy`."""
         return cls(make_strategy(kind))
 
     def scope(self):
-        """A context in which an optimizer and metrics are made for these devices; one without effect for one device."""
+        """Returns the context in which to create an optimizer and metrics for these devices; for one device it does nothing."""
         return contextlib.nullcontext() if self.strategy is None else self.strategy.scope()
 
     @property
     def replicas(self):
-        """How many copies of the model are trained side by side."""
+        """How many copies of the model train side by side."""
         return 1 if self.strategy is None else self.strategy.num_replicas_in_sync
 
     @property
     def part(self):
-        """Which worker of how many this process is: (index, count), (0, 1) for all but several machines."""
+        """This worker's place among all workers: (index, count), which is (0, 1) unless there are several machines."""
         if self.is_one_process:
             return 0, 1
         resolver = self.strategy.cluster_resolver
@@ -111,11 +111,11 @@ class Devices:
 
     @property
     def is_one_process(self):
-        """Whether this process trains by itself, on however many devices."""
+        """Whether this process trains alone, on any number of devices."""
         return not isinstance(self.strategy, tf.distribute.MultiWorkerMirroredStrategy)
 
     def chief_says(self, question):
-        """The chief's answer to a question of yes or no, in every worker; the others do not ask it. Workers wait for each other.
+        """Returns the chief's answer to a yes-or-no question in every worker. Only the chief asks; workers wait for each other.
 
         Args:
             question: a function without arguments.
@@ -128,11 +128,11 @@ class Devices:
         return _sum(self.strategy, int(bool(question())) if self.is_chief else 0) > 0
 
     def wait_for_chief(self):
-        """Waits until the chief has come here too, with what it wrote before."""
+        """Waits until the chief gets here too and has written its files."""
         self.chief_says(lambda: True)
 
     def check_shared(self, folder):
-        """Raises an InputError unless all workers see what the chief writes in a folder, which is made."""
+        """Creates a folder, and raises an InputError unless all workers see the chief's files in it."""
         if self.is_one_process:
             return
         path = pathlib.Path(folder) / ".seen-by-all-workers"
@@ -147,10 +147,10 @@ class Devices:
             raise InputError(f"workdir is {folder}, which not all workers see: give a folder on a disk that the machines share.")
 
     def check_same_run(self, *identity):
-        """Compares what the workers are about to compute.
+        """Checks that all workers are about to compute the same run.
 
         Raises:
-            InputError: the `repr` of the values `identity` is not the same in all workers.
+            InputError: the `repr` of the values `identity` differs between workers.
             ConnectionError: a worker was lost.
         """
         if not self.is_one_process:
@@ -159,12 +159,12 @@ class Devices:
                 raise InputError("The workers are about to compute different runs: give all the same flags, data and --workdir.")
 
     def check_batch_size(self, batch_size):
-        """Raises an InputError unless every replica gets as many images of a batch."""
+        """Raises an InputError unless all replicas can get equal shares of a batch."""
         if batch_size % self.replicas:
             raise InputError(f"batch_size is {batch_size}, which {self.replicas} replicas cannot share equally: give a multiple.")
 
     def check_optimizer(self, optimizer, jit_compile=False):
-        """Refuses what Keras' optimizers, and those inside others, get wrong on several replicas (each tried on Keras 3.15).
+        """Refuses settings of optimizers, inner ones included, that Keras gets wrong on several replicas (tried on Keras 3.15).
 
         Args:
             optimizer: a Keras optimizer.
@@ -187,7 +187,7 @@ class Devices:
         self._refuse(found)
 
     def check_compiled(self, model):
-        """Refuses what Keras gets wrong of a compiled model on several replicas (each tried on Keras 3.15).
+        """Refuses settings of a compiled model that Keras gets wrong on several replicas (each tried on Keras 3.15).
 
         Raises:
             InputError: the model or its optimizer has such a setting.
@@ -202,9 +202,9 @@ class Devices:
             raise InputError(f"On several replicas {name} {what} in Keras: leave it out, or train without --distribute.")
 
     def replicated(self, model):
-        """A copy of a functional or Sequential model on all replicas, with the same weights and penalties; itself on one device.
+        """Copies a functional or Sequential model with weights and penalties to all replicas; returns it unchanged on one device.
 
-        Batch norm takes its statistics over all replicas, so that it computes what it would on one device.
+        Batch norm takes its statistics over all replicas, so that it computes the same as on one device.
 
         Raises:
             InputError: the model cannot be copied.
@@ -224,27 +224,27 @@ class Devices:
 
 
 def copy_weights(source, target):
-    """Gives `target` the values of all variables of `source`, a model of the same architecture; nothing if they are one."""
+    """Assigns all variables of `source` to `target`, a model of the same architecture, unless they are the same model."""
     if source is not target:
         copy_variables(source, target)
 
 
 def fit(model, batches, *, steps, callbacks=(), verbose=0):
-    """Trains a compiled model for one epoch of `steps` batches under the strategy that it was made in.
+    """Trains a compiled model for one epoch of `steps` batches, under the strategy in which it was created.
 
-    On one machine it is Keras' `fit`. On several, where that fails (Keras 3.15), it is a loop of our own over
-    `model.train_step` that calls the same callbacks in every worker; `on_train_batch_end` comes after each step with the
-    metrics, averaged over the replicas.
+    On one machine this is Keras' `fit`. On several, where that fails (Keras 3.15), it is our own loop over
+    `model.train_step`, which calls the same callbacks in every worker. There `on_train_batch_end` gets the metrics after
+    each step, averaged over the replicas.
 
     Args:
-        model: a compiled model, of `replicated` or of no strategy.
-        batches: a tf.data.Dataset of whole batches; on several machines of this worker's part of each, as
-            `training_batches` makes them.
+        model: a compiled model, from `replicated` or without a strategy.
+        batches: a tf.data.Dataset of whole batches; on several machines, of this worker's part of each, as
+            `training_batches` returns it.
         steps: number of batches.
-        callbacks, verbose: as Keras' `fit` takes them.
+        callbacks, verbose: as in Keras' `fit`.
 
     Raises:
-        InputError: a setting of the model that Keras gets wrong on several replicas.
+        InputError: the model has a setting that Keras gets wrong on several replicas.
         ConnectionError: a worker was lost.
     """
     devices = Devices(model.distribute_strategy)
@@ -269,7 +269,7 @@ def _fit_on_workers(model, devices, batches, callbacks, options):
             callbacks.on_train_batch_begin(step)
             logs = {name: float(value) for name, value in train_step(iterator).items()}
             callbacks.on_train_batch_end(step, logs)
-            if _total(strategy, model.stop_training):  # one that stops alone would leave the others waiting
+            if _total(strategy, model.stop_training):  # if one worker stopped alone, the others would wait forever
                 break
     except LOST as error:
         raise _lost(f"in step {step + 1}") from error
@@ -279,7 +279,7 @@ def _fit_on_workers(model, devices, batches, callbacks, options):
 
 
 def _step_of(model, strategy):
-    """A traced function that takes the next batch from an iterator and returns the metrics so far."""
+    """Returns a traced function that takes the next batch from an iterator and returns the metrics so far."""
 
     @tf.autograph.experimental.do_not_convert
     def step(iterator):
@@ -301,7 +301,7 @@ def _shares(devices, batches):
 
 
 def _sum(strategy, number):
-    """The sum of a number over all replicas."""
+    """Returns the sum of a number over all replicas."""
     try:
         return _total(strategy, number)
     except LOST as error:
@@ -312,7 +312,7 @@ def _total(strategy, number):
     return int(_summing(strategy)(tf.constant(int(number), tf.int64)))
 
 
-@functools.cache  # traced once
+@functools.cache  # so that it is traced once
 def _summing(strategy):
     @tf.autograph.experimental.do_not_convert
     def total(value):

@@ -1,4 +1,4 @@
-"""How a run is executed: where it is kept, on which devices, and what is seen of it. None of it changes the result."""
+"""How a run is executed: its folder, its devices and its output. None of it changes the result."""
 
 import dataclasses
 import functools
@@ -18,14 +18,14 @@ class Execution:
     Attributes:
         run_dir: a folder for the log, TensorBoard, checkpoints, `anchors.safetensors` and `model.keras`;
             None writes nothing.
-        save: whether `model.keras` is written to `run_dir`.
-        checkpoint_every: steps between two checkpoints; 0 for none but the last step's.
-        strategy: the devices to train on, from `devices.make_strategy`; None for one. On several machines the
-            function is called on each, and the first writes `run_dir`.
-        jit_compile: whether XLA compiles the step, as Keras' `compile` takes it: True, False or "auto".
-        callbacks: more Keras callbacks; what they remember is not in the checkpoints. A run that one of them stops is over:
-            it has its log, its checkpoint and its model, and the same call does not go on with it.
-        verbose: of Keras `fit`: 1 shows a progress bar with the time left.
+        save: whether to write `model.keras` to `run_dir`.
+        checkpoint_every: steps between two checkpoints; 0 saves after the last step only.
+        strategy: the devices to train on, from `devices.make_strategy`; None for one device. On several machines, call the
+            function on each; the first writes `run_dir`.
+        jit_compile: whether XLA compiles the step, as in Keras' `compile`: True, False or "auto".
+        callbacks: more Keras callbacks; checkpoints do not hold their state. If one of them stops a run, the run is over:
+            it has its log, its checkpoint and its model, and the same call does not resume it.
+        verbose: as in Keras' `fit`: 1 shows a progress bar with the time left.
 
     Raises:
         InputError: `checkpoint_every` is negative.
@@ -54,12 +54,12 @@ class Execution:
 
     @functools.cached_property
     def checkpoints(self):
-        """The `Checkpoints` in the folder; None where nothing is written."""
+        """The `Checkpoints` in the folder; None if nothing is written."""
         return None if self.run_dir is None else Checkpoints(self.run_dir / "checkpoints")
 
     @property
     def writes(self):
-        """Whether this process writes to the folder: of several machines only the first does."""
+        """Whether this process writes to the folder: on several machines only the first does."""
         return self.run_dir is not None and self.devices.is_chief
 
     @property

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: TensorBoard scalars and a CSV log, kept apart from the loss."""
+"""Logs of a training: TensorBoard scalars and a CSV file, separate from the loss."""
 
 import contextlib
 import csv
@@ -19,20 +19,19 @@ from l2sp_tf.penalties.weights import first_not_finite, keyed_weights
 class Monitor(keras.callbacks.Callback):
     """Logs cross-entropy, penalty, accuracy, learning rate and the distance to the anchors.
 
-    Every `log_every` steps it writes one row to `<folder>/log.csv` and the same scalars, with
-    the distance of each layer besides, to `<folder>/tensorboard`. Cross-entropy and accuracy
-    are means over the steps since the row before. The learning rate is the one that the step took. The penalty, the
-    distances and, under `Proximal`, the share of anchored weights that are exactly on w0 are those of the weights after it;
-    the penalty is the sum of the regularizers of all trained weights, without what layers add of their outputs. A log that
-    cannot be written is warned of once, and training goes on.
+    Every `log_every` steps it writes one row to `<folder>/log.csv`. It writes the same scalars, and the distance of each
+    layer, to `<folder>/tensorboard`. Cross-entropy and accuracy are means over the steps since the last row. The learning
+    rate is that of the logged step. Penalty and distances are those of the weights after the step; so is, under `Proximal`,
+    the share of anchored weights that are exactly on w0. The penalty is the sum of the regularizers of all trained
+    weights, without losses that layers add for their outputs. If the log cannot be written, it warns once and training continues.
 
     Args:
-        folder: where to write, in place of the log of an earlier run; None writes nothing, and keeps the rows in `rows`.
+        folder: where to write, replacing the log of an earlier run; None writes nothing and keeps the rows in `rows`.
         anchors: the pre-trained weights, or None for a training from scratch.
         log_every: steps between two rows.
         iterations: the last step, which is always logged.
-        may_stop: whether other callbacks may stop the training at any step, which is then logged; it costs some
-            milliseconds a step to know each one's learning rate.
+        may_stop: whether other callbacks may stop the training at any step, which is then logged; reading each step's
+            learning rate for this costs some milliseconds per step.
     """
 
     def __init__(self, folder, anchors, *, log_every, iterations, may_stop=True):
@@ -48,11 +47,11 @@ class Monitor(keras.callbacks.Callback):
         return [row for row, _ in self._logged]
 
     def state(self):
-        """What `restore` needs, of what JSON can hold."""
+        """Returns the state for `restore`, as JSON values."""
         return {"logged": self._logged}
 
     def restore(self, step, state):
-        """Goes on after `step`, with the rows that were logged until then."""
+        """Restores the rows that were logged up to `step`, and continues from there."""
         self._step, self._logged = step, [tuple(pair) for pair in state["logged"]]
 
     def on_train_begin(self, logs=None):
@@ -70,13 +69,13 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.may_stop or self._is_logged(self._step + 1):
-            self._learning_rate = float(self.model.optimizer.learning_rate)  # after the step a schedule gives the next one's
+            self._learning_rate = float(self.model.optimizer.learning_rate)  # after the step it is the next step's rate
 
     def on_train_batch_end(self, batch, logs=None):
         self._step += 1
         if self._is_logged(self._step):
             self._log(logs)
-            if self._step != self.iterations:  # Keras shows the metrics once more at the end
+            if self._step != self.iterations:  # Keras shows the metrics again at the end
                 self.model.reset_metrics()
 
     def _log(self, logs):
@@ -99,21 +98,21 @@ class Monitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         is_logged = self._logged and self._logged[-1][0]["step"] == self._step
-        if self._learning_rate is not None and not is_logged:  # a callback has stopped the training
+        if self._learning_rate is not None and not is_logged:  # a callback stopped the training
             self._log(logs)
         if self._writer is not None:
             self._file.close()
             self._writer.close()
 
     def rewrite(self, model):
-        """Writes what was restored, where no training follows."""
+        """Writes the restored rows if no training follows."""
         self.set_model(model)
         self.on_train_begin()
         self.on_train_end()
 
     @contextlib.contextmanager
     def _warned(self):
-        """Turns the failure to write a log into a warning, and the log off."""
+        """Turns a failed write into a warning, and stops logging to files."""
         try:
             yield
         except (OSError, tf.errors.OpError) as error:
@@ -123,7 +122,7 @@ class Monitor(keras.callbacks.Callback):
     def _open(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in (self.folder / "tensorboard").glob("events.out.tfevents.*"):
-            path.unlink()  # TensorBoard would show its points beside those of this run
+            path.unlink()  # TensorBoard would show old points beside those of this run
         self._file = (self.folder / "log.csv").open("w", newline="", encoding="utf-8")
         self._csv = None
         self._writer = tf.summary.create_file_writer(str(self.folder / "tensorboard"))
@@ -144,7 +143,7 @@ class Monitor(keras.callbacks.Callback):
         self._writer.flush()
 
     def _distances(self):
-        """||w - w0|| of each layer."""
+        """Returns ||w - w0|| of each layer."""
         squares = {}
         for key, (variable, anchor) in self._anchored.items():
             layer = key.rsplit("/", 1)[0]
@@ -153,7 +152,7 @@ class Monitor(keras.callbacks.Callback):
 
 
 def write_histograms(folder, arrays):
-    """Writes a TensorBoard histogram of log10 of each array's positive entries, under "fisher/<key>".
+    """Writes a TensorBoard histogram of log10 of each array's positive entries, named "fisher/<key>".
 
     Args:
         folder: where to write.
@@ -167,10 +166,10 @@ def write_histograms(folder, arrays):
 
 
 class FiniteLoss(keras.callbacks.Callback):
-    """Stops a training whose loss is not finite, and says at which step, and in which layer it shows first.
+    """Stops a training if the loss is not finite, and names the step and the first weight that is not finite.
 
     Args:
-        start: the steps that were done before this training.
+        start: the number of steps before this training.
 
     Raises:
         FloatingPointError: the loss is not finite.

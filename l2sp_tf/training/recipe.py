@@ -9,13 +9,14 @@ from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.pixels import three_numbers
+from l2sp_tf.penalties.formulas import PENALTIES
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
 SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
 MEANS = ("training", "authors", "weights")
-IMAGES = tuple(Preprocessing().plain())  # names of the numbers of a recipe's images
+IMAGES = tuple(Preprocessing().plain())  # names of the image settings of a recipe
 CHOICES = {
     "params": ("all", "kernels"),
     "crops": (1, 10),
@@ -23,17 +24,7 @@ CHOICES = {
     "penalty_step": PENALTY_STEPS,
     "moving_statistics": ("source", "fresh"),
 }
-# What cross-validation searches by default. The Fisher penalties' grids are for an F_jj of mean 1.
-ALPHA_GRIDS = {
-    "l2": (1e-5, 1e-4, 1e-3, 1e-2),
-    "l2_sp": (1e-3, 1e-2, 1e-1, 1.0),
-    "l2_sp_fisher": (1e-3, 1e-2, 1e-1, 1.0),
-    "l1_sp": (1e-5, 1e-4, 1e-3, 1e-2),
-    "gl_sp": (1e-5, 1e-4, 1e-3, 1e-2),
-    "gl_sp_fisher": (1e-5, 1e-4, 1e-3, 1e-2),
-}
-ROOTS = ("l1_sp", "gl_sp", "gl_sp_fisher")  # penalties with roots, Eqs. (5)-(7), that `smoothing` is added inside of
-# The authors' code publishes a mean for each data set, here by the data set's name.
+# The means that the authors' code publishes, by the data set's name.
 AUTHORS_MEANS = {
     "mit_indoors67": (123.56, 110.05, 93.74),
     "stanford_dogs": (120.40, 115.22, 98.46),
@@ -45,34 +36,34 @@ AUTHORS_MEANS = {
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a fine-tuning runs; the defaults are section 4.2's.
+    """The settings of a fine-tuning; the defaults are section 4.2's.
 
     Attributes:
         iterations: number of SGD steps.
         decay_at: the step after which the rate is divided by 10; None for two thirds of the
             iterations (6000 of 9000).
-        learning_rate: the initial rate; the paper has 0.005, 0.01 or 0.02 by task.
+        learning_rate: the initial rate; the paper uses 0.005, 0.01 or 0.02 by task.
         momentum, batch_size: of SGD.
-        alpha: strengths by the penalty's symbol, for those that a run does not name itself.
-        beta: strength of L2 on the new layers: a number, or a dict of numbers by the penalty's symbol, 0.01 for others.
+        alpha: default strengths by the penalty's symbol, for runs that set none.
+        beta: strength of L2 on the new layers: a number, or a dict by the penalty's symbol, with 0.01 for others.
         params: "all" (the paper: all the network parameters) or "kernels" (the authors' code).
-        images: how images are made, a `Preprocessing`; its pixel format is that of the network, whatever it says here.
-        crops: 1 (central) or 10 of each image when an accuracy is measured.
-        mean: what is subtracted from the images of both tasks: "training" for the mean of each one's own training
-            images (the paper), "authors" for the number that the authors' code has for each data set, "weights"
-            for the mean that the pre-trained weights carry, or three numbers in RGB order.
+        images: how images are made, a `Preprocessing`; the network's pixel format replaces its own.
+        crops: 1 (central) or 10 of each image when accuracy is measured.
+        mean: the mean to subtract from the images of both tasks. "training" is the mean of each task's training images
+            (the paper), "authors" the mean that the authors' code has for each data set, and "weights" the mean stored
+            with the pre-trained weights; or three numbers in RGB order.
         log_every: steps between two rows of the log; None for a twentieth of the iterations.
-        solver: "sgd" (the paper) or "adam" (with Keras' defaults; momentum is not its).
+        solver: "sgd" (the paper) or "adam" (with Keras' defaults; ignores `momentum`).
         penalty_step: "gradient" (the paper: the penalty is in the loss), "proximal" (`l2sp_tf.Proximal`) or
             "decoupled" (`l2sp_tf.Decoupled`).
-        head_bias: what the biases of the new head begin with.
-        smoothing: what is added inside the roots of Eqs. (5)-(7), as the penalties' own epsilon; proximal steps have none.
-        moving_statistics: "source" for those of batch norm in the pre-trained model, or "fresh": means of 0 and variances
-            of 1, unless units are frozen.
-        batch_norm_decay: of these statistics while training; None for each layer's own momentum.
+        head_bias: the initial value of the new head's biases.
+        smoothing: the epsilon added inside the roots of Eqs. (5)-(7), as in the penalties; proximal steps ignore it.
+        moving_statistics: "source" for the pre-trained model's batch-norm statistics, or "fresh" for means of 0 and
+            variances of 1, unless units are frozen.
+        batch_norm_decay: the decay of these statistics in training; None for each layer's own momentum.
 
     Raises:
-        InputError: a value is of another type, out of its range, or none of its choices.
+        InputError: a value has another type, is out of its range, or is not one of its choices.
     """
 
     iterations: int = 9000
@@ -115,8 +106,8 @@ class Recipe:
             raise InputError(f"images is {self.images!r}: give a Preprocessing.")
         if self.decay_at is not None and self.decay_at > self.iterations:
             raise InputError(
-                f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most that many, which keeps "
-                "the rate to the end, or nothing for two thirds of them."
+                f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most {self.iterations}, which "
+                "keeps the rate to the end, or leave it out for two thirds of the iterations."
             )
 
     def _set(self, name, value):
@@ -126,7 +117,7 @@ class Recipe:
         if not isinstance(self.alpha, dict):
             raise InputError(f"alpha is {self.alpha!r}: give strengths by the penalty's symbol, as in {PUBLISHED_ALPHA}.")
         for symbol in self.alpha:
-            fields.choice("a key of alpha", symbol, tuple(ALPHA_GRIDS))
+            fields.choice("a key of alpha", symbol, tuple(PENALTIES))
         self._set("alpha", {symbol: fields.number(f"alpha of {symbol}", value) for symbol, value in self.alpha.items()})
 
     def _check_beta(self):
@@ -134,7 +125,7 @@ class Recipe:
             self._set("beta", fields.number("beta", self.beta))
             return
         for symbol in self.beta:
-            fields.choice("a key of beta", symbol, tuple(ALPHA_GRIDS))
+            fields.choice("a key of beta", symbol, tuple(PENALTIES))
         self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
 
     def _check_mean(self):
@@ -161,22 +152,22 @@ class Recipe:
         return self.log_every or max(1, self.iterations // 20)
 
     def schedule(self):
-        """The learning rate by step: the initial one for `decay_step` steps, then a tenth of it."""
+        """Returns the learning rate by step: the initial rate for `decay_step` steps, then a tenth of it."""
         # Keras keeps the first value up to and including the boundary, and counts steps from 0.
         rates = [self.learning_rate, self.learning_rate / 10]
         return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
 
     def optimizer(self):
-        """A new optimizer with the schedule, without what `penalty_step` puts around it."""
+        """Returns a new optimizer with the schedule, not yet wrapped for `penalty_step`."""
         if self.solver == "adam":
             return keras.optimizers.Adam(self.schedule())
         return keras.optimizers.SGD(self.schedule(), momentum=self.momentum)
 
-    def idle(self, symbols=tuple(ALPHA_GRIDS)):
-        """The numbers that change no result beside the others, and why: a dict from the name of each to the reason.
+    def idle(self, symbols=None):
+        """Returns the settings that change no result, given the others: a dict from each name to the reason.
 
         Args:
-            symbols: of the penalties that are run.
+            symbols: the symbols of the penalties in use; None for any.
         """
         reasons = {}
         if self.solver != "sgd":
@@ -185,14 +176,15 @@ class Recipe:
             reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.images.blur}")
         if self.penalty_step == "proximal":
             reasons["smoothing"] = "proximal steps have none"
-        elif not set(symbols) & set(ROOTS):
+        elif symbols is not None and not any(hasattr(PENALTIES[symbol](1.0), "epsilon") for symbol in symbols):
             reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
         return reasons
 
     def record(self, symbol=None):
-        """The numbers that a result depends on, as a record keeps them.
+        """Returns the settings that a result depends on, for a record.
 
-        What is idle is left out, and the paper's way goes unsaid where once there was no other.
+        Omits settings without effect. Also omits the default value of settings that older versions did not have, so that
+        older records keep their keys.
 
         Args:
             symbol: of the run's penalty; None for any.
@@ -200,38 +192,38 @@ class Recipe:
         values = dataclasses.asdict(self.replace(decay_at=None if self.decay_step == self._two_thirds else self.decay_at))
         values = {**values, **self.images.plain()}
         del values["images"]
-        idle = self.idle() if symbol is None else self.idle((symbol,))
-        unsaid = {"solver": "sgd", "penalty_step": "gradient"}
-        unsaid |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
-        said = {name: value for name, value in values.items() if name not in unsaid or value != unsaid[name]}
-        return {name: value for name, value in said.items() if name not in idle}
+        idle = self.idle(None if symbol is None else (symbol,))
+        newer = {"solver": "sgd", "penalty_step": "gradient"}
+        newer |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
+        kept = {name: value for name, value in values.items() if name not in newer or value != newer[name]}
+        return {name: value for name, value in kept.items() if name not in idle}
 
     def alpha_for(self, symbol):
-        """The strength of a penalty that was given none.
+        """Returns the default strength of a penalty.
 
         Raises:
-            InputError: neither the recipe nor the authors publish one.
+            InputError: the recipe has no strength for it.
         """
         if symbol not in self.alpha:
             raise InputError(f"There is no published strength for the penalty {symbol}: give --alpha.")
         return self.alpha[symbol]
 
     def beta_for(self, symbol):
-        """The strength of L2 on the new layers under a penalty."""
+        """Returns the strength of L2 on the new layers under a penalty."""
         return self.beta.get(symbol, Recipe.beta) if isinstance(self.beta, dict) else self.beta
 
     def grid_for(self, symbol):
-        """The strengths that cross-validation tries of a penalty that was given none.
+        """Returns the default strengths that cross-validation tries for a penalty.
 
         Raises:
             InputError: the symbol is unknown.
         """
-        if symbol not in ALPHA_GRIDS:
+        if symbol not in PENALTIES:
             raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
-        return ALPHA_GRIDS[symbol]
+        return PENALTIES[symbol].grid
 
     def mean_for(self, name, pixels):
-        """The mean to subtract from the images of a data set.
+        """Returns the mean to subtract from the images of a data set.
 
         Args:
             name: of the data set, such as "caltech256".
@@ -241,7 +233,7 @@ class Recipe:
             Three numbers in RGB order, or None for the mean of the data set's training images.
 
         Raises:
-            InputError: the mean is to be that of the weights, and they carry none.
+            InputError: `mean` is "weights", but the weights carry no mean.
         """
         if self.mean == "weights" and pixels.mean is None:
             raise InputError(
@@ -251,7 +243,7 @@ class Recipe:
         return {"training": None, "authors": published, "weights": pixels.mean}.get(self.mean, self.mean)
 
     def replace(self, **changes):
-        """A copy with other numbers; those of its images may be named too, as in `recipe.replace(crop=160)`."""
+        """Returns a copy with other settings, image settings included, as in `recipe.replace(crop=160)`."""
         of_images = {name: changes.pop(name) for name in IMAGES if name in changes}
         if of_images:
             changes["images"] = dataclasses.replace(changes.get("images", self.images), **of_images)
@@ -259,22 +251,22 @@ class Recipe:
 
     @classmethod
     def paper(cls):
-        """What the paper's text says."""
+        """Returns the settings in the paper's text."""
         return cls()
 
     @classmethod
     def authors(cls):
-        """Where the authors' code differs, as the table in BUILD_NOTES.md lists it."""
+        """Returns the settings of the authors' code where it differs, as listed in BUILD_NOTES.md."""
         images = {"images": Preprocessing(resize_filter="bilinear", blur="authors"), "mean": "authors"}
         network = {"head_bias": 0.01, "smoothing": 1e-16, "moving_statistics": "fresh", "batch_norm_decay": 0.9}
         return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
 
     @classmethod
     def digits(cls, like=None):
-        """For the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
+        """Returns settings for the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
 
         Args:
-            like: the recipe of a protocol, for all else; the paper's by default.
+            like: the recipe for all other settings; the paper's by default.
         """
         alpha = {**PUBLISHED_ALPHA, "l2_sp": 1.0}
         numbers = {"iterations": 200, "decay_at": None, "learning_rate": 0.01, "alpha": alpha}
@@ -282,9 +274,9 @@ class Recipe:
 
     @classmethod
     def source(cls, like):
-        """For training a source model from scratch on images prepared as in the recipe `like`."""
+        """Returns settings for training a source model from scratch, with images prepared as in the recipe `like`."""
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
-        # what is of fine-tuning alone must not ask for another training, nor how it is tested
+        # settings of fine-tuning or testing alone are reset, so that they do not cause another source training
         own = ("momentum", "beta", "params", "solver", "penalty_step", "log_every")
         own += ("head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -1,4 +1,4 @@
-"""One run: a plain Keras model is compiled and fitted by a recipe."""
+"""One run: compiles and fits a plain Keras model by a recipe."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ from l2sp_tf.training.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: the fine-tuned model, what was penalised, where it started, and its log.
+    """A finished run: the fine-tuned model, its penalties, its anchors and its log.
 
     Attributes:
         model: the fine-tuned `keras.Model`.
@@ -39,8 +39,8 @@ class Run:
         history: the rows of the log, dicts.
         seconds: training time in seconds, summed over all interrupted attempts.
         resumed_at: the step of the checkpoint from which it resumed, 0 for none.
-        stopped_at: the step at which a callback stopped the training before its end, or None.
-        interface: the `Interface` of the model: how its images are made, and which output is which class.
+        stopped_at: the step at which a callback stopped the training early, or None.
+        interface: the `Interface` of the model: how its images are made, and the class of each output.
     """
 
     model: keras.Model
@@ -54,7 +54,7 @@ class Run:
 
 
 def interface_of(task, recipe):
-    """The `Interface` of a network that is trained on a task by a recipe."""
+    """Returns the `Interface` of a network that is trained on a task by a recipe."""
     p = task.preprocessing
     images = (task.pixels, p.resize, p.resize_mode, p.resize_filter, p.crop)
     return Interface(*images, crops=recipe.crops, mean=recipe.mean, classes=task.classes)
@@ -75,34 +75,33 @@ def finetune(
 ):
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
-    The copy gets a new head; weights shared with `pretrained` are penalised with `penalty`,
-    the head with L2 of the recipe's beta. `pretrained` itself is not changed. Python's,
-    NumPy's and TensorFlow's random seeds are set to `seed`.
+    The copy gets a new head. Weights shared with `pretrained` are penalised with `penalty`, the head with L2 of the
+    recipe's beta. `pretrained` itself is unchanged. Python's, NumPy's and TensorFlow's random seeds are set to `seed`.
 
-    With a `run_dir` the run is saved there from time to time. If it is cut off, by Ctrl-C, SIGTERM or a
-    crash, the same call resumes from the newest checkpoint, and ends in the same weights and log as a run
-    that was not cut off: to the bit where TensorFlow's operations are deterministic.
+    With a `run_dir` the run is saved there from time to time. If Ctrl-C, SIGTERM or a crash interrupts it, the same call
+    resumes from the newest checkpoint. It then ends in the same weights and log as an uninterrupted run: to the bit if
+    TensorFlow's operations are deterministic.
 
     Args:
         pretrained: a built functional or Sequential Keras model.
-        data: a `Task`, or a `Dataset`, which is prepared by the recipe.
+        data: a `Task`, or a `Dataset`, which the recipe prepares.
         penalty: such as `L2SP(0.1)`.
         recipe: a `Recipe`; the paper's by default.
-        pixels: for a `Dataset`, how `pretrained` sees pixels: a `PixelFormat`, or "rgb", "bgr" or "torch".
-        anchors: where the penalty pulls to; by default the weights of `pretrained` now.
-        fisher: for the Fisher penalties a mapping from weight to F_jj.
+        pixels: for a `Dataset`, the pixel format of `pretrained`: a `PixelFormat`, or "rgb", "bgr" or "torch".
+        anchors: the weights to which the penalty pulls; by default the current weights of `pretrained`.
+        fisher: for the Fisher penalties, a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
-        frozen: how many of the first units are frozen, as in `freeze_first` (Fig. 3); with 0 nothing is, whatever is frozen
-            in `pretrained`.
+        frozen: how many of the first units to freeze, as in `freeze_first` (Fig. 3); 0 freezes nothing, even if `pretrained`
+            has frozen layers.
         execution: any of `run_dir`, `save`, `checkpoint_every`, `strategy`, `jit_compile`, `callbacks` and `verbose`, as
-            `Execution` has them.
+            in `Execution`.
 
     Returns:
         A `Run`.
 
     Raises:
-        InputError: a bad argument, or one that the devices cannot share; the checkpoint in `run_dir` is of another
-            run; another process is at work there.
+        InputError: an argument is wrong, or the devices cannot share it; the checkpoint in `run_dir` is of another
+            run; or another process is at work there.
         FloatingPointError: the loss is not finite; the checkpoint before it stays.
         ConnectionError: one of several machines was lost.
     """
@@ -127,7 +126,7 @@ def train_source(model, data, recipe, *, pixels=None, seed=0, **execution):
     """Trains a model from scratch on a source task with L2, Eq. (1), by the same path as `finetune`.
 
     Args:
-        model: a built Keras model with random weights, which is trained in place.
+        model: a built Keras model with random weights; it is trained in place.
         data, recipe, pixels, seed, execution: as in `finetune`; the strength of L2 is the recipe's, and pixels are RGB by
             default.
 
@@ -142,7 +141,7 @@ def train_source(model, data, recipe, *, pixels=None, seed=0, **execution):
 
 
 def as_task(data, recipe, pixels):
-    """The `Task` that `data` is, or that it becomes when it is prepared by the recipe; errors as in `finetune`."""
+    """Returns `data` if it is a `Task`, or prepares a `Dataset` by the recipe; errors as in `finetune`."""
     pixels = None if pixels is None else named_pixels(pixels)
     if isinstance(data, Task):
         if pixels is not None and not pixels.agrees_with(data.preprocessing.pixels):
@@ -156,7 +155,7 @@ def as_task(data, recipe, pixels):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Training:
-    """What is trained.
+    """The training of one run: model, penalties, data, recipe and seed.
 
     Attributes:
         model: a Keras model that carries the penalties of `coverage`.
@@ -176,7 +175,7 @@ class Training:
 
     @property
     def identity(self):
-        """What makes a run this one and no other, as a dict; all weights are hashed."""
+        """A dict that identifies this run, with a hash of all weights."""
         coverage, task, penalties = self.coverage, self.task, {}
         for weight in coverage.weights:
             penalties.setdefault(weight.group, []).append(str(weight))
@@ -193,7 +192,7 @@ class Training:
         }
 
     def compile(self, model, jit_compile):
-        """Compiles the model, or its copy, with what takes the step of its penalties if the recipe asks for it.
+        """Compiles the model, or its copy, and wraps the optimizer if the recipe asks for another penalty step.
 
         Returns:
             The metrics.
@@ -207,21 +206,21 @@ class Training:
         optimizer = around(optimizer, model) if around else optimizer
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
-        # else they are made while the step is traced, which is then traced twice
+        # otherwise its variables are created while the step is traced, which is then traced twice
         model.optimizer.build(model.trainable_variables)
         return metrics
 
     def batches(self, start, part):
-        """The training batches from a step on, of one worker's part of each."""
+        """Returns the training batches from a step on, one worker's part of each."""
         task, recipe = self.task, self.recipe
         options = {"batch_size": recipe.batch_size, "seed": self.seed, "start": start, "iterations": recipe.iterations}
         return training_batches(task.train, task.preprocessing, task.mean, part=part, **options)
 
     def keep_anchors(self, path, step):
-        """Saves the anchors beside a new run, or stops if those of a run that resumes after `step` are missing or others.
+        """Saves the anchors beside a new run, or checks those beside a run that resumes after `step`.
 
         Raises:
-            InputError: they are.
+            InputError: the saved anchors are missing, or are other anchors.
         """
         if self.anchors is None:
             return
@@ -238,10 +237,10 @@ class Training:
 
 
 def _fit(training, how):
-    """Compiles and fits the model of a `Training`, or a copy of it on several devices, as an `Execution` says."""
+    """Fits the model of a `Training`, or its copy on several devices, as an `Execution` says."""
     recipe, devices, folder = training.recipe, how.devices, how.run_dir
     devices.check_batch_size(recipe.batch_size)
-    # a run that nobody else takes part in and that is not kept needs no identity, which hashes all weights
+    # a run without a folder on one device needs no identity, which hashes all weights
     identity = None if folder is None and how.strategy is None else training.identity
     devices.check_same_run(identity)
     trained = devices.replicated(training.model)
@@ -258,12 +257,12 @@ def _fit(training, how):
             if folder is not None:
                 stops = stack.enter_context(deferred_signals()) if devices.is_one_process else ()
                 keeper.keep(how.checkpoints, identity, how.checkpoint_every, stops, writes=how.writes)
-            start = keeper.restore(trained)
-        devices.check_same_run(start)
-        if start < recipe.iterations and keeper.stopped_at is None:
-            callbacks = [AnchorGuard(training.coverage), FiniteLoss(start), monitor, keeper, *how.callbacks]
-            batches = training.batches(start, devices.part)
-            fit(trained, batches, steps=recipe.iterations - start, callbacks=callbacks, verbose=how.verbose)
+            resumed_at = keeper.restore(trained)
+        devices.check_same_run(resumed_at)
+        if resumed_at < recipe.iterations and keeper.stopped_at is None:
+            callbacks = [AnchorGuard(training.coverage), FiniteLoss(resumed_at), monitor, keeper, *how.callbacks]
+            batches = training.batches(resumed_at, devices.part)
+            fit(trained, batches, steps=recipe.iterations - resumed_at, callbacks=callbacks, verbose=how.verbose)
         else:
             monitor.rewrite(trained)
     copy_weights(trained, training.model)
@@ -273,9 +272,9 @@ def _fit(training, how):
     if how.writes:
         how.checkpoints.remove(keep=1)
     found = (training.model, training.coverage, training.anchors, monitor.rows)
-    return Run(*found, keeper.seconds, start, keeper.stopped_at, interface)
+    return Run(*found, keeper.seconds, resumed_at, keeper.stopped_at, interface)
 
 
 def images_digest(task):
-    """Tells which part of its data set a task trains on: a hash in hexadecimal."""
+    """Identifies the part of a data set that a task trains on: a hash in hexadecimal."""
     return hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()

@@ -214,7 +214,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
         (["--iterations=0"], "iterations is 0"),
         (["--backbone=vgg"], "backbone 'vgg' is unknown"),
         (["--target=nowhere", "--source=digits/source"], "nowhere"),
-        (["--target=caltech256", "--source=digits/source"], "caltech256 with per_class=None tells no split"),
+        (["--target=caltech256", "--source=digits/source"], "caltech256 with per_class=None names no split"),
         (["--target=stanford_dogs", "--source=digits/source", f"--data_dir={tmp_path}"], "run python prepare.py --data_dir="),
         ([f"--target={uneven}", f"--weights={weights}"], "wolf"),
         ([f"--target={folder}"], "give its data with --source"),

@@ -1,4 +1,4 @@
-"""Data sets: the digits' splits, folder layouts, zips and what is refused."""
+"""Data sets: the splits of the digits, folder layouts, zips, and the errors for bad ones."""
 
 import stat
 import zipfile
@@ -107,7 +107,7 @@ def test_what_is_drawn_of_a_class_does_not_depend_on_the_others(tmp_path):
 
 
 def test_a_subset_that_a_class_cannot_fill_is_refused(digits):
-    with pytest.raises(InputError, match="76 training images a class were asked for, but class 'even'.* has 75"):
+    with pytest.raises(InputError, match="per_class is 76, but class 'even'.* has 75 training images: give fewer"):
         digits["target"].subset(76)
     with pytest.raises(InputError, match="at least 1"):
         digits["target"].subset(0)
@@ -165,7 +165,7 @@ def test_a_file_that_is_no_zip_lists_what_is_accepted(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["", "target/", "a/b/"])
 def test_zip_equals_its_folder(tmp_path, prefix):
-    # write_folder's files hold their own names without the split; a zip of that folder has the same digest
+    # write_folder's files contain their own names without the split, so a zip of the folder has the same digest
     folder = write_folder(tmp_path / "folder", LAYOUT)
     archive = tmp_path / "objects.zip"
     with zipfile.ZipFile(archive, "w") as file:

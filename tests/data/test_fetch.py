@@ -1,4 +1,4 @@
-"""Loading files: from the start, from where it stopped, and what is said when it fails."""
+"""Downloads: from the start, resumed, and the errors of failed ones."""
 
 import hashlib
 import http.server
@@ -14,7 +14,7 @@ CONTENT = bytes(range(256)) * 5000
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENT under any name: with ranges, "/whole" without, and "/short" breaking off."""
+    """Serves CONTENT under any name: with ranges, without them under "/whole", and breaking off under "/short"."""
 
     asked = []
 
@@ -50,7 +50,7 @@ def server():
 
 @pytest.fixture
 def no_host():
-    """An address on which nothing listens."""
+    """An address where nothing listens."""
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         port = server.server_address[1]
     return f"http://127.0.0.1:{port}"
@@ -82,7 +82,7 @@ def test_a_part_is_gone_on_with(server, tmp_path, path, done):
 
 
 def test_a_connection_that_breaks_off_keeps_its_part(server, tmp_path):
-    with pytest.raises(InputError, match="broke off after 1,000 of 1,280,000 bytes: run it again to go on, or put short into"):
+    with pytest.raises(InputError, match="broke off after 1,000 of 1,280,000 bytes: run it again to resume, or put short into"):
         fetch(of(server, "short"), tmp_path)
     with pytest.raises(InputError, match="broke off after 2,000"):
         fetch(of(server, "short"), tmp_path)
@@ -105,7 +105,7 @@ def test_a_file_without_a_published_checksum_is_taken(server, tmp_path):
 
 
 def test_without_a_network_nothing_is_left(no_host, server, tmp_path):
-    with pytest.raises(InputError, match=r"file cannot be loaded \(.*refused.*\): run it again to go on, or put file into"):
+    with pytest.raises(InputError, match=r"file cannot be loaded \(.*refused.*\): run it again to resume, or put file into"):
         fetch(of(no_host), tmp_path)
     with pytest.raises(InputError, match="Not Found"):
         fetch(of(server, "gone"), tmp_path)

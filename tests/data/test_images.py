@@ -1,4 +1,4 @@
-"""The image operations against naive loops, each eagerly and inside tf.data."""
+"""Checks the image operations against naive loops, eagerly and inside tf.data."""
 
 import functools
 
@@ -30,7 +30,7 @@ def photo(*shape, seed=0):
 
 @functools.cache
 def sigma_drawn(seed, low, high):
-    """The sigma that random_blur used, read off the response to one bright pixel."""
+    """Reads the sigma that random_blur used off the response to one bright pixel."""
     spot = np.zeros((9, 9, 1), np.float32)
     spot[4, 4] = 1
     response = ops.random_blur(spot, seed, sigma=(low, high)).numpy()[:, :, 0].sum(axis=0)
@@ -143,7 +143,7 @@ def test_draws_are_those_of_the_hash():
 
 
 def test_draws_are_uniform_and_those_of_neighbouring_keys_independent():
-    # as the pipeline makes them: seed and operation, epoch and index
+    # seeds as in the pipeline: seed and operation, epoch and index
     def drawn(first, epoch, count=1):
         indices = np.arange(20_000)
         return ops._uniform(tf.constant(np.stack([np.full_like(indices, first), epoch * 2**32 + indices], axis=1)), count).numpy()
@@ -164,7 +164,7 @@ def test_draws_are_uniform_and_those_of_neighbouring_keys_independent():
 
 
 def distortions(seeds):
-    """The brightness, saturation and contrast that belong to seeds [b, 2]."""
+    """Returns the brightness, saturation and contrast that the seeds [b, 2] draw."""
     u = ops._uniform(tf.constant(seeds), 3).numpy().astype(np.float64)
     return np.stack([(2 * u[:, 0] - 1) * 63 / 255, 0.5 + u[:, 1], 0.2 + 1.6 * u[:, 2]], axis=1)
 
@@ -189,7 +189,7 @@ def test_distortion_draws_from_the_authors_ranges():
 
 
 def test_mirror_takes_half():
-    batch = np.arange(2000 * 6, dtype=np.float32).reshape(2000, 2, 3, 1)  # no image is its own mirror image
+    batch = np.arange(2000 * 6, dtype=np.float32).reshape(2000, 2, 3, 1)  # each image differs from its mirror image
     mirrored = ops.random_mirror(batch, np.stack([np.full(2000, 7), np.arange(2000)], axis=1)).numpy()
     turned = [np.array_equal(result, image[:, ::-1]) for result, image in zip(mirrored, batch, strict=True)]
     same = [np.array_equal(result, image) for result, image in zip(mirrored, batch, strict=True)]

@@ -1,4 +1,4 @@
-"""The pipeline: decoding once, naming bad images, and streams that resume to the bit."""
+"""The pipeline: decodes once, names bad images, and streams that resume to the bit."""
 
 import io
 import struct
@@ -67,7 +67,7 @@ def split_of(folder, contents, labels=None):
 
 
 def good_and_bad(folder, count=150):
-    """Good images of their own colours with all the bad ones strewn in, and where the bad ones are."""
+    """Writes good images of distinct colours with all the bad ones between them; returns the positions of the bad ones too."""
     contents, places = {}, {}
     for i, (name, content) in enumerate(BAD.items()):
         places[int(i * (count - 1) / (len(BAD) - 1))] = (name, content)
@@ -94,7 +94,7 @@ def test_decode_matches_pillow_and_the_naive_resize(tmp_path):
         "b.png": encoded(grey, "PNG"),
         "c.jpg": encoded(colour, "JPEG", quality=95),
         "d.jpg": encoded(grey, "JPEG", quality=95),
-        "e.jpg": encoded(colour, "PNG"),  # the bytes count, not the name
+        "e.jpg": encoded(colour, "PNG"),  # the bytes decide, not the name
         "f.png": encoded(np.dstack([colour, picture(12, 9, seed=2)]), "PNG"),
         "g.png": encoded(palette, "PNG"),
     }
@@ -206,7 +206,7 @@ def test_decoded_pixels_lie_in_memory_once(tmp_path, limit):
     images = decode(load_dataset("digits/target").train, 8, memory_limit_bytes=limit, cache_dir=tmp_path)
     read = images.reader.whole
     np.testing.assert_array_equal(read(3), images[3])
-    images[3][:] = 77  # seen by the tensor, as it is the same memory
+    images[3][:] = 77  # the tensor sees it: it is the same memory
     assert np.all(read(3).numpy() == 77)
 
 
@@ -285,14 +285,14 @@ def test_the_parts_of_a_stream_make_up_the_stream(parts):
     whole, pieces = stream(), [stream(part=(i, parts)) for i in range(parts)]
     for batch, shares in zip(whole, zip(*pieces, strict=True), strict=True):
         for full, joined in zip(batch, map(np.concatenate, zip(*shares, strict=True)), strict=True):
-            np.testing.assert_allclose(joined, full, atol=1e-4)  # of 255: the blur's vector code depends on the batch
+            np.testing.assert_allclose(joined, full, atol=1e-4)  # out of 255: the blur's vector code depends on the batch size
     for wrong in ((0, 4), (2, 2), (-1, 2)):
         with pytest.raises(InputError, match="part is"):
             stream(part=wrong)
 
 
 def packed_images(sides, seed=0):
-    """Images with sides of their own."""
+    """Images with different sides, packed one after another."""
     sides = np.array(sides)
     return Images(picture(sides.prod(axis=1).sum(), 3, seed=seed), np.arange(len(sides), dtype=np.int32), sides=sides)
 
@@ -300,7 +300,7 @@ def packed_images(sides, seed=0):
 @pytest.mark.parametrize("resize_mode", ["squash", "shorter_side"])
 @pytest.mark.parametrize("blur", ["gaussian", "authors", "none"])
 def test_augmentation_is_the_operations_in_order_with_seeds_of_their_own(blur, resize_mode):
-    # the pipeline draws the crop first and reads and blurs no more than it shows: here whole images go through
+    # the pipeline draws the crop first and processes only its pixels; the oracle processes whole images
     tall = [(6, 9), (6, 6), (13, 6), (6, 7), (7, 6), (6, 20), (6, 8)]
     images, batch_size, seed = some_images(7) if resize_mode == "squash" else packed_images(tall), 4, 5
     preprocessing = Preprocessing(resize=6, crop=4, blur=blur, resize_mode=resize_mode)
@@ -418,7 +418,7 @@ def test_mapped_pixels_stream_like_those_in_memory(tmp_path):
 def test_pixels_are_captured_and_not_embedded():
     images = Images(picture(2000, 16, 16, 3), np.zeros(2000, np.int32))
     stream = test_batches(images, Preprocessing(resize=16, crop=16), MEAN, batch_size=4)
-    graph = stream._as_serialized_graph().numpy()  # holds captured tensors only if they are constants of a function
+    graph = stream._as_serialized_graph().numpy()  # would hold the tensors if they were constants of a function
     functions = tf.compat.v1.GraphDef.FromString(graph).library.function
     assert sum(node.ByteSize() for function in functions for node in function.node_def) < images.pixels.nbytes / 10
 
@@ -436,8 +436,8 @@ def test_streams_refuse_what_makes_no_sense():
     for change, message in (
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"start": 4}, "batches 4 to 3"),
-        ({"start": -1}, "batches -1 to 3"),
+        ({"start": 4}, "start is 4"),
+        ({"start": -1}, "start is -1"),
     ):
         with pytest.raises(InputError, match=message):
             training_batches(images, FULL, MEAN, **{**good, **change})

@@ -1,4 +1,4 @@
-"""Decoded pixels: each image once, by content, for all splits, processes and later commands; nothing damaged is read."""
+"""Decoded pixels are stored once per content for all splits, processes and later commands; damaged ones are never read."""
 
 import multiprocessing
 import os
@@ -17,7 +17,7 @@ HOW = (6, "squash", "area")
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The names of the images that were decoded, in order."""
+    """Records the names of decoded images, in order."""
     names, original = [], decoding._decoded
 
     def spied(split, how):
@@ -30,7 +30,7 @@ def decoded(monkeypatch):
 
 @pytest.fixture
 def split(tmp_path):
-    """150 images, of which the last two have the content of the first."""
+    """150 images; the last two have the content of the first."""
     (tmp_path / "images").mkdir()
     contents = {f"{i:03}.png": encoded(picture(5, 7, 3, seed=i % 148), "PNG") for i in range(150)}
     return split_of(tmp_path / "images", contents, np.arange(150) % 2)
@@ -46,7 +46,7 @@ def store_of(tmp_path):
 
 
 def check(images, split):
-    """The images are those that are decoded into memory."""
+    """Compares the images with those that are decoded into memory."""
     expected = decode(split, 6)
     np.testing.assert_array_equal([images[i] for i in range(len(images))], expected.pixels)
     np.testing.assert_array_equal(images.labels, expected.labels)
@@ -62,12 +62,12 @@ def test_an_image_is_decoded_once_whatever_split_it_is_in(split, tmp_path, decod
     assert decoded[:4] == [some.names[i] for i in range(4)]
     del decoded[:]
     images = stored(split, tmp_path)
-    assert sorted(decoded) == sorted(set(split.names[:148]) - set(some.names) - {split.names[1]})  # 149 has the content of 1
+    assert sorted(decoded) == sorted(set(split.names[:148]) - set(some.names) - {split.names[1]})  # 149 has 1's content
     check(images, split)
     del decoded[:]
     stored(split, tmp_path), stored(some, tmp_path)
     assert decoded == [] and store_of(tmp_path)[0].stat().st_size == 148 * 6 * 6 * 3
-    for how in ({"mode": "shorter_side"}, {"filter": "bilinear"}):  # other pixels, another store
+    for how in ({"mode": "shorter_side"}, {"filter": "bilinear"}):  # other pixels lie in another store
         np.testing.assert_array_equal(stored(some, tmp_path, **how)[1], decode(some, 6, **how)[1])
     assert len(list((tmp_path / "cache").glob("*.uint8"))) == 3
 
@@ -78,7 +78,7 @@ def test_another_file_of_the_same_name_is_another_image(split, tmp_path, decoded
     split.files[5].write_bytes(encoded(picture(5, 7, 3, seed=999), "PNG"))
     changed = split.take(range(150))
     check(stored(changed, tmp_path), changed)
-    assert decoded[0] == split.names[5] and decoded[1:] == list(changed.names)  # the latter by `check`
+    assert decoded[0] == split.names[5] and decoded[1:] == list(changed.names)  # `check` decodes all of them
 
 
 @pytest.mark.parametrize("damage", ["pixel", "truncated", "gone", "entry", "index truncated", "index gone"])
@@ -113,7 +113,7 @@ def test_what_was_decoded_before_an_interruption_is_kept(split, tmp_path, decode
         calls.append(keys)
         if len(calls) == 2:
             with self._path.open("ab") as file:
-                file.write(bytes(1000))  # pixels without an entry, which end within one
+                file.write(bytes(1000))  # pixels without an entry, ending inside a pixel
             raise KeyboardInterrupt
         append(self, keys, images)
 
@@ -230,7 +230,7 @@ def test_digests_are_remembered_until_a_file_changes(tmp_path, split, monkeypatc
     monkeypatch.undo()
     content = bytearray(files[2].read_bytes())
     content[-1] ^= 1
-    files[2].write_bytes(content)  # as long as before
+    files[2].write_bytes(content)  # the same length as before
     os.utime(files[2], (old, old))
     second = file_digests(files, tmp_path / "memory")
     assert second == file_digests(files) and [a == b for a, b in zip(first, second, strict=True)] == [

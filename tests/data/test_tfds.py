@@ -1,4 +1,4 @@
-"""Sets of TFDS: built from dummy files in their creators' layout, split as Table 1 says, read image by image."""
+"""TFDS sets: built from dummy files in their creators' layout, split as in Table 1, and read image by image."""
 
 import dataclasses
 import io
@@ -42,7 +42,7 @@ def write_tar(path, members):
 
 
 def caltech_counts():
-    """Per class, by what is known of the real set: 30,607 images, 80 in the smallest class, 827 of clutter."""
+    """Images per class with the known facts of the real set: 30,607 images, 80 in the smallest class, 827 of clutter."""
     rest = 30_607 - 827 - 80
     counts = [80] + [rest // 255 + (i < rest % 255) for i in range(255)] + [827]
     assert sum(counts) == 30_607 and min(counts) == 80
@@ -50,7 +50,7 @@ def caltech_counts():
 
 
 def write_caltech(folder, counts):
-    """256_ObjectCategories.tar in reverse order, with the stray files of the creators' one; image j of a class has grey j."""
+    """Writes 256_ObjectCategories.tar in reverse order with its stray files; image j of a class has grey value j."""
     images = [encoded(j) for j in range(256)]
     members = [
         (f"256_ObjectCategories/{c:03}.thing-{c}/{c:03}_{j:04}.jpg", images[j % 256])
@@ -62,7 +62,7 @@ def write_caltech(folder, counts):
 
 
 def write_indoors(folder, train=80, test=20, **special):
-    """indoorCVPR_09.tar and the two lists, shuffled, with images that no list names; `special` images have other bytes."""
+    """Writes indoorCVPR_09.tar and the two shuffled lists, with unlisted images too; `special` images have other bytes."""
     rooms = [f"room_{c:02}" for c in range(67)]
     image = encoded()
     names = {room: [f"{room}/photo {i}.jpg" for i in range(train + test + 2)] for room in rooms}
@@ -75,7 +75,7 @@ def write_indoors(folder, train=80, test=20, **special):
 
 
 def write_dogs(folder, train=2, test=1, breeds=120):
-    """images.tar, lists.tar and annotation.tar as the creators of Stanford Dogs ship them."""
+    """Writes images.tar, lists.tar and annotation.tar in the layout of Stanford Dogs' creators."""
     from scipy.io import savemat
 
     names = [f"n{c:08}-Breed_{c}/n{c:08}_{i}" for c in range(breeds) for i in range(train + test)]
@@ -93,7 +93,7 @@ def write_dogs(folder, train=2, test=1, breeds=120):
 
 
 def write_set(data_dir, name, splits, classes, image=None, keys=("image", "label")):
-    """A prepared set, written without its builder: `splits` maps names to lists of (bytes, label)."""
+    """Writes a prepared set without its builder; `splits` maps names to lists of (bytes, label)."""
     features = tfds.features.FeaturesDict(
         {keys[0]: image or tfds.features.Image(), keys[1]: tfds.features.ClassLabel(names=[f"class {c}" for c in range(classes)])}
     )
@@ -123,7 +123,7 @@ def write_set(data_dir, name, splits, classes, image=None, keys=("image", "label
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """Caltech 256 and MIT Indoors 67 by their builders, Stanford Dogs by hand, each of its real size."""
+    """Caltech 256 and MIT Indoors 67 from their builders, and Stanford Dogs written by hand, each at its real size."""
     folder = tmp_path_factory.mktemp("data")
     manual = folder / "downloads/manual"
     write_caltech(manual / "caltech256", caltech_counts())
@@ -172,7 +172,7 @@ def test_table_1_tells_what_is_not_prepared(tmp_path):
 
 
 def grey(split):
-    """The grey value of each image: of the dummy Caltech 256, the image's number in its class modulo 256."""
+    """Returns the grey value of each image: in the dummy Caltech 256, the image's number in its class modulo 256."""
     return decode(split, 4).pixels[:, 0, 0, 0]
 
 
@@ -210,9 +210,9 @@ def test_indoors_follow_the_lists(data_dir, load):
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
-        ("caltech256", {}, "tells no split: give caltech256/30"),
-        ("caltech256/many", {}, "tells no split"),
-        ("caltech256/30", {"per_class": 60}, "tells no split"),
+        ("caltech256", {}, "names no split: give caltech256/30"),
+        ("caltech256/many", {}, "names no split"),
+        ("caltech256/30", {"per_class": 60}, "names no split"),
         ("caltech256", {"per_class": 61, "protocol": "authors"}, "per_class is 61: the authors' lists have at most 60"),
         ("caltech256", {"per_class": 80}, "leaves no test image of 001.thing-1"),
         ("caltech256", {"per_class": 81}, "class '001.thing-1' of caltech256-81 has 80"),
@@ -370,7 +370,7 @@ def test_odd_formats_become_png(tmp_path):
     ("spoil", "message"),
     [
         (lambda m: (m / "TrainImages.txt").write_text("room_00/photo 0.jpg\n"), "TrainImages.txt names 1 images instead of 5360"),
-        (lambda m: write_tar(m / "indoorCVPR_09.tar", []), "lacks 6700 images that the lists name, the first is room_00/photo 0"),
+        (lambda m: write_tar(m / "indoorCVPR_09.tar", []), "lacks 6700 images that the lists name, such as room_00/photo 0"),
         (lambda m: (m / "indoorCVPR_09.tar").write_bytes(b"x" * 5000), "indoorCVPR_09.tar is damaged or no tar file"),
     ],
 )

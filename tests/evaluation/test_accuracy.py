@@ -1,4 +1,4 @@
-"""`evaluate` on every form of data and every kind of output, against a loop over what `model.predict` gives."""
+"""Checks `evaluate` on every form of data and every kind of output, against a loop over the results of `model.predict`."""
 
 import keras
 import numpy as np
@@ -38,7 +38,7 @@ class Subclassed(keras.Model):
         return self.head(self.flat(x))
 
 
-# name -> (model, options, how the oracle turns a row of predict into probabilities)
+# name -> (model, options, the oracle's function from a row of predict to probabilities)
 def softmax(z):
     z = np.exp(z - z.max(-1, keepdims=True))
     return z / z.sum(-1, keepdims=True)
@@ -92,7 +92,7 @@ def data_for(classes, crops=1, seed=0, dtype="float32"):
 
 
 def oracle(model, means, x, labels, crops=1):
-    """Which answers are right, one image after the other, from model.predict alone."""
+    """Finds the right answers, image by image, from model.predict alone."""
     right, outputs = [], model.predict(x.reshape(-1, *SHAPE), verbose=0).astype("float64")
     for rows, label in zip(outputs.reshape(len(x), crops, -1), labels, strict=True):
         p = means(rows).mean(0)
@@ -124,7 +124,7 @@ class Batches(keras.utils.PyDataset):
 
 
 def unshaped(dataset):
-    """The same data set, of whose images TensorFlow knows no shape."""
+    """The same data set, with image shapes unknown to TensorFlow."""
     return dataset.map(lambda x, *rest: (tf.numpy_function(lambda a: a, [x], x.dtype, stateful=False), *rest))
 
 
@@ -150,11 +150,11 @@ def data_forms(*arrays, few=False):
     yield "NumPy iterator", unbatched.batch(5).as_numpy_iterator()
 
 
-THOROUGH = ("logits", "sigmoid")  # all forms; the others have all in the slow run
+THOROUGH = ("logits", "sigmoid")  # tried on all forms of data; the others only in the slow run
 
 
 def crossed():
-    """Pairs (name of an output, whether few forms of data will do)."""
+    """Pairs (name of an output, whether to use few forms of data)."""
     yield from (pytest.param(name, name not in THOROUGH, id=name) for name in OUTPUTS)
     slow = pytest.mark.slow
     yield from (pytest.param(name, False, id=f"{name}, all forms", marks=slow) for name in OUTPUTS if name not in THOROUGH)
@@ -207,7 +207,7 @@ def test_a_perfect_sigmoid_is_right():
 
 
 def test_what_is_no_probability_may_still_be_the_highest():
-    """One of K scores is the highest whatever they mean."""
+    """With K scores only the highest counts, whatever the scores mean."""
     x, y, _ = data_for(3)
     for model in (network(3, layers.Activation("tanh")), network(3, layers.ReLU(), loss="mse")):
         assert l2sp.evaluate(model, (x, y))["correct"] == oracle(model, same, x, y).sum()
@@ -226,7 +226,7 @@ def test_pixels_become_floats_and_other_numbers_stay():
 
 
 def remainders():
-    """A model whose highest score is at the number modulo 3, which float32 could not tell."""
+    """A model whose highest score is at the number modulo 3, for numbers that float32 would round."""
     inputs = keras.Input((5,), dtype="int64")
     return keras.Model(inputs, layers.Lambda(lambda x: ops.one_hot(x[:, 0] % 3, 3))(inputs))
 
@@ -373,7 +373,7 @@ class Endless(keras.utils.PyDataset):
 X, Y, W = data_for(3)
 HOT = np.eye(3)[Y]
 REFUSED = {
-    "labels out of range": (3, (X, Y + 1), "The labels of the output contain 3, but it tells 3 classes"),
+    "labels out of range": (3, (X, Y + 1), "The labels of the output contain 3, but it has 3 classes"),
     "negative labels": (3, (X, Y - 1), "contain -1"),
     "halves": (3, (X, Y + 0.5), r"contain \d.5"),
     "NaN labels": (3, (X, np.where(Y == 0, np.nan, Y)), "not all finite"),
@@ -390,7 +390,7 @@ REFUSED = {
     "fewer weights in a batch": (3, [(X, Y, W[:-1])], "sample weights of the output have the shape"),
     "negative weights": (3, (X, Y, -W), "at least 0"),
     "no weights": (3, (X, Y, 0 * W), "all 0"),
-    "two for one": (1, (X, Y), "contain 2, but it tells 2 classes"),
+    "two for one": (1, (X, Y), "contain 2, but it has 2 classes"),
     "one-hot for one": (1, (X, np.eye(2)[Y % 2]), r"have the shape \(13, 2\): give them as \[n\] or \[n, 1\]"),
     "signs for one": (1, (X, 2.0 * (Y % 2) - 1), "contain -1"),
     "no labels": (3, X, "The data are a ndarray of shape"),
@@ -428,7 +428,7 @@ def test_outputs_that_cannot_be_judged_are_one_sentence():
             l2sp.evaluate(model, (X, Y % 2))
         assert "\n" not in str(caught.value)
     model = network(3, layers.Activation("tanh"))
-    with pytest.raises(l2sp.InputError, match="Tanh"):  # the mean over crops asks what it means
+    with pytest.raises(l2sp.InputError, match="Tanh"):  # the mean over crops needs the output's meaning
         l2sp.evaluate(model, (np.stack([X] * 10, 1), Y), crops=10)
     model = many_outputs("dict")
     with pytest.raises(l2sp.InputError, match="has the outputs age, big, colour: give the labels in a dict or list"):
@@ -456,7 +456,7 @@ def test_retention_reads_every_form_three_times(small_network):
                 "tuple of batches",
                 "lists as batches",
             ):
-                continue  # which no code tells from others by here
+                continue  # these forms take the same path as others by now
             if hasattr(data, "__next__"):
                 with pytest.raises(l2sp.InputError, match="can be read only once, but they are needed several times"):
                     l2sp.retention(tuned, pretrained, data)

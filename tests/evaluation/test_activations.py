@@ -96,7 +96,7 @@ def test_a_box_has_quartiles_and_whiskers_to_the_outermost_values_within_1_5_box
     def drawn(values):
         return [box(values)[name] for name in BOX]
 
-    # the box from 3 to 7 reaches to 13 at most
+    # the box spans 3 to 7, so its whiskers reach at most 13
     assert drawn([*range(1, 9), 100]) == [1, 3, 5, 7, 8] and drawn([*range(1, 9), 13]) == [1, 3, 5, 7, 13]
     assert drawn([0, 0, 0, 100]) == [0, 0, 0, 25, 25]  # no whisker ends inside the box
     found = box([0.5, np.nan, 0.7, np.nan, np.nan])

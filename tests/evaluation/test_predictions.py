@@ -1,4 +1,4 @@
-"""Predictions for new images: the answers of `evaluate`, and what is refused or left out aloud."""
+"""Predictions for new images: they are the answers of `evaluate`, and bad images are refused or left out with a warning."""
 
 import csv
 import pathlib
@@ -28,7 +28,7 @@ def classifier(activation=None, units=3):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A folder <split>/<class>/<number>.png with three classes, and some files beside that are no images."""
+    """A folder <split>/<class>/<number>.png with three classes, and some files that are not images."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split in ("train", "test"):
         for name in CLASSES:
@@ -82,7 +82,7 @@ def test_files_are_taken_once_and_in_order_and_others_are_left_out_aloud(images,
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.warns(UserWarning, match="1 files are no .* and were left out, the first is .*notes.txt"):
+    with pytest.warns(UserWarning, match="1 files are not .* and were left out, such as .*notes.txt"):
         found = l2sp.predict_images(classifier(), tmp_path, INTERFACE)
     assert [pathlib.Path(file).name for file in found.files] == ["a.PNG", "c.jpeg"]
 
@@ -105,7 +105,7 @@ def test_bad_images_are_refused_or_left_out_aloud(images, tmp_path):
 def test_an_interface_that_does_not_fit_is_refused(images, tmp_path):
     with pytest.raises(l2sp.InputError, match="has 4 outputs, but 3 classes are named"):
         l2sp.predict_images(classifier(units=4), images, INTERFACE)
-    with pytest.raises(l2sp.InputError, match="not known how the model's images are made"):
+    with pytest.raises(l2sp.InputError, match="interface is missing or has no mean"):
         l2sp.predict_images(classifier(), images)
     two = classifier()
     with pytest.raises(l2sp.InputError, match="has 2 outputs"):
@@ -139,7 +139,7 @@ def test_the_command_writes_a_csv_and_prints_a_table(images, tmp_path, eval_py):
     ]
     np.testing.assert_allclose([float(p) for *_, p in rows[1:]], expected.probabilities, atol=1e-4)
     assert "| file" in printed and f"wrote {tmp_path / 'predictions.csv'}" in printed
-    one = images / "test" / "b,c" / "0.png"  # a comma may be of the name
+    one = images / "test" / "b,c" / "0.png"  # the name contains a comma
     (tmp_path / "run").mkdir()
     path.rename(tmp_path / "run" / "model.keras")
     status, printed, _ = eval_py(f"--predict={one}", f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'x.csv'}")

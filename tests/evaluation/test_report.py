@@ -115,7 +115,7 @@ def test_accuracies_and_r2_are_those_of_the_library(small_network):
     model = moved_copy(pretrained)
     report = l2sp.retention_report(model, l2sp.Anchors.of(pretrained), source=batches())
     assert report.accuracies == l2sp.retention(model, pretrained, batches())
-    assert set(report.r2) == {"conv1_conv", "conv1_bn", "conv2_conv"}  # all that both have, as no names are those of units
+    assert set(report.r2) == {"conv1_conv", "conv1_bn", "conv2_conv"}  # all shared layers, as none has a unit's name
     x = np.concatenate([x for x, _ in batches()])
     a, b = (keras.Model(m.inputs[0], m.get_layer("conv1_bn").output)(x, training=False).numpy() for m in (pretrained, model))
     expected = [np.corrcoef(a[..., k].ravel(), b[..., k].ravel())[0, 1] ** 2 for k in range(4)]
@@ -124,7 +124,7 @@ def test_accuracies_and_r2_are_those_of_the_library(small_network):
 
 
 class Links(html.parser.HTMLParser):
-    """Collects the tags of a page and whatever it would load."""
+    """Collects the tags of a page and everything that it would load."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ def test_the_page_stands_alone_and_escapes_names(small_network, tmp_path):
     anchors = l2sp.Anchors.of(named)
     report = l2sp.retention_report(
         moved_copy(named, 3), anchors, title=evil
-    )  # no images: TensorFlow traces no layer of such a name
+    )  # no images: TensorFlow cannot trace a layer of such a name
     report.save(tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
     links = Links()

@@ -72,7 +72,7 @@ def test_a_wrong_field_is_named(tmp_path, path, value):
         target = target[name]
     target[path[-1]] = value
     (tmp_path / "run.json").write_text(json.dumps(data))
-    with pytest.raises(l2sp.InputError, match=f"{path[-1]}|NaN is no number"):
+    with pytest.raises(l2sp.InputError, match=f"{path[-1]}|NaN is not allowed"):
         records.read_record(tmp_path / "run.json")
 
 

@@ -1,4 +1,4 @@
-"""Shared memory: a tensor of an array without a copy, and a copy where sharing would be wrong."""
+"""Shared memory: a tensor shares an array's memory where that is safe, and copies it elsewhere."""
 
 import numpy as np
 import pytest

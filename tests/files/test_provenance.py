@@ -1,4 +1,4 @@
-"""What a record says of its making, and that results do not change without the version that is part of their keys."""
+"""Provenance in records; and results change only with RESULTS_VERSION, which is part of their keys."""
 
 import datetime
 import hashlib
@@ -15,18 +15,16 @@ from l2sp_tf.data import load_dataset, prepare, test_batches
 from l2sp_tf.files import provenance
 from l2sp_tf.models import zoo
 
-# What this version computes. Where a change of the code changes a number, raise RESULTS_VERSION and record the new ones.
+# Results of this version. If a change of the code changes a number, raise RESULTS_VERSION and record the new numbers.
 RECORDED = {"version": 2, "cross_entropy": 0.79936, "penalty": 0.42884, "distance": 0.134678, "fisher": 0.485017, "right": 266}
 
 
 def test_equal_settings_give_the_results_that_are_recorded_for_this_version():
     recipe = l2sp.Recipe.digits().replace(iterations=8, batch_size=16, blur="gaussian", blur_kernel=3, mirror=True)
-    target, source = (
-        prepare(load_dataset(f"digits/{name}", per_class=20), recipe.images) for name in ("target", "source")
-    )
+    target, source = (prepare(load_dataset(f"digits/{name}", per_class=20), recipe.images) for name in ("target", "source"))
     pretrained = zoo.small_resnet((8, 8, 3), 10, widths=(4, 8), depths=(1, 1))
     rng = np.random.default_rng(0)
-    for weight in pretrained.weights:  # an initializer of Keras may change with its version
+    for weight in pretrained.weights:  # by hand: Keras' initializers may change with its version
         size, sign = rng.uniform(0.5, 1.5, weight.shape), np.where(rng.uniform(size=weight.shape) < 0.5, 1, -1)
         weight.assign(size * sign / np.sqrt(np.prod(weight.shape[:-1])) if len(weight.shape) > 1 else size)
     fisher = l2sp.fisher_diagonal(

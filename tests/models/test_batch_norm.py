@@ -1,4 +1,4 @@
-"""Fused batch norm computes what Keras' own does, and leaves to Keras what it cannot."""
+"""Fused batch norm computes what Keras' own does, and leaves to Keras what it cannot compute."""
 
 import copy
 
@@ -23,14 +23,14 @@ def network(layer=keras.layers.BatchNormalization, dtype=None, **options):
 
 
 def operations(model):
-    """The kinds of operations of a training call."""
+    """Returns the kinds of operations in a training call."""
     inputs = tf.zeros((2, *model.input_shape[1:]))
     graph = tf.function(lambda x: model(x, training=True)).get_concrete_function(inputs).graph
     return {operation.type for operation in graph.get_operations()}
 
 
 def trained(model, batch=4, jit_compile=False):
-    """The losses and the weights after four steps."""
+    """Returns the losses and the weights after four steps."""
     rng = np.random.default_rng(2)
     images, labels = rng.normal(2, 3, size=(4 * batch, *SHAPE)).astype("float32"), rng.integers(3, size=4 * batch)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -54,7 +54,7 @@ def test_training_is_that_of_keras(options, jit_compile):
 def test_the_statistics_are_those_of_numpy_in_float64():
     fused = keras.Sequential([keras.Input((2, 2, 3)), keras.layers.BatchNormalization(momentum=0.0)])
     l2sp.fuse_batch_norm(fused)
-    x = np.random.default_rng(0).normal(1, 2, size=(3, 2, 2, 3))  # 12 numbers a channel: n - 1 for n would be off by 9%
+    x = np.random.default_rng(0).normal(1, 2, size=(3, 2, 2, 3))  # 12 numbers per channel: dividing by n - 1 would be off by 9%
     y = fused(x, training=True)
     mean, variance = x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2))
     np.testing.assert_allclose(fused.layers[0].moving_mean, mean, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Converters: the same logits as the origin framework, and one sentence for whatever a file may hold."""
+"""Converters give the same logits as the original framework, and one sentence for any bad file."""
 
 import collections
 import functools
@@ -25,7 +25,7 @@ from l2sp_tf.models.torch_files import read_state_dict
 from l2sp_tf.models.units import units
 from l2sp_tf.penalties.matching import restore
 
-IMAGES = np.random.default_rng(1).normal(size=(2, 33, 33, 3)).astype("float32")  # odd sides tell paddings apart
+IMAGES = np.random.default_rng(1).normal(size=(2, 33, 33, 3)).astype("float32")  # odd sides show differences in padding
 CLASSES = 5
 WRITERS = {"zip": torch_writer.torch_zip, "legacy": torch_writer.torch_legacy}
 
@@ -47,14 +47,14 @@ def write_checkpoint(path, arrays, version=2):
 
 @pytest.fixture(scope="module")
 def slim():
-    """Random weights under TF-slim's names, and the logits that the loops find."""
+    """Random weights under TF-slim's names, and the logits of the loops."""
     weights = reference.Weights(2)
     return reference.slim(IMAGES, weights, CLASSES), weights
 
 
 @functools.cache
 def torch_net(name):
-    """The logits that the loops find, and random weights under torchvision's names."""
+    """The logits of the loops, and random weights under torchvision's names."""
     weights = reference.Weights(3)
     return reference.torch(IMAGES, weights, CLASSES, name), weights
 
@@ -85,7 +85,7 @@ def test_torch_gives_the_logits_of_the_loops(name, kind, tmp_path):
 
 
 def test_the_variants_differ(slim):
-    """The place of the stride is seen in the logits: the tests above can fail."""
+    """The place of the stride changes the logits, so the tests above can fail."""
     logits, weights = slim
     found = {key: weights[convert._slim_name("resnet_v1_50", *key.split("/"))] for key in l2sp.Anchors.of(
         resnets.imagenet_resnet("resnet50_slim", CLASSES, 33))}  # fmt: skip
@@ -143,7 +143,7 @@ def test_files_that_torch_itself_saved_are_read(legacy, tmp_path):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_torch_itself_gives_the_logits_of_the_loops(name):
-    """The oracle against PyTorch's own operations, where it is installed."""
+    """Checks the oracle against PyTorch's own operations, if PyTorch is installed."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: the loops of reference_resnets stand in for it")
     logits, weights = torch_net(name)
     w = {k: torch.tensor(a) for k, a in weights.items()}
@@ -179,7 +179,7 @@ class Bomb:
 
 
 def hostile(path, content):
-    """A zip of torch.save whose pickle is the given bytes."""
+    """Writes a zip like torch.save's, whose pickle is the given bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", content)
     return path
@@ -196,7 +196,7 @@ def test_pickled_code_is_refused_and_not_run(kind, tmp_path):
     with pytest.raises(l2sp.InputError, match="system, which no state dict needs"):
         read_state_dict(path)
     assert not (tmp_path / "ran").exists()
-    pickle.loads(content)  # the file is what it claims to be
+    pickle.loads(content)  # proof that the pickle would run its code
     assert (tmp_path / "ran").exists()
 
 
@@ -204,12 +204,12 @@ def test_pickled_code_is_refused_and_not_run(kind, tmp_path):
     "content",
     [
         b"\x80\x02cbuiltins\neval\n.",
-        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",  # by STACK_GLOBAL
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93.",  # names eval by STACK_GLOBAL
         b"\x80\x04\x8c\x0bcollections\x8c\x16OrderedDict.__init__.x\x93.",
         b"\x80\x02\x82\x01.",  # an extension
-        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00xK\x01sb.",  # sets an attribute of what stands in
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00xK\x01sb.",  # sets an attribute of a stand-in
         b"\x80\x02ctorch\nFloatStorage\n)R.",  # calls a marker
-        b"\x80\x02X\xff\xff\xff\x7fabc.",  # a text longer than the file
+        b"\x80\x02X\xff\xff\xff\x7fabc.",  # a string longer than the file
         b"\x80\x02K\x01r\xff\xff\xff\xff.",  # a memo of 2^32 places
         b"\x80\x02(((",
         b"",
@@ -242,7 +242,7 @@ def test_tensors_beyond_their_storage_are_refused(change, tmp_path):
             torch_writer.pickled({"a": torch_writer.Tensor("0", array, **{"shape": (30,), "strides": (1,), **change})}),
         )
         archive.writestr("archive/data/0", array.tobytes())
-    with pytest.raises(l2sp.InputError, match="beyond its storage|sizes that no tensor has"):
+    with pytest.raises(l2sp.InputError, match="beyond its storage|impossible sizes"):
         read_state_dict(tmp_path / "a.pth")
 
 

@@ -1,4 +1,4 @@
-"""A copy of a model computes what the model computes, whatever its layers keep, and says so by name where it cannot."""
+"""A copy computes what its model computes, whatever state the layers keep; if it cannot, the error names the layer."""
 
 import inspect
 
@@ -26,7 +26,7 @@ def vocabulary(layer, data):
 
 
 def changed_vocabulary():
-    """A lookup whose table is another than the one it was made with."""
+    """A lookup layer whose vocabulary was changed after construction."""
     layer = layers.StringLookup(vocabulary=["a", "b"])
     layer.set_vocabulary(["cat", "line\nend", " "])
     return layer
@@ -61,7 +61,7 @@ def scaled(x):
     return x * np.float32(3)
 
 
-# A maker, or the arguments of the constructor, and the shape of an input; several shapes for several inputs.
+# For each layer a maker or constructor arguments, and the shape of its input, or of each of its inputs.
 ARGUMENTS = {
     "Activation": (("relu",), VECTOR),
     "ActivityRegularization": ((), VECTOR),
@@ -157,8 +157,8 @@ for rank, shape in ((1, SEQUENCE), (2, IMAGE), (3, VOLUME)):
     for name in ("Conv{}D", "Conv{}DTranspose", "SeparableConv{}D"):
         ARGUMENTS[name.format(rank)] = ((2, 3), shape)
     ARGUMENTS[f"DepthwiseConv{rank}D"] = ((3,), shape)
-del ARGUMENTS["SeparableConv3D"], ARGUMENTS["DepthwiseConv3D"]  # Keras has none
-# More states of layers than one of a class.
+del ARGUMENTS["SeparableConv3D"], ARGUMENTS["DepthwiseConv3D"]  # Keras has no such layer
+# More states that layers can be in.
 STATES = {
     "a vocabulary set later": (changed_vocabulary, ("string", (3,))),
     "a vocabulary of one-hot vectors": (
@@ -182,17 +182,17 @@ STATES = {
 }
 ALIASES = {name for name in dir(layers) if getattr(layers, name) in map(vars(layers).get, ARGUMENTS) and name not in ARGUMENTS}
 EXCLUDED = {
-    *("Layer", "InputLayer", "InputSpec", "Wrapper"),  # bases, and what every model has
-    *("GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"),  # stand in an RNN
+    *("Layer", "InputLayer", "InputSpec", "Wrapper"),  # base classes, and parts of every model
+    *("GRUCell", "LSTMCell", "SimpleRNNCell", "StackedRNNCells"),  # work only inside an RNN
     *("FlaxLayer", "JaxLayer", "TorchModuleWrapper"),  # need another library
-    "TFSMLayer",  # is a folder on disk, without a configuration that makes it again
-    "MaxNumBoundingBoxes",  # is called on labels
-    "Equalization",  # gives its symbolic input back, of which Keras makes no model
+    "TFSMLayer",  # reads a folder on disk: its configuration cannot rebuild it
+    "MaxNumBoundingBoxes",  # takes labels, not images
+    "Equalization",  # returns its symbolic input, which Keras cannot turn into a model
 }
 
 
 def randomised(model):
-    """Moves all floating-point weights off where they start, keeping variances and what must stay positive so."""
+    """Moves all floating-point weights off their initial values; variances and other positive weights stay positive."""
     rng = np.random.default_rng(0)
     for weight in keyed_weights(model).values() if model.weights else ():
         if weight.variable.dtype == "float32":
@@ -202,7 +202,7 @@ def randomised(model):
 
 
 def around(make, shape):
-    """A model of one layer in the middle."""
+    """Builds a model with one layer in the middle."""
     layer = make() if callable(make) else make
     if shape == "attention":
         inputs = keras.Input(SEQUENCE)
@@ -224,7 +224,7 @@ def maker(name):
 
 
 def inputs_of(model, n=3, seed=1):
-    """Random inputs of a model, apart from those that a copy is probed with."""
+    """Returns random inputs of a model, other than those that a copy is compared on."""
     rng = np.random.default_rng(seed)
 
     def one(spec):
@@ -284,7 +284,7 @@ def test_a_copy_of_every_layer_computes_the_same(name):
 
 
 class Scaled(layers.Layer):
-    """A layer that derives a constant from its weight, or keeps one beside them, and may tell how it is saved."""
+    """A layer that derives a constant from its weight, or keeps one outside its weights, and may define how it is saved."""
 
     kept = factor = 1.0
 
@@ -433,10 +433,10 @@ def test_a_compiled_model_of_any_loss_is_copied():
 
 
 def check_copies(model, folder):
-    """Compares outputs of a model with those of a copy, and of another one that is given its weights in each way there is."""
+    """Compares a model's outputs with those of a copy, and of a third model that gets its weights in each possible way."""
     x = inputs_of(model, n=2)
     expected = model(x, training=False)
-    assert np.isfinite(expected).all() and np.std(expected) > 0  # the test can tell
+    assert np.isfinite(expected).all() and np.std(expected) > 0  # else the test could not fail
     copy = detached_copy(model)
     assert flags(copy) == flags(model)
     anchors = l2sp.Anchors.of(model)
@@ -477,7 +477,7 @@ def test_a_network_on_devices_computes_the_same(family, mirrored):
     devices.copy_weights(copy, back)
     assert_equal(model, back, x, training=False)
     for one, two in zip(model.variables, copy.variables, strict=True):
-        np.testing.assert_array_equal(one.numpy(), two.numpy())  # seeds, too
+        np.testing.assert_array_equal(one.numpy(), two.numpy())  # seeds included
 
 
 def test_a_run_on_devices_takes_the_adapted_state_along(mirrored):

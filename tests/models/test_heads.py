@@ -1,4 +1,4 @@
-"""The head of a classifier is found by its graph, cut off with what is behind it, and never asked what fine-tuning kept."""
+"""The head is found by the graph and cut off with what is behind it; retention tests the original head, not the new one."""
 
 import keras
 import numpy as np
@@ -17,7 +17,7 @@ IMAGE = (8, 8, 3)
 
 
 def silent(line):
-    """Takes what with_new_head says."""
+    """Discards the line of with_new_head."""
 
 
 def on_image(*stack, shape=IMAGE):
@@ -25,7 +25,7 @@ def on_image(*stack, shape=IMAGE):
 
 
 def branches(merge, *heads):
-    """A model whose outputs of several heads on the same features are merged."""
+    """A model that merges the outputs of several heads on the same features."""
     inputs = keras.Input((6,))
     x = layers.Dense(5, "relu", name="features")(inputs)
     return keras.Model(inputs, merge([head(x) for head in heads]))
@@ -81,7 +81,7 @@ def normalised(z):
     return e / ops.sum(e, axis=-1, keepdims=True)
 
 
-# What is cut off, and the width of the features that the new head stands on.
+# For each model the layers that are cut off, and the width of the features below the new head.
 HEADS = {
     "Dense": (lambda: on_image(pooled(), layers.Dense(4, name="head")), ["head"], 3),
     "softmax inside": (lambda: on_image(pooled(), layers.Dense(4, "softmax", name="head")), ["head"], 3),
@@ -213,7 +213,7 @@ def test_the_head_is_cut_off_with_all_behind_it(name):
 
 
 def assert_features_are_kept(pretrained, model):
-    """Compares features with those on the way to the original's head, by putting its weights on the new one."""
+    """Compares the features by putting the original head's weights on the new head."""
     for key, weight in keyed_weights(model).items():
         if not key.startswith("new_head"):
             np.testing.assert_array_equal(weight.variable, keyed_weights(pretrained)[key].variable)
@@ -278,7 +278,7 @@ def test_the_line_is_printed_unless_the_run_is_quiet(capsys, small_network):
 
 
 def check_original_head(pretrained):
-    """Perturbs the new head alone, and then everything: what is asked has the original's head, and by hand gives the same."""
+    """Perturbs the new head alone, then everything: retention uses the original head, and a rebuild by hand agrees."""
     x, head = np.random.default_rng(3).random((2, *pretrained.input_shape[1:])), head_of(pretrained)
     kernel = keyed_weights(pretrained)[head.keys[0]].variable
     while np.max(pretrained(x, training=False)) > 0.99:  # random weights of a deep network saturate its softmax
@@ -325,7 +325,7 @@ def test_retention_never_asks_the_new_head():
 
 
 def same_names(model, pretrained):
-    """The model with its new head called as the original one, and of its shape where that is a Dense layer."""
+    """Renames the new head as the original one, with the same shape if that is a Dense layer."""
     name = next(key for key in head_of(pretrained).keys).split("/")[0]
     old = model.get_layer("new_head")
     new = layers.Dense(CLASSES, name=name)

@@ -1,4 +1,4 @@
-"""The table of Keras models in the guide is what happens."""
+"""The guide's table of Keras models agrees with what the library does."""
 
 import pytest
 

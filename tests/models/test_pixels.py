@@ -1,4 +1,4 @@
-"""How weights see pixels: the presets, and how the format is written down and checked."""
+"""Pixel formats: the presets, writing and reading as JSON, and checks of values."""
 
 import numpy as np
 import pytest

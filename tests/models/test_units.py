@@ -1,4 +1,4 @@
-"""Units of the networks of keras.applications; nothing upstream of a frozen unit trains, by gradients and by moved weights."""
+"""Units of the networks of keras.applications: nothing upstream of a frozen unit trains, by gradients and by moved weights."""
 
 import contextlib
 import sys
@@ -26,7 +26,7 @@ def application(name, side=32, **options):
 
 
 def smaller(public, base, *arguments, **options):
-    """A network by the general constructor that stands beside a public name in its module."""
+    """Builds a small network with the general constructor that stands beside a public name in its module."""
     return getattr(module_of(public), base)(*arguments, **OPTIONS | options, input_shape=(32, 32, 3))
 
 
@@ -41,7 +41,7 @@ def resnet(preact):
 
 
 def inception_resnet():
-    """InceptionResNetV2 with the first blocks of each kind and its last."""
+    """InceptionResNetV2 with the first blocks of each kind and its last block."""
     module = module_of("InceptionResNetV2")
     with pytest.MonkeyPatch.context() as patch:
         block = module.inception_resnet_block
@@ -55,12 +55,12 @@ def inception_resnet():
 
 
 def cut(model, name):
-    """The network up to a layer."""
+    """Cuts a network off after a layer."""
     return keras.Model(model.input, model.get_layer(name).output)
 
 
 def xception():
-    """Xception up to its fourth block, which ends in a sum that has no name."""
+    """Xception up to its fourth block, which ends in an unnamed sum."""
     model = application("Xception", 71)
     return keras.Model(model.input, model.get_layer("block5_sepconv1_act").input)
 
@@ -69,7 +69,7 @@ def small(name="small_resnet"):
     return zoo.small_resnet((8, 8, 3), 3, widths=(4, 8), depths=(1, 2), name=name)
 
 
-SMALL = {  # one of each family, most of them cut short: how it is made, and how many units are left
+SMALL = {  # one of each family, most cut short: its builder, and its number of units
     "small_resnet": (small, 4),
     "resnet18_torch": (lambda: zoo.imagenet_resnet("resnet18_torch", 3, 32), 9),
     "ResNet": (lambda: resnet(False), 5),
@@ -87,7 +87,7 @@ SMALL = {  # one of each family, most of them cut short: how it is made, and how
     "InceptionV3": (lambda: cut(application("InceptionV3", 75), "mixed3"), 5),
     "InceptionResNetV2": (inception_resnet, 9),
 }
-UNITS = {  # of all networks of keras.applications
+UNITS = {  # the units of every network of keras.applications
     **dict.fromkeys(["ConvNeXtTiny"], 19),
     **dict.fromkeys(["ConvNeXtSmall", "ConvNeXtBase", "ConvNeXtLarge", "ConvNeXtXLarge"], 37),
     **{"DenseNet121": 59, "DenseNet169": 83, "DenseNet201": 99},
@@ -102,7 +102,7 @@ UNITS = {  # of all networks of keras.applications
 
 @contextlib.contextmanager
 def recorded(layers):
-    """Keeps the output of each of the layers, wherever they are nested, when the model is called."""
+    """Keeps the output of each given layer, nested or not, when the model is called."""
     outputs = {}
 
     def recording(layer, call):
@@ -127,12 +127,12 @@ def images_for(model, batch=2):
 
 
 def trainable(model):
-    """The weights that a step would change, as Keras says, by identity."""
+    """Returns, by identity, the weights that a step would change according to Keras."""
     return {id(variable) for variable in model.trainable_variables}
 
 
 def upstream(model, images, ends):
-    """For each layer, the weights that its output has a gradient with respect to: an oracle that knows no names."""
+    """Finds, for each layer, the weights that its output has a gradient with respect to: an oracle that ignores names."""
     unfreeze(model)
     weights = model.trainable_variables
     with tf.GradientTape(persistent=True) as tape, recorded(ends) as outputs:
@@ -145,7 +145,7 @@ def upstream(model, images, ends):
 
 
 def outputs_of(model, images, layer, training):
-    """The output of a layer, with the same random numbers in every call."""
+    """Returns the output of a layer, with the same random numbers in every call."""
     statistics = {id(variable) for variable in model.weights}
     seeds = [variable for variable in model.variables if id(variable) not in statistics]
     before = [variable.numpy() for variable in seeds]
@@ -157,7 +157,7 @@ def outputs_of(model, images, layer, training):
 
 
 def check_that_frozen_units_stand(model, images, n):
-    """The frozen part computes the same, to the bit, whatever the trainable weights are, also while batch norm trains."""
+    """Checks that the frozen part computes the same bits for any trainable weights, also while batch norm trains."""
     end = units(model)[n - 1][-1]
     freeze_first(model, n)
     before = model.get_weights()
@@ -172,7 +172,7 @@ def check_that_frozen_units_stand(model, images, n):
 
 
 def check_network(model, count, numbers, beside=(), move=True):
-    """All invariants of freezing for these numbers of units; `beside` are the units with a shortcut that has no name."""
+    """Checks all invariants of freezing for these numbers of units; `beside` lists the units with an unnamed shortcut."""
     images = images_for(model)
     found = units(model)
     assert len(found) == count
@@ -208,7 +208,7 @@ def test_nothing_upstream_of_a_frozen_unit_trains_and_all_downstream_does(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(UNITS))
 def test_every_network_of_keras_applications_has_its_units(name, monkeypatch):
-    if name.startswith("ConvNeXt"):  # of the same layers, but up to 350 million weights
+    if name.startswith("ConvNeXt"):  # they have the same layers, but up to 350 million weights
         for config in module_of(name).MODEL_CONFIGS.values():
             monkeypatch.setitem(config, "projection_dims", [4, 8, 12, 16])
     side = 75 if name.startswith("Inception") else 71 if name == "Xception" else 32
@@ -232,7 +232,7 @@ def test_freezing_counts_units_and_includes_batch_norm():
         model.fit(x, y, verbose=0)
         for weight, value in zip(model.weights, before, strict=True):
             assert np.array_equal(weight.numpy(), value) == weight.path.startswith(frozen or "none"), weight.path
-        assert freeze_first(model, 0) == 4  # and the compiled model traces its step again
+        assert freeze_first(model, 0) == 4  # the compiled model then traces its step again
         model.compile("sgd", model.loss)
 
 
@@ -243,7 +243,7 @@ def test_units_end_where_the_activations_of_a_resnet_are_compared():
 
 
 def wrapped(backbone, levels=1):
-    """A network in which the backbone is one layer: an adapter before it, a head behind it; so nested once or twice."""
+    """A network with the backbone as one layer, between an adapter and a head: nested once or twice."""
     shape = backbone.input_shape[1:]
     inputs = keras.Input(shape)
     x = LAYERS.Conv2D(3, 1, name="adapter")(LAYERS.Rescaling(1 / 255)(inputs))
@@ -281,7 +281,7 @@ QUICK = {"DenseNet nested twice", "Xception nested and loaded"}
 )
 def test_a_network_keeps_its_units_wherever_it_stands(name, way, tmp_path):
     make, count = SMALL[name]
-    keras.Sequential([LAYERS.Conv2D(1, 1), LAYERS.Conv2D(1, 1), LAYERS.BatchNormalization()])  # Keras counts on from these
+    keras.Sequential([LAYERS.Conv2D(1, 1), LAYERS.Conv2D(1, 1), LAYERS.BatchNormalization()])  # Keras numbers on from these
     model = WAYS[way](make(), tmp_path)
     check_network(model, count, [1, count - 1, count], {2, 3, 4} if name == "Xception" else (), move=name == "small_resnet")
     freeze_first(model, 1)
@@ -296,7 +296,7 @@ def weights_by_name(model, trains):
 def test_a_branch_beside_the_network_trains_and_what_feeds_it_does_not(n):
     image, facts = keras.Input((8, 8, 3)), keras.Input((5,))
     base = zoo.small_resnet((8, 8, 3), 3, widths=(4, 8), depths=(1, 2))
-    two = keras.Model(  # one nested model on both ways: only what the network reads is upstream
+    two = keras.Model(  # one nested model feeds both branches: only what the network reads is upstream
         [image, facts], [LAYERS.Conv2D(3, 1, name="before")(image), LAYERS.Dense(4, name="beside")(facts)], name="two"
     )
     image, facts = keras.Input((8, 8, 3)), keras.Input((5,))
@@ -343,7 +343,7 @@ def test_the_number_frozen_last_is_the_one_that_holds(first):
 
 
 def plain(*names):
-    """A network of convolutions with these names, one behind the other."""
+    """A chain of convolutions with these names."""
     x = inputs = keras.Input((8, 8, 3))
     for name in names:
         x = LAYERS.BatchNormalization(name=name)(x)
@@ -435,7 +435,7 @@ def freeze_inner_layers(model):
 
 
 def freeze_outside_in(model):
-    """The outer layers say that they train, and what they are made of does not."""
+    """Leaves the outer layers trainable and freezes the layers inside them."""
     freeze_inner_layers(model)
     for layer in model.layers:
         layer._trainable = True

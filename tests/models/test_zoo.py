@@ -1,4 +1,4 @@
-"""Backbones, heads, and weights files that do not fit."""
+"""Backbones, new heads, and weights files that do not fit."""
 
 import keras
 import numpy as np

@@ -10,7 +10,6 @@ from reference.penalties import penalty as reference
 from reference.proximal import proximal as brute_force
 
 import l2sp_tf as l2sp
-from l2sp_tf.optimizers.proximal import proximal_map
 from l2sp_tf.penalties.formulas import PENALTIES
 
 NAMES = list(PENALTIES)
@@ -33,6 +32,10 @@ def arrays(shape, seed=0):
     w = w0 + w * 10 ** rng.uniform(-2, 0, size=shape[-1:]).astype("float32")  # near the anchor in some channels
     step = 10 ** rng.uniform(-2, 0, size=shape).astype("float32")
     return w, w0, (10 ** rng.uniform(-3, 1, size=shape)).astype("float32"), step
+
+
+def proximal_map(penalty, w, step):
+    return penalty.proximal_map(tf.constant(w), step)
 
 
 def make(name, alpha, w0, fisher, **kwargs):

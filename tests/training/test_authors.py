@@ -1,4 +1,4 @@
-"""What the authors' code does otherwise than the paper: each row of the table in BUILD_NOTES.md, by what a run really does."""
+"""Differences of the authors' code from the paper: each row of the table in BUILD_NOTES.md, by what a run really does."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.models import zoo
 from l2sp_tf.models.batch_norm import set_moving_statistics
 from l2sp_tf.penalties.formulas import PENALTIES, smoothed
-from l2sp_tf.training.recipe import ALPHA_GRIDS, Recipe
+from l2sp_tf.training.recipe import Recipe
 
 OWN = ("beta", "head_bias", "smoothing", "moving_statistics", "batch_norm_decay")
 AUTHORS = RECIPE.replace(**{name: getattr(Recipe.authors(), name) for name in OWN}, iterations=1, log_every=1)
@@ -33,7 +33,7 @@ def norms_of(model):
 
 def test_the_numbers_are_those_of_the_authors_code():
     r = Recipe.authors()
-    assert {symbol: r.beta_for(symbol) for symbol in PENALTIES} == {s: 1e-3 if s == "l2" else 1e-2 for s in ALPHA_GRIDS}
+    assert {symbol: r.beta_for(symbol) for symbol in PENALTIES} == {s: 1e-3 if s == "l2" else 1e-2 for s in PENALTIES}
     assert (r.head_bias, r.smoothing, r.moving_statistics, r.batch_norm_decay) == (0.01, 1e-16, "fresh", 0.9)
     assert {Recipe.paper().beta_for(symbol) for symbol in PENALTIES} == {0.01}
     assert r.replace(beta=0.5).beta_for("l2") == 0.5
@@ -66,7 +66,7 @@ def test_the_head_has_the_beta_of_its_penalty_and_begins_with_its_bias(symbol, p
     assert head.penalty["config"]["alpha"] == (1e-3 if symbol == "l2" else 0.01)
     np.testing.assert_array_equal(run.model.get_layer("new_head").bias, np.full(3, 0.01, "float32"))
     kernel = run.model.get_layer("new_head").kernel.numpy()
-    assert abs(kernel).max() <= np.sqrt(6 / sum(kernel.shape))  # Xavier, uniform
+    assert abs(kernel).max() <= np.sqrt(6 / sum(kernel.shape))  # Glorot (Xavier) uniform
 
 
 def float64_value(symbol, w, w0, fisher, epsilon):
@@ -122,7 +122,7 @@ def test_only_kinked_penalties_are_smoothed_and_an_own_epsilon_stays(pretrained)
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_moving_statistics_begin_afresh_unless_units_are_frozen(frozen, pretrained):
-    """One step by hand: moving = 0.9 moving + 0.1 of the batch, from 0 and 1, or from those of the pre-trained model."""
+    """One step by hand: moving = 0.9 moving + 0.1 batch, from 0 and 1, or from the pre-trained model's statistics."""
     data, recipe = task(), AUTHORS.replace(learning_rate=1e-30, batch_size=20)
     run = l2sp.finetune(pretrained, data, l2sp.L2SP(0.1), recipe, frozen=frozen, verbose=0)
     plain = l2sp.finetune(pretrained, data, l2sp.L2SP(0.1), RECIPE.replace(iterations=1), frozen=frozen, verbose=0)

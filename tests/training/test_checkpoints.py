@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and a run that was cut off ends as one that was not."""
+"""Checkpoints are written whole or not at all, and an interrupted run ends like an uninterrupted one."""
 
 import csv
 import errno
@@ -56,7 +56,7 @@ def after(step, action):
 
 
 class CutOffError(Exception):
-    """Stands for whatever ends a run."""
+    """Interrupts a run, in place of any real cause."""
 
 
 def cut_off():
@@ -98,7 +98,7 @@ def test_the_newest_is_told_by_its_step_whatever_the_clock_says(tmp_path, monkey
 
 
 def killed_in_a_save(folder, number):
-    """Saves step 3 in a process that dies at the number-th call that changes the disk; tells whether it died."""
+    """Saves step 3 in a process that dies at its number-th call that changes the disk; returns whether it died."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -134,7 +134,7 @@ def test_a_process_killed_at_any_moment_of_a_save_leaves_the_old_or_the_new_one(
         steps.append(found.step)
         store.save(4, ARRAYS, {"number": 4})
         assert store.load().step == 4
-        assert len(list(store.folder.iterdir())) == 2  # nothing is left of what was cut off
+        assert len(list(store.folder.iterdir())) == 2  # nothing is left of the interrupted save
         if not died:
             break
     assert number > 10 and set(steps) == {2, 3} and steps == sorted(steps)
@@ -155,10 +155,10 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(tmp_path, name, d
     else:
         content[len(content) // 2] ^= 4
         path.write_bytes(content)
-    if (name, damage) == (MANIFEST, "gone"):  # that is how one looks that was never committed
+    if (name, damage) == (MANIFEST, "gone"):  # an uncommitted checkpoint looks like this
         assert store.load().step == 1
     else:
-        with pytest.warns(UserWarning, match="step-0000000002 is passed over"):
+        with pytest.warns(UserWarning, match="step-0000000002 is skipped"):
             assert store.load().step == 1
     store.save(2, ARRAYS, {"number": 2})
     assert store.load().step == 2
@@ -180,7 +180,7 @@ def interrupted(folder, *how):
 
 
 def check_same(folder, other, result, reference):
-    """All that a run leaves is the same to the bit."""
+    """Checks that everything a run leaves is the same to the bit."""
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == reference.stdout.split()[-1]
     assert rows_of(folder) == rows_of(other)
@@ -219,7 +219,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupt
         assert child.stdout.readline() == "begins\n"
         while child.poll() is None and not list(place.glob("checkpoints/step-*")):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.6))  # of about the second that the other 25 steps and the saves take
+        time.sleep(draw.uniform(0, 0.6))  # out of about the second that the other 25 steps and the saves take
         child.kill()
         child.wait()
         child.stdout.close()
@@ -320,7 +320,7 @@ def test_a_log_that_cannot_be_written_is_warned_of_once(pretrained, tmp_path):
 
 @pytest.fixture
 def _interruptible():
-    """SIGINT as Python sets it, though a shell that runs the tests with & has it ignored."""
+    """Sets SIGINT to Python's default: a shell that runs the tests with & makes them ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The count of a training step's operations against loops, closed forms and TensorFlow's own profiler."""
+"""Counts of a training step's operations, against loops, closed forms and TensorFlow's own profiler."""
 
 import itertools
 import math

@@ -1,7 +1,7 @@
-"""Several devices give what one gives: mirrored on two virtual CPU devices, and two processes on loopback.
+"""Several devices give the results of one: mirrored on two virtual CPU devices, and two processes on loopback.
 
-The networks have batch norm: `replicated` makes it take its statistics over all replicas. Left as Keras has it, each
-replica would take them over its own share of the batch, and no two numbers of devices would agree.
+The networks have batch norm, and `replicated` makes it take its statistics over all replicas. Keras' default takes them
+over each replica's share of the batch, and then the results would not agree.
 """
 
 import csv
@@ -116,7 +116,7 @@ def test_a_mirrored_run_that_is_cut_off_goes_on_from_its_checkpoint(mirrored, on
 
 
 def tiny(layers=(), **options):
-    """A compiled model of one layer and some more, made in the scope of now."""
+    """A compiled model of one layer and the given ones, built in the current scope."""
     keras.utils.set_random_seed(1)
     model = keras.Sequential([keras.Input((4,)), *[layer() for layer in layers], keras.layers.Dense(3, dtype="float32")])
     optimizer = options.pop("optimizer", {})
@@ -150,10 +150,10 @@ def test_what_keras_gets_wrong_is_refused_before_the_first_step(name, mirrored):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(REFUSED))
 def test_what_is_refused_is_still_wrong_in_keras(name, mirrored):
-    """Where this test fails, Keras has learned it, and the refusal can go."""
+    """If this test fails, Keras has fixed the fault, and the refusal can go."""
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(32, 4)).astype("float32"), np.arange(32) % 3
-    if name == "LossScaleOptimizer":  # an overflow in what the second replica sees
+    if name == "LossScaleOptimizer":  # an overflow in the second replica's share
         x *= np.where(np.arange(32) % 8 < 4, 1e-3, 1e8)[:, None].astype("float32")
 
     def weights(scope):
@@ -223,7 +223,7 @@ def test_a_plan_on_two_devices_leaves_the_record_of_one(mirrored, tmp_path):
     made = small_plan(tmp_path, distribute="mirrored")
     (record,), _ = run_plans([made])
     (other,), said = run_plans([made.replace(distribute="none")])
-    assert other == record and any("already finished" in line for line in said)  # how it is computed is no part of a run
+    assert other == record and any("already finished" in line for line in said)  # the devices are not part of a run's identity
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_other_strategies_are_told(monkeypatch):
 
 @pytest.mark.slow
 def test_keras_own_fit_fails_on_several_machines(tmp_path):
-    """Why there is a loop of our own: where this test fails, Keras has learned it."""
+    """The reason for our own loop: if this test fails, Keras has fixed the fault."""
     codes, outputs = run_workers("keras", tmp_path)
     assert codes == [0, 0], outputs
     for index in range(2):

@@ -1,4 +1,4 @@
-"""What runs start from: a source accuracy that nobody should trust."""
+"""Checks of a source model: implausible accuracies on the source task are reported."""
 
 import warnings
 
@@ -15,10 +15,10 @@ from l2sp_tf.models.pixels import PixelFormat
 
 CASES = [  # classes, correct, total, whether it is doubted
     (10, 30, 300, True),  # chance
-    (10, 45, 300, True),  # clearly above chance, but as an order by name of 10, 100, ... leaves it
+    (10, 45, 300, True),  # above chance, but typical of classes sorted by name (10, 100, ...)
     (10, 120, 300, False),
     (2, 50, 100, True),
-    (2, 20, 100, True),  # the two classes swapped
+    (2, 20, 100, True),  # two swapped classes
     (2, 80, 100, False),
     (1000, 100, 50_000, True),  # 0.2%
     (1000, 150, 50_000, False),
@@ -41,7 +41,7 @@ def test_a_source_accuracy_near_chance_is_doubted_with_its_causes(origin, classe
 
 
 def test_an_order_of_classes_that_is_not_the_outputs_is_doubted(tmp_path):
-    """A network that is always right, and the same with its outputs in another order."""
+    """Compares a network that is always right with the same network after permuting its outputs."""
     folder = tmp_path / "colours"
     for split in ("train", "test"):
         for label in range(4):

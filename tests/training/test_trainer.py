@@ -1,4 +1,4 @@
-"""One run: what it leaves behind, that it repeats, and that it does what the penalty says."""
+"""One run: its outputs, that it repeats, and that it follows the penalty."""
 
 import csv
 
@@ -133,7 +133,7 @@ def test_penalty_and_distance_of_the_log_are_those_of_the_weights(pretrained):
 
 
 def test_each_logged_rate_is_the_one_that_its_step_took(pretrained):
-    """Without momentum and a penalty, from equal gradients: the weight moves by the rate of the step beside which it stands."""
+    """Compares each logged rate with the optimizer's rate just before the step."""
     recipe = RECIPE.replace(log_every=1, iterations=6, decay_at=3, learning_rate=0.5, momentum=0.0)
     taken = []
 
@@ -213,7 +213,7 @@ def test_evaluation_counts_every_image_once(pretrained):
 
 @pytest.mark.parametrize("output", ["logits", "softmax", "half", "told"])
 def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
-    # large logits, so that averaging them is not averaging probabilities, and a second softmax is not one
+    # large logits: averaging them differs from averaging probabilities, and a second softmax would change the result
     pretrained.layers[-1].set_weights([40 * weight for weight in pretrained.layers[-1].get_weights()])
     probabilities = keras.layers.Softmax(dtype="float16" if output == "half" else "float32")(pretrained.output)
     model = keras.Model(pretrained.input, probabilities) if output in ("softmax", "half") else pretrained
@@ -226,11 +226,11 @@ def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
         means_of_logits.append(z.mean(axis=0))
     votes = np.argmax(means, axis=1)
     expected = int(np.sum(votes == t.test.labels))
-    assert not np.array_equal(votes, np.argmax(means_of_logits, axis=1))  # the test can tell
+    assert not np.array_equal(votes, np.argmax(means_of_logits, axis=1))  # else the test could not fail
     told = {"from_logits": True} if output == "told" else {}
     assert l2sp.evaluate(model, t, batch_size=30, crops=10, **told)["correct"] == expected
     right = Task(t.name, t.classes, t.digest, t.train, Images(t.test.pixels, np.int32(votes)), t.mean, t.preprocessing)
-    assert l2sp.evaluate(model, right, crops=10, **told)["accuracy"] == 1.0  # every vote, not only their count
+    assert l2sp.evaluate(model, right, crops=10, **told)["accuracy"] == 1.0  # checks every vote, not only their count
 
 
 def test_crops_are_one_or_ten(pretrained):
@@ -361,10 +361,10 @@ def test_a_run_that_a_callback_stops_has_its_log_its_checkpoint_and_its_model(st
     recipe = RECIPE.replace(log_every=1, iterations=step, decay_at=min(8, step))
     whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), recipe, verbose=0)
     assert run.history[-1]["distance"] == pytest.approx(whole.history[step - 1]["distance"], rel=1e-4)
-    assert run.history[-1]["learning_rate"] == whole.history[step - 1]["learning_rate"]  # of the step itself: at 9 it is lower
+    assert run.history[-1]["learning_rate"] == whole.history[step - 1]["learning_rate"]  # not step 9's lower rate
     rows = list(csv.DictReader((tmp_path / "log.csv").open()))
     assert int(rows[-1]["step"]) == step
-    again = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)  # it is over, with or without the callback
+    again = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)  # the run is over, with or without the callback
     assert again.history == run.history and again.stopped_at == run.stopped_at
     for one, two in zip(again.model.get_weights(), run.model.get_weights(), strict=True):
         np.testing.assert_array_equal(one, two)
