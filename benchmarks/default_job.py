@@ -81,8 +81,7 @@ def profile(arguments):
     """Runs train.py with some flags in this process; a dict from part to seconds."""
     clock = Clock()
     clock.enter("imports")
-    sys.path.insert(0, str(ROOT))
-    import train
+    from l2sp_tf.cli import train
     from l2sp_tf.experiments import runner, runs, starts
     from l2sp_tf.training import trainer
 
@@ -92,9 +91,9 @@ def profile(arguments):
         for module, name in places:
             setattr(modules[module], name, clock.timed(part, getattr(modules[module], name)))
     _time_first_steps(clock, trainer.Monitor)
-    train.FLAGS(["train.py", *arguments])
     with contextlib.redirect_stdout(io.StringIO()):
-        train.main(["train.py"])
+        if status := train.main(arguments):
+            raise SystemExit(status)
     clock.enter("end")
     return dict(clock.seconds)
 

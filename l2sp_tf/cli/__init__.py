@@ -1,1 +1,1 @@
-"""The commands: flags in, one call, an exit status out."""
+"""The commands. `main(argv)` of each parses flags, makes one call and returns an exit status."""

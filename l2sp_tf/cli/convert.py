@@ -11,18 +11,18 @@ from l2sp_tf.models.resnets import SLIM, TORCH
 
 
 def main(argv=None):
-    """Converts one file as the command line says, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
+    """Converts one file as the words of the command say, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
     parser = argparse.ArgumentParser(prog="python -m l2sp_tf.cli.convert", description=__doc__)
     parser.add_argument("source", help="TF-slim checkpoint (.ckpt) or PyTorch state dict (.pth, .pth.tar, .safetensors)")
     parser.add_argument("output", help="the .safetensors file to write")
     parser.add_argument("--backbone", required=True, help=f"one of {', '.join(SLIM + TORCH)}")
-    parser.add_argument("--classes", type=int, help="how many the head must have; by default as many as it has")
-    parser.add_argument("--pixels", help=f"how the weights see pixels: {', '.join(PIXELS)}; by default as their framework has it")
+    parser.add_argument("--classes", type=int, help="number of classes that the head must have; by default any")
+    parser.add_argument("--pixels", help=f"how the weights see pixels: {', '.join(PIXELS)}; by default their framework's way")
     parser.add_argument("--mean", help="R,G,B from 0 to 255: the mean of the images that the weights were trained on")
     options = parser.parse_args(argv)
     try:
         if pathlib.Path(options.output).suffix != ".safetensors":
-            raise InputError(f"The output {options.output} is no .safetensors file: give it that ending.")
+            raise InputError(f"The output {options.output} does not end in .safetensors: give it that ending.")
         mean = None if options.mean is None else three_numbers("mean", options.mean.split(","))
         convert = convert_tf_slim if options.backbone in SLIM else convert_torch
         weights = convert(options.source, options.backbone, classes=options.classes, pixels=options.pixels)

@@ -1,26 +1,23 @@
-"""Flags and files of flags: the nearest right name, and one sentence for each mistake."""
+"""Flags and files of flags: a wrong name gets the nearest right one, and each mistake one sentence."""
 
+import os
 import signal
+import warnings
 
 import pytest
 from absl import flags
-from test_docs import flags_of
 
 import l2sp_tf as l2sp
-from l2sp_tf.cli import command
-
-OTHERS = {"epochs": "iterations", "lr": "learning_rate", "model": "weights"}
+from l2sp_tf.cli import command, train
 
 
-def parse(*arguments):
-    values = flags_of("train.py")
-    rest = command.parse(["train.py", *arguments], values, {"all": tuple(values)}, OTHERS)
-    return values, rest
+def parse(*words):
+    return command.parse(words, train.FLAGS, train.OTHER_NAMES)
 
 
 @pytest.mark.parametrize(
     ("flag", "right"),
-    [("epochs", "iterations"), ("lr", "learning_rate"), ("model", "weights"), ("penlaty", "penalty"), ("crp", "crop")],
+    [("epochs", "iterations"), ("lr", "learning_rate"), ("log_dir", "workdir"), ("penlaty", "penalty"), ("crp", "crop")],
 )
 def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
     with pytest.raises(l2sp.InputError, match=rf"There is no flag --{flag}: did you mean --{right}\?"):
@@ -30,7 +27,7 @@ def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
         parse(f"--config={tmp_path / 'c.toml'}")
 
 
-def test_a_flag_like_none_is_refused_without_advice():
+def test_a_flag_that_resembles_none_is_refused_without_advice():
     with pytest.raises(l2sp.InputError, match=r"There is no flag --zzzz \(--help lists the flags\)"):
         parse("--zzzz")
 
@@ -56,10 +53,10 @@ def test_a_file_gives_flags_their_values_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("iterations = ", "is no TOML file"),
-        ("iterations = 1\niterations = 2", "is no TOML file"),
-        ("\udcff", "is no TOML file"),
-        ("a = " + "[" * 5000, "is no TOML file"),
+        ("iterations = ", "is not a TOML file"),
+        ("iterations = 1\niterations = 2", "is not a TOML file"),
+        ("\udcff", "is not a TOML file"),
+        ("a = " + "[" * 5000, "is not a TOML file"),
         ("iterations = 'many'", "has iterations = 'many'"),
         ("iterations = true", "has iterations = True"),
         ("iterations = [3]", "give one text or number"),
@@ -73,14 +70,14 @@ def test_a_file_gives_flags_their_values_and_the_command_line_wins(tmp_path):
         ("config = 'd.toml'", "has config"),
     ],
 )
-def test_files_that_are_wrong_are_refused(tmp_path, text, message):
+def test_wrong_files_of_flags_are_refused(tmp_path, text, message):
     (tmp_path / "c.toml").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(l2sp.InputError, match=message) as found:
         parse(f"--config={tmp_path / 'c.toml'}")
     assert "\n" not in str(found.value)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_a_missing_file_of_flags_is_named(tmp_path):
     with pytest.raises(l2sp.InputError, match="There is no file"):
         parse(f"--config={tmp_path / 'c.toml'}")
     with pytest.raises(l2sp.InputError, match="There is no file"):
@@ -93,21 +90,47 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
         (l2sp.InputError("x is 1"), 2, "error: x is 1"),
         (OSError("full"), 1, "error: full"),
         (FloatingPointError("nan"), 1, "error: nan"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
-        (command.Terminated(), 143, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "the same command again"),
+        (command.Terminated(), 143, "the same command again"),
         (None, 0, ""),
     ],
 )
 def test_how_a_command_ends(error, status, word, capsys):
-    def main(argv):
+    def call():
         if error is not None:
             raise error
 
-    assert command.status_of(main, []) == status
+    assert command.status_of(call) == status
     assert word in capsys.readouterr().err
 
 
-def test_sigterm_stops_a_command_as_ctrl_c_does():
-    with pytest.raises(command.Terminated):
-        command._terminate(signal.SIGTERM, None)
-    assert issubclass(command.Terminated, KeyboardInterrupt) and flags.FLAGS is not None
+def test_sigterm_stops_a_command_as_ctrl_c_does(capsys):
+    def body(values, arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM), warnings.showwarning
+    assert command.run(body, flags.FlagValues(), [], title="") == 143
+    assert "the same command again" in capsys.readouterr().err
+    assert (signal.getsignal(signal.SIGTERM), warnings.showwarning) == before
+    assert issubclass(command.Terminated, KeyboardInterrupt)
+
+
+def test_a_command_gets_its_flags_and_other_words_and_its_definitions_stay(capsys):
+    definitions, found = flags.FlagValues(), []
+    section = command.Section(definitions, "Numbers")
+    section.integer("count", 1, "How many.")
+    section.multi_enum("kind", [], ["a", "b"], "Which ones.")
+
+    def body(values, arguments):
+        warnings.warn("it is late", stacklevel=1)
+        found.append((values.count, values.kind, arguments))
+
+    for words in (["--count=3", "x", "--kind=a", "--kind=b", "y"], []):
+        assert command.run(body, definitions, words, title="Counts.") == 0
+        assert capsys.readouterr().err == "warning: it is late\n"
+    assert found == [(3, ["a", "b"], ["x", "y"]), (1, [], [])]
+    assert command.run(body, definitions, ["--help"], title="Counts.") == 0
+    lines = ["Counts.", "", "Numbers:", "  --count=1", "      How many.", "  --kind=a|b"]
+    assert capsys.readouterr().out.splitlines() == [*lines, "      Which ones. Repeat the flag for several."]
+    assert command.run(body, definitions, ["--coutn=3"], title="") == 2 and len(found) == 2
+    assert capsys.readouterr().err.startswith("error: There is no flag --coutn: did you mean --count?")

@@ -1,4 +1,4 @@
-"""train.py and eval.py as a user runs them: what they leave, and one sentence for a mistake."""
+"""train.py, eval.py and prepare.py as a user runs them: the files they leave, and one sentence for each mistake."""
 
 import json
 import os
@@ -12,11 +12,14 @@ import time
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from PIL import Image
 
 import l2sp_tf as l2sp
+from l2sp_tf.cli import train
+from l2sp_tf.cli.command import parse
+from l2sp_tf.experiments import configuration, plans
 from l2sp_tf.models.pixels import PIXELS, PixelFormat
+from l2sp_tf.training import recipe
 from l2sp_tf.training.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -171,11 +174,11 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
 
 
 @pytest.mark.slow
-def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp_path):
+def test_weights_without_a_pixel_format_need_the_flag(finished, tmp_path):
     workdir, _ = finished
     weights, bare = next(workdir.glob("sources/*/weights.safetensors")), tmp_path / "bare.safetensors"
     anchors = l2sp.Anchors.load(weights)
-    l2sp.Anchors(anchors).save(bare)  # as files were before they carried a pixel format
+    l2sp.Anchors(anchors).save(bare)  # older files carry no pixel format
     folder = make_folder(tmp_path / "images")
     arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", "--resize=10", "--crop=8", "--penalty=l2_sp", *QUICK]
     arguments += ["--seeds=0", "--nosave_models"]
@@ -192,7 +195,7 @@ def test_weights_that_do_not_say_how_they_see_pixels_need_the_flag(finished, tmp
         assert PixelFormat(**settings["pixels"]) == expected and settings["source_mean"] is None
 
 
-def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch, capsys):
+def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
     workdir, _ = finished
     weights = next(workdir.glob("sources/*/weights.safetensors"))
     folder = make_folder(tmp_path / "images")
@@ -240,57 +243,49 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, monkeypatch,
         (["--source=digits/target", f"--weights={weights}"], "has 10 classes, but digits/target has 2"),
         (["--backbone=resnet50", "--resize=16", "--crop=16"], "Images of 16 pixels are too small for the backbone resnet50"),
     ]
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
-    from l2sp_tf.cli import command
-
     for arguments, message in cases:
-        with flagsaver.flagsaver():
-            train.FLAGS(["train.py", at, *arguments])
-            assert command.status_of(train.main, ["train.py"]) == 2
+        assert train.main([at, *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not list(tmp_path.glob("w/runs/*"))
 
 
-def test_flags_describe_a_plan_for_each_pair_of_tasks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    import train
+def plans_of(*words):
+    """The plans that the flags of train.py describe."""
+    values, _ = parse(words, train.FLAGS)
+    return configuration.plans_of(values.flag_values_dict())
 
-    with flagsaver.flagsaver():
-        pairs = ["--source=a,b", "--weights=x.h5,y.h5", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
-        train.FLAGS(["train.py", *pairs, "--learning_rate=0.02"])
-        plans = train.plans_from_flags()
-        assert [(p.setup.source, p.setup.weights, p.setup.target, p.setup.per_class) for p in plans] == [
-            (source, weights, "t", n) for source, weights in (("a", "x.h5"), ("b", "y.h5")) for n in (30, 60)
-        ]
-        sweeps = [p.sweep for p in plans]
-        assert {(s.betas, s.frozen, s.learning_rates, s.folds) for s in sweeps} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
-        train.FLAGS(["train.py", "--experiment=figure_3"])
-        (first, *_) = train.plans_from_flags()
-        assert first.sweep.penalties == ("l2", "l2_sp") and first.sweep.folds == 5
-    with flagsaver.flagsaver():
-        train.FLAGS(["train.py", "--experiment=table_2"])
-        (plan,) = train.plans_from_flags()
-        assert (plan.setup.source, plan.setup.target, plan.setup.per_class) == ("digits/source", "digits/target", 25)
-        assert plan.jit_compile == "auto"
-        for text, value in (("on", True), ("off", False)):
-            train.FLAGS(["train.py", f"--jit_compile={text}"])
-            assert {p.jit_compile for p in train.plans_from_flags()} == {value}
-        train.FLAGS(["train.py", "--experiment=figure_1"])
-        assert [len(p.sweep.betas) for p in train.plans_from_flags()] == [4]
-        assert plan.sweep.learning_rates == (0.005, 0.01, 0.02) and plan.setup.fisher.transforms == (("normalise", None),)
-    from l2sp_tf.experiments import plans
-    from l2sp_tf.training import recipe
 
-    for name, choices in (("solver", recipe.SOLVERS), ("penalty_step", recipe.PENALTY_STEPS)):
+def test_flags_describe_a_plan_for_each_pair_of_tasks():
+    pairs = ["--source=a,b", "--weights=x.h5,y.h5", "--target=t@30,t@60", "--beta=0.01,0.1", "--frozen=0,2"]
+    found = plans_of(*pairs, "--learning_rate=0.02")
+    assert [(p.setup.source, p.setup.weights, p.setup.target, p.setup.per_class) for p in found] == [
+        (source, weights, "t", n) for source, weights in (("a", "x.h5"), ("b", "y.h5")) for n in (30, 60)
+    ]
+    sweeps = [p.sweep for p in found]
+    assert {(s.betas, s.frozen, s.learning_rates, s.folds) for s in sweeps} == {((0.01, 0.1), (0, 2), (0.02,), 0)}
+
+
+def test_flags_describe_the_plans_of_an_experiment():
+    first, *_ = plans_of("--experiment=figure_3")
+    assert first.sweep.penalties == ("l2", "l2_sp") and first.sweep.folds == 5
+    (plan,) = plans_of("--experiment=table_2")
+    assert (plan.setup.source, plan.setup.target, plan.setup.per_class) == ("digits/source", "digits/target", 25)
+    assert plan.sweep.learning_rates == (0.005, 0.01, 0.02) and plan.setup.fisher.transforms == (("normalise", None),)
+    assert [len(p.sweep.betas) for p in plans_of("--experiment=figure_1")] == [4]
+    assert plan.jit_compile == "auto"
+    for text, value in (("on", True), ("off", False)):
+        assert {p.jit_compile for p in plans_of("--experiment=table_2", f"--jit_compile={text}")} == {value}
+
+
+def test_flags_have_the_choices_of_the_library():
+    for name, choices in (("solver", recipe.SOLVERS), ("penalty_step", recipe.PENALTY_STEPS), ("experiment", plans.STUDIES)):
         assert train.FLAGS[name].parser.enum_values == list(choices)
-    assert plans.STUDIES == train.STUDIES
 
 
 @pytest.mark.slow
-def test_prepare_says_what_is_missing_in_one_sentence(tmp_path):
-    assert "give the names of data sets" in refused("prepare.py")
+def test_prepare_names_what_is_missing_in_one_sentence(tmp_path):
+    assert "give names such as stanford_dogs" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
     assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
     manual = f"--manual_dir={tmp_path / 'files'}"
@@ -339,7 +334,7 @@ def test_a_file_of_flags_repeats_a_run(finished, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)])
-def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, number, status):
+def test_a_stopped_command_says_what_was_saved(finished, tmp_path, number, status):
     workdir, _ = finished
     source = next(workdir.glob("sources/*"))
     shutil.copytree(source, tmp_path / "sources" / source.name)
@@ -348,7 +343,7 @@ def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, n
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(ROOT / "train.py"), *arguments]
 
-    def unignored():  # as it is where tests run in the background
+    def unignored():  # tests in the background inherit an ignored SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": unignored}
@@ -371,19 +366,21 @@ def test_a_stopped_command_says_what_was_saved_and_goes_on(finished, tmp_path, n
     assert lines[2].startswith("stopped") and "the same command" in lines[2] and "Traceback" not in error
 
 
-def test_help_lists_every_flag_once_under_a_heading(monkeypatch):
+def test_help_lists_every_flag_once_under_a_heading():
     result = run("train.py", "--help")
-    text = result.stdout
     assert result.returncode == 0
-    monkeypatch.syspath_prepend(str(ROOT))
-    from test_docs import flags_of
-
-    import train
-
-    named = [name for names in train.GROUPS.values() for name in names]
-    assert sorted(named) == sorted(flags_of("train.py"))
+    headings = train.FLAGS.flags_by_module_dict()
+    named = [flag.name for group in headings.values() for flag in group]
+    assert sorted(named) == sorted(train.FLAGS)
     assert set(train.OTHER_NAMES.values()) <= set(named) and not set(train.OTHER_NAMES) & set(named)
-    assert re.findall(r"^  --(?:\[no\])?(\w+)", text, re.M) == named
-    assert re.findall(r"^(\S.*):$", text, re.M) == list(train.GROUPS)
+    assert re.findall(r"^  --(?:\[no\])?(\w+)", result.stdout, re.M) == named
+    assert re.findall(r"^(\S.*):$", result.stdout, re.M) == list(headings)
     for flag in ("--penalty", "--alpha", "--seeds", "--workdir", "--weights", "--[no]mirror", "--protocol"):
-        assert flag in text
+        assert flag in result.stdout
+
+
+def test_help_comes_before_anything_slow_is_imported():
+    code = "from l2sp_tf.cli import command, eval, predict, prepare, train; import sys; train.main(['--help']); eval.main(['-h'])"
+    code += "; print(sorted({'tensorflow', 'keras', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.splitlines()[-1] == "[]"

@@ -1,4 +1,4 @@
-"""Files of strangers: a load that verifies or one sentence, no code run, no path outside, no memory for what is not there."""
+"""Untrusted files: a load verifies or ends in one sentence. It runs no code, leaves its folder alone and takes little memory."""
 
 import io
 import json
@@ -42,7 +42,7 @@ def _bounded_memory():
 
 
 def fuzz(tmp_path, names, counts, seed, seconds):
-    """Attacks in a process of its own, which a crash ends and whose address space is limited."""
+    """Attacks in a separate process, so that a crash or a lack of memory ends that process alone."""
     folder = pathlib.Path(hostile.__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (folder.parent, folder, folder / "data")))}
     arguments = [";".join(names), ";".join(map(str, counts)), str(seed), str(tmp_path / "last")]
@@ -128,7 +128,7 @@ def safetensors_file(path, header, content=b""):
         b"\x80\x02cposix\nsystem\n.",
     ],
 )
-def test_headers_that_are_none(tmp_path, content):
+def test_invalid_headers(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     for read in (l2sp.Anchors.load, Fisher.load, zoo.stored_pixels, read_state_dict):
         if content[8:] != b"{}" or len(content) == 10 and content[0] != 2 or read not in (zoo.stored_pixels, read_state_dict):
@@ -155,7 +155,7 @@ def test_shapes_beyond_the_file(tmp_path, tensor):
 
 
 def signed(path, arrays, entries=None, **metadata):
-    """A file whose sha256 is right, whatever the manifest and the rest of the header say."""
+    """Writes a file with a right sha256, whatever its manifest and header say."""
     from l2sp_tf.files.arrays import _sha256_of, manifest_of
 
     header = {**metadata, "manifest": json.dumps(manifest_of(arrays) if entries is None else entries)}
@@ -173,7 +173,7 @@ def test_manifests_name_numbers_only(tmp_path, dtype):
             l2sp.Anchors.load(signed(tmp_path / "a.safetensors", {"a": array}, [kind], format="l2sp_tf.anchors.v1"))
 
 
-def test_a_pixel_format_that_is_none(tmp_path):
+def test_an_invalid_pixel_format(tmp_path):
     arrays = {"a": np.zeros(3, "float32")}
     digest = l2sp.Anchors(arrays).digest
     for text in (
@@ -240,7 +240,7 @@ def test_a_file_cannot_ask_for_a_huge_head(tmp_path):
 
 
 def keras_file(path, change=lambda name, content: content, extra=None):
-    """The model of `hostile` with other members."""
+    """Writes the model of `hostile` with changed members."""
     zoo.save_model(hostile.model(), path, hostile.PIXELS["rgb"])
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -288,7 +288,7 @@ def config_of(old, new):
         ('"units": 2', '"units": ' + "[" * 10**5),
     ],
 )
-def test_a_model_of_a_stranger_runs_nothing_and_takes_no_memory(tmp_path, monkeypatch, old, new):
+def test_an_untrusted_model_runs_no_code_and_takes_little_memory(tmp_path, monkeypatch, old, new):
     (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     path = keras_file(tmp_path / "m.keras", config_of(old, new))
@@ -315,7 +315,7 @@ def test_members_of_a_model(tmp_path, extra):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.keras"]
 
 
-def test_other_endings_are_no_models(tmp_path):
+def test_other_endings_are_refused(tmp_path):
     (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     with pytest.raises(InputError, match="give the path of a .keras file"):
         zoo.load_model(tmp_path / "m.h5")
@@ -363,7 +363,7 @@ def with_texts(file, secret):
     [with_link, with_soft_link, with_virtual, with_external, with_shape, with_chunks, with_texts],
     ids=lambda f: f.__name__,
 )
-def test_arrays_that_lie_elsewhere_or_are_none(tmp_path, change):
+def test_arrays_in_other_files_and_invalid_arrays(tmp_path, change):
     with h5py.File(tmp_path / "secret.h5", "w") as file:
         file["secret"] = np.ones((3, 3, 3, 3), "float32")
     path = hostile.make_h5(tmp_path)
@@ -396,7 +396,7 @@ def test_bfloat16_weights_are_read(tmp_path):
 
 
 def nested(levels):
-    """A tuple of itself twice, and so on: 2^levels items."""
+    """Returns a pickle of pairs that hold one tuple twice, and so on: 2^levels items."""
     pairs = b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(levels))
     return b"K\x01q\x00" + pairs
 
@@ -417,14 +417,14 @@ def nested(levels):
         b"\x80\x02ccollections\nOrderedDict\nN}X\x0c\x00\x00\x00__defaults__K\x01\x85s\x86b.",
     ],
 )
-def test_pickles_that_would_take_for_ever(tmp_path, content):
+def test_pickles_that_would_never_end(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
     with pytest.raises(InputError, match="damaged or no state dict"):
         read_state_dict(tmp_path / "a.pth")
 
 
-def test_keys_of_an_old_file_that_would_take_for_ever(tmp_path):
+def test_keys_of_an_old_file_that_would_never_end(tmp_path):
     parts = [pickle.dumps(item, 2) for item in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {})]
     (tmp_path / "a.pth").write_bytes(b"".join(parts) + b"\x80\x02](" + nested(60) + b"e.")
     with pytest.raises(InputError, match="it uses a tuple as a name"):
@@ -447,7 +447,7 @@ def png(width, height):
 
 
 def long_png(length):
-    """A whole PNG of one line of grey pixels."""
+    """Returns a valid PNG with one line of grey pixels."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -493,7 +493,7 @@ def test_a_line_of_pixels_is_squashed(tmp_path):
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
     with (tmp_path / "i.png").open("wb") as file:
         file.write(hostile.picture("PNG"))
-        file.truncate(2**40)  # of which the disk keeps nothing
+        file.truncate(2**40)  # sparse: the disk stores none of it
     split = Split(("sparse",), np.zeros(1, np.int32), files=(tmp_path / "i.png",))
     with pytest.raises(InputError, match=r"sparse \(truncated, damaged or too large\)"):
         decode(split, 8)
@@ -527,7 +527,7 @@ def images_zip(path, method=zipfile.ZIP_DEFLATED, **more):
 
 
 def with_size(path, size):
-    """Another unpacked size of the first member, in both of its headers."""
+    """Changes the unpacked size of the first member in both of its headers."""
     content = bytearray(path.read_bytes())
     content[22:26] = size.to_bytes(4, "little")
     place = content.index(b"PK\x01\x02")
@@ -555,14 +555,14 @@ def test_a_zip_that_unpacks_to_far_more_than_it_has(tmp_path):
 @pytest.mark.parametrize(
     "name", ["train/a\\1.png", "x" * 300, "train/" + "é" * 150 + "/1.png", "train/../../x.png", "\\\\host\\x.png"]
 )
-def test_names_that_no_folder_has(tmp_path, name):
+def test_invalid_names_in_a_zip(tmp_path, name):
     path = images_zip(tmp_path / "x.zip", **{name: b""})
     with pytest.raises(InputError, match="x.zip holds"):
         load_dataset(path, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
-def test_what_stands_behind_a_nul_is_no_name(tmp_path):
+def test_a_name_ends_at_a_nul(tmp_path):
     path = images_zip(tmp_path / "x.zip", **{"train/a/9.pngX../../../evil": hostile.picture("PNG")})
     path.write_bytes(path.read_bytes().replace(b"9.pngX../", b"9.png\0../"))
     assert "train/a/9.png" in str(load_dataset(path, cache_dir=tmp_path / "cache").train.names)
@@ -581,7 +581,7 @@ def test_rare_methods_and_encryption(tmp_path, method):
         load_dataset(path, cache_dir=tmp_path / "cache")
 
 
-def test_links_and_names_that_stand_twice(tmp_path):
+def test_links_and_duplicate_names(tmp_path):
     path = images_zip(tmp_path / "x.zip")
     link = zipfile.ZipInfo("train/a/2.png")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -630,7 +630,7 @@ def test_a_record_that_claims_to_be_huge(tmp_path, length):
 
 
 def masked_crc(content):
-    """The checksum of TFRecords: CRC-32C, bit by bit, turned and shifted."""
+    """Returns the checksum of TFRecords: CRC-32C bit by bit, rotated and shifted."""
     crc = 2**32 - 1
     for byte in content:
         crc ^= byte
@@ -659,7 +659,7 @@ def test_a_label_beyond_the_classes(tmp_path):
         ("dataset_info.json", "{", "[" * 10**5),
     ],
 )
-def test_what_describes_a_prepared_set(tmp_path, monkeypatch, file, old, new):
+def test_damaged_descriptions_of_a_prepared_set(tmp_path, monkeypatch, file, old, new):
     (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     path = prepared(tmp_path) / file
@@ -671,7 +671,7 @@ def test_what_describes_a_prepared_set(tmp_path, monkeypatch, file, old, new):
     assert "stranger" not in sys.modules and not (tmp_path / "ran").exists()
 
 
-def test_a_damaged_index_is_told(tmp_path):
+def test_a_damaged_index_is_reported(tmp_path):
     prepared(tmp_path)
     load_prepared(tmp_path)
     index = next((tmp_path / "cache").glob("index-mnist-train-*"))
@@ -714,7 +714,7 @@ def test_pictures_of_other_kinds_of_absurd_size(width):
     frame[place + 5 : place + 9] = struct.pack("<HH", width, width)
     bmp[18:26] = struct.pack("<ii", width, -width)
     for content in map(bytes, (gif, frame, bmp)):
-        assert builders.as_jpeg_or_png(content) == content  # left as it is, for `decode` to name
+        assert builders.as_jpeg_or_png(content) == content  # unchanged, so that `decode` names it
     for kind in ("GIF", "BMP"):
         assert builders.as_jpeg_or_png(hostile.picture(kind)).startswith(b"\x89PNG")
     assert builders._declared_pixels(hostile.picture("GIF")) == 2 * 9 * 7

@@ -2,22 +2,19 @@
 
 import csv
 import pathlib
-import sys
 
 import keras
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
 import l2sp_tf as l2sp
+from l2sp_tf.cli.eval import main
 from l2sp_tf.data import load_dataset, prepare
 from l2sp_tf.data.pipeline import preprocessing_for
 from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import Interface, PixelFormat
 
-ROOT = pathlib.Path(__file__).parents[2]
 CLASSES = ("a", "b,c", "é")
 INTERFACE = Interface(PixelFormat("bgr", mean=(10, 20, 30)), 8, "shorter_side", "bilinear", 6, classes=CLASSES)
 
@@ -124,29 +121,9 @@ def test_an_interface_that_does_not_fit_is_refused(images, tmp_path):
 
 
 @pytest.fixture
-def eval_py(monkeypatch, capsys):
-    """Calls eval.py in this process; returns its status, its output, and its errors and warnings."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    # another test may have imported train.py, and both have --workdir
-    others = list(flags.FLAGS.flags_by_module_dict().get("train", []))
-    for flag in others:
-        delattr(flags.FLAGS, flag.name)
-    import eval as entry
-    from l2sp_tf.cli import command
-
-    def call(*arguments):
-        with flagsaver.flagsaver():
-            entry.FLAGS(["eval.py", *map(str, arguments)])
-            status = command.status_of(entry.main, ["eval.py"])
-        return status, *capsys.readouterr()
-
-    yield call
-    own = list(flags.FLAGS.flags_by_module_dict()["eval"])
-    for flag in own:
-        delattr(flags.FLAGS, flag.name)
-    for flag in others:
-        flags.FLAGS[flag.name] = flag
-    del sys.modules["eval"]
+def eval_py(capsys):
+    """Calls eval.py in this process: (status, what it printed, its errors and warnings)."""
+    return lambda *words: (main([*map(str, words)]), *capsys.readouterr())
 
 
 def test_the_command_writes_a_csv_and_prints_a_table(images, tmp_path, eval_py):

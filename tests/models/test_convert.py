@@ -312,9 +312,9 @@ def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     for arguments, status, message in (
         (["a.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "no state dict"),
-        (["a.pth", "w.bin", "--backbone=resnet50_torch"], 2, "no .safetensors file"),
+        (["a.pth", "w.bin", "--backbone=resnet50_torch"], 2, "does not end in .safetensors"),
         (["none.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "There is no file none.pth"),
-        (["a.pth", "w.safetensors", "--backbone=vgg16"], 2, "backbone 'vgg16' is none"),
+        (["a.pth", "w.safetensors", "--backbone=vgg16"], 2, "backbone 'vgg16' cannot be read"),
         (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--pixels=grey"], 2, "pixel format 'grey' is unknown"),
         (["a.pth", "w.safetensors", "--backbone=resnet50_torch", "--mean=1,2"], 2, "mean is ['1', '2']"),
     ):
