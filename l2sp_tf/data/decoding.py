@@ -11,6 +11,7 @@ import tensorflow as tf
 from l2sp_tf.data import images as ops
 from l2sp_tf.data.sets import default_cache_dir
 from l2sp_tf.data.store import PixelStore
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
 from l2sp_tf.files.reading import MAX_IMAGE_BYTES, MAX_PIXELS
@@ -176,10 +177,9 @@ def decode(
             more than 178,956,970 pixels before or after resizing; or a class has no image left.
         OSError: a file cannot be read, or the cache cannot be written.
     """
-    if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or size < 1:
-        raise InputError(f"size is {size!r}: it must be a positive integer")
+    size = fields.whole("size", size)
     ops.check_resize(mode, filter)
-    how = (int(size), mode, filter)
+    how = (size, mode, filter)
     progress = progress or (lambda done, count: None)
     if decoded_bytes(split, size, mode) <= memory_limit_bytes:
         pixels, starts, sides, bad = _into_memory(split, how, progress)

@@ -10,6 +10,7 @@ import functools
 
 import tensorflow as tf
 
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 
 RESIZE_MODES = ("squash", "shorter_side")
@@ -230,17 +231,25 @@ def central_crop(image, size):
 
 def check_resize(mode, filter="area"):
     """Raises InputError unless `mode` and `filter` are known."""
-    for name, value, known in (("resize_mode", mode, RESIZE_MODES), ("resize_filter", filter, RESIZE_FILTERS)):
-        if value not in known:
-            raise InputError(f"{name} is {value!r}: it must be {' or '.join(known)}")
+    fields.choice("resize_mode", mode, RESIZE_MODES)
+    fields.choice("resize_filter", filter, RESIZE_FILTERS)
 
 
 def check_blur(kernel_size, sigma):
-    """Raises InputError unless `kernel_size` is odd and `sigma` is a range of positive numbers."""
-    if isinstance(kernel_size, bool) or not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise InputError(f"the blur kernel is {kernel_size!r} pixels wide: give an odd positive number, such as 5")
-    if len(sigma) != 2 or not 0 < sigma[0] <= sigma[1] < float("inf"):
-        raise InputError(f"the blur's sigma range is {sigma!r}: give two positive numbers, the smaller first")
+    """Returns the width of the blur's kernel as an int, and the range of its deviation as two floats.
+
+    Raises:
+        InputError: the width is not an odd number of pixels, or the range is not two positive numbers in order.
+    """
+    kernel_size = fields.whole("blur_kernel", kernel_size)
+    if kernel_size % 2 == 0:
+        raise InputError(f"blur_kernel is {kernel_size}: give an odd number of pixels.")
+    if not isinstance(sigma, (tuple, list)) or len(sigma) != 2:
+        raise InputError(f"blur_sigma is {sigma!r}: give the smallest and the largest, in pixels.")
+    low, high = (fields.number("blur_sigma", value, above=0) for value in sigma)
+    if low > high:
+        raise InputError(f"blur_sigma is {sigma!r}: give the smallest first.")
+    return kernel_size, (low, high)
 
 
 def _batched(image, seed):

@@ -12,8 +12,6 @@ from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.pixels import PixelFormat
 
-CHOICES = {"blur": ops.BLURS, "resize_mode": ops.RESIZE_MODES, "resize_filter": ops.RESIZE_FILTERS}
-
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -42,21 +40,16 @@ class Preprocessing:
     resize_filter: str = "area"
 
     def __post_init__(self):
-        for name in ("resize", "crop", "blur_kernel"):
+        for name in ("resize", "crop"):
             self._set(name, fields.whole(name, getattr(self, name)))
-        for name, choices in CHOICES.items():
-            fields.choice(name, getattr(self, name), choices)
+        ops.check_resize(self.resize_mode, self.resize_filter)
+        fields.choice("blur", self.blur, ops.BLURS)
         fields.yes_or_no("mirror", self.mirror)
         if self.crop > self.resize:
             raise InputError(f"crop is {self.crop}, larger than resize, {self.resize}: give a smaller crop or a larger resize.")
-        if self.blur_kernel % 2 == 0:
-            raise InputError(f"blur_kernel is {self.blur_kernel}: give an odd number of pixels.")
-        if not isinstance(self.blur_sigma, (tuple, list)) or len(self.blur_sigma) != 2:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the smallest and the largest, in pixels.")
-        low, high = (fields.number("blur_sigma", value, above=0) for value in self.blur_sigma)
-        if low > high:
-            raise InputError(f"blur_sigma is {self.blur_sigma!r}: give the smallest first.")
-        self._set("blur_sigma", (low, high))
+        kernel, sigma = ops.check_blur(self.blur_kernel, self.blur_sigma)
+        self._set("blur_kernel", kernel)
+        self._set("blur_sigma", sigma)
         if not isinstance(self.pixels, PixelFormat):
             raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
 
@@ -237,13 +230,8 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
 test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest must not take it for a test
 
 
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise InputError(f"{name} is {value!r}: it must be a positive integer")
-
-
 def _check_stream(images, preprocessing, batch_size):
-    _check_count("batch_size", batch_size)
+    fields.whole("batch_size", batch_size)
     if not len(images):
         raise InputError("there are no images to stream")
     shorter = images.sides.min(axis=1)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 
-from l2sp_tf.files.errors import InputError
+from l2sp_tf.files import fields
 from l2sp_tf.training.checkpoints import Checkpoints
 from l2sp_tf.training.devices import Devices
 
@@ -28,7 +28,7 @@ class Execution:
         verbose: as in Keras' `fit`: 1 shows a progress bar with the time left.
 
     Raises:
-        InputError: `checkpoint_every` is negative.
+        InputError: `checkpoint_every` is not a whole number from 0 on.
     """
 
     run_dir: pathlib.Path | str | None = None
@@ -40,10 +40,7 @@ class Execution:
     verbose: int = 1
 
     def __post_init__(self):
-        if self.checkpoint_every < 0:
-            raise InputError(
-                f"checkpoint_every is {self.checkpoint_every}: give a number of steps, or 0 for the last step alone."
-            )
+        fields.whole("checkpoint_every", self.checkpoint_every, 0)
         object.__setattr__(self, "callbacks", tuple(self.callbacks))
         object.__setattr__(self, "run_dir", None if self.run_dir is None else pathlib.Path(self.run_dir))
 
