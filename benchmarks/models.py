@@ -23,8 +23,8 @@ import numpy as np
 import tensorflow as tf
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import copies
 from l2sp_tf.models.copies import detached_copy
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
@@ -145,7 +145,7 @@ def moved(model):
     for key, value in values.items():
         noise = np.tanh(rng.normal(size=value.shape)).astype("float32")
         values[key] = value * (1 + 0.2 * noise) + 0.01 * noise * (value.ndim < 2)
-    copies.assign(model, values)
+    assign(model, values)
     return model
 
 
@@ -189,7 +189,7 @@ def penalty_of(model, anchors, x, y):
         for key, value in l2sp.Anchors.of(model).items()
         if value.dtype.kind == "f"
     }
-    copies.assign(model, values)
+    assign(model, values)
     coverage, pairs, expected = l2sp.attach(model, l2sp.L2SP(0.1), anchors, 0.01), match(values, anchors).pairs, 0.0
     for weight in coverage.group("S") + coverage.group("S-bar"):
         w0 = anchors[pairs[weight.key]] if weight.group == "S" else 0.0

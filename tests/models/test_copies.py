@@ -12,6 +12,7 @@ from networks import FAMILIES, MAKERS, adapted, network
 import l2sp_tf as l2sp
 from l2sp_tf.models import copies, zoo
 from l2sp_tf.models.copies import detached_copy
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.weights import keyed_weights
 from l2sp_tf.training import devices
 
@@ -278,7 +279,7 @@ def test_a_copy_of_every_layer_computes_the_same(name):
         assert_equal(model, copy, x, training=True)
     if model.weights:
         anchors = l2sp.Anchors.of(model)
-        copies.assign(copy, {key: np.zeros_like(value) for key, value in anchors.items()})
+        assign(copy, {key: np.zeros_like(value) for key, value in anchors.items()})
         anchors.restore(copy)
         assert_equal(model, copy, x, training=False)
 
@@ -451,7 +452,7 @@ def check_copies(model, folder):
         target = fresh if number else copy
         way(target)
         assert_close(expected, target(x, training=False))
-        copies.assign(fresh, {key: np.zeros_like(value) for key, value in anchors.items()})
+        assign(fresh, {key: np.zeros_like(value) for key, value in anchors.items()})
 
 
 @pytest.mark.slow

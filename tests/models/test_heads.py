@@ -9,8 +9,8 @@ from networks import ALL, CLASSES, FAMILIES, adapted, network, trained
 import l2sp_tf as l2sp
 from l2sp_tf.evaluation.accuracy import transplant
 from l2sp_tf.evaluation.report import pretrained_of
-from l2sp_tf.models import copies
 from l2sp_tf.models.heads import head_of
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.weights import keyed_weights
 
 IMAGE = (8, 8, 3)
@@ -291,8 +291,8 @@ def check_original_head(pretrained):
 
     rng, own = np.random.default_rng(0), keyed_weights(model)
     moved = {key: w.variable.numpy() for key, w in own.items() if "float" in w.variable.dtype and "variance" not in key}
-    copies.assign(model, {key: value + rng.normal(0, 0.03, value.shape) for key, value in moved.items()})
-    copies.assign(asked, {key: own[key].variable.numpy() for key in keyed_weights(asked) if key not in head.keys})
+    assign(model, {key: value + rng.normal(0, 0.03, value.shape) for key, value in moved.items()})
+    assign(asked, {key: own[key].variable.numpy() for key in keyed_weights(asked) if key not in head.keys})
     by_hand = asked(x, training=False)
     assert not np.allclose(by_hand, before)
     np.testing.assert_array_equal(transplant(same_names(model, pretrained), pretrained)(x, training=False), by_hand)
