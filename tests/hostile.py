@@ -159,7 +159,8 @@ def arrays():
 
 
 def make_anchors(folder):
-    l2sp.Anchors(arrays(), PIXELS["bgr"], {"origin": "test", "files": {"a": "b"}}).save(folder / "a.safetensors")
+    known = {"pixels": PIXELS["bgr"].plain(), "provenance": {"origin": "test", "files": {"a": "b"}}}
+    l2sp.Anchors(arrays(), known).save(folder / "a.safetensors")
     return folder / "a.safetensors"
 
 
