@@ -6,164 +6,23 @@ outputs. With J the Jacobian of z with respect to the weights, F_jj = mean over 
 (Jᵀ H J)_jj, so any u with E[u uᵀ] = H gives an unbiased estimate (Jᵀ u)_j² from one backward pass.
 """
 
-import hashlib
-import json
 import math
-import re
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.files.arrays import Arrays, digest_of, load_arrays, manifest_of, save_arrays
+from l2sp_tf.files.arrays import digest_of, manifest_of
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.files.reading import parse_json, refusing
+from l2sp_tf.fisher.diagonal import MODES, Fisher, check_positive, relative_error
 from l2sp_tf.fisher.layer_rules import check_layers, instrumented
 from l2sp_tf.fisher.likelihoods import CATEGORICAL, FAMILIES, likelihood_of, random_signs, random_uniforms
 from l2sp_tf.penalties.weights import keyed_weights
 
-FORMAT = "l2sp_tf.fisher.estimator.v1"
-MODES = ("rademacher", "mc", "exact")
-PROVENANCE = {"source", "images", "mode", "samples", "seed", "first", "model", "transforms"}
 # Cotangents go through the backward pass side by side, sharing what depends on the input alone: 3 of them, or up to 9 as
 # long as their gradients take no more than so many bytes.
 COLUMNS, MOST_COLUMNS, GRADIENT_BYTES = 3, 9, 2**30
 MIN_BATCHES = 8  # before `tolerance` may stop a pass: the spread of fewer batches is itself too uncertain
-
-
-class Fisher(Arrays):
-    """The Fisher diagonal, a read-only mapping from key to float32 array of the weight's shape.
-
-    Keys are those of `l2sp_tf.penalties.weights.keyed_weights`. Made by `fisher_diagonal` or `load`.
-
-    Attributes:
-        provenance: a dict of where the numbers come from: `source` (the caller's words),
-            `images` (how many), `mode`, `samples`, `seed`, `first`, `model` (the digest of the
-            model's weights), `weights` (the sha256 of each weight of the model, by key; files
-            written before lack it) and `transforms`.
-    """
-
-    def __init__(self, arrays, provenance, statistics):
-        super().__init__(arrays, "float32")
-        self.provenance = json.loads(json.dumps(provenance))
-        self._statistics = {layer: [float(n) for n in sums] for layer, sums in statistics.items()}
-
-    def __repr__(self):
-        size = sum(array.size for array in self.values())
-        return f"Fisher({len(self)} arrays, {size:,} numbers, {self.provenance['images']} images, digest {self.digest[:12]})"
-
-    @property
-    def digest(self):
-        """The sha256 of the arrays, provenance and statistics, in hexadecimal."""
-        parts = [digest_of(self.manifest), self.provenance, self._statistics]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def save(self, path):
-        """Writes the arrays, the provenance and the statistics to a safetensors file, atomically.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        header = {"provenance": json.dumps(self.provenance), "statistics": json.dumps(self._statistics)}
-        save_arrays(path, self._arrays, FORMAT, {"digest": self.digest, **header})
-
-    @classmethod
-    def load(cls, path):
-        """Reads what `save` wrote, and verifies it against its manifest and digest.
-
-        Raises:
-            InputError: the file is missing, is no such file, or is damaged.
-        """
-        arrays, metadata = load_arrays(path, FORMAT, "no Fisher diagonal", "Fisher.save")
-        fisher = cls(arrays, *_header(metadata, path))
-        if fisher.digest != metadata.get("digest"):
-            raise InputError(f"The Fisher diagonal in {path} is damaged: its digest is not that of its header; use another copy.")
-        return fisher
-
-    def __add__(self, other):
-        """The Fisher diagonal over the images of two partial passes, weighted by their numbers of images.
-
-        Fields of the provenance that differ (source, seed, first) become lists.
-
-        Raises:
-            InputError: the two are of different models, values of the weights, modes or samples, or one is
-                transformed.
-        """
-        if not isinstance(other, Fisher):
-            return NotImplemented
-        self._check_addable(other)
-        m, n = self.provenance["images"], other.provenance["images"]
-        arrays = {key: (m * self[key].astype("float64") + n * other[key]) / (m + n) for key in self}
-        statistics = {layer: np.add(sums, other._statistics[layer]) for layer, sums in self._statistics.items()}
-        merged = {key: _merge(self.provenance[key], other.provenance[key]) for key in ("source", "seed", "first")}
-        return Fisher(arrays, {**other.provenance, **self.provenance, **merged, "images": m + n}, statistics)
-
-    def _check_addable(self, other):
-        wrong = [
-            f"their {name} differ ({self.provenance[name]} and {other.provenance[name]})"
-            for name in ("model", "mode", "samples")
-            if self.provenance[name] != other.provenance[name]
-        ]
-        hashes, others = self.provenance.get("weights"), other.provenance.get("weights")
-        if hashes and others and hashes != others:  # a file that lacks them has the digest over them
-            key = next(key for key in {**hashes, **others} if hashes.get(key) != others.get(key))
-            wrong.append(f"they were estimated at other weights (of {key}, say)")
-        if {key: array.shape for key, array in self.items()} != {key: array.shape for key, array in other.items()}:
-            wrong.append("their weights differ")
-        if self.provenance["transforms"] or other.provenance["transforms"]:
-            wrong.append("one is transformed already")
-        if wrong:
-            raise InputError(
-                f"These Fisher diagonals cannot be added, because {' and '.join(wrong)}: "
-                "add untransformed passes of one model and mode, and transform the sum."
-            )
-
-    def standard_error(self):
-        """Estimates for each layer the relative standard error of the mean of its entries.
-
-        With t_b the mean over all entries of the layer's weights of the Fisher diagonal of batch
-        b alone, n_b the number of its images and N = sum_b n_b over M batches, the mean is
-        t = sum_b n_b t_b / N, the variance of one image s² = sum_b n_b (t_b - t)² / (M - 1), and
-        the relative standard error sqrt(s² / N) / t. It covers the choice of images and, in the
-        sampled modes, the draws. Transforms leave it as it was.
-
-        Returns:
-            A dict from the layer's key to a float: infinite after fewer than two batches, 0 for
-            a layer whose entries are all 0.
-        """
-        return {layer: _relative_error(*sums) for layer, sums in self._statistics.items()}
-
-    def clip(self, maximum):
-        """Replaces entries above `maximum` by it.
-
-        Raises:
-            InputError: `maximum` is not a positive number.
-        """
-        return self._transformed("clip", _check_number(maximum, "maximum"), lambda f: np.minimum(f, np.float32(maximum)))
-
-    def epsilon(self, value):
-        """Adds `value` to each entry.
-
-        Raises:
-            InputError: `value` is not a positive number.
-        """
-        return self._transformed("epsilon", _check_number(value, "value"), lambda f: f + np.float32(value))
-
-    def normalise(self):
-        """Divides all entries by one number, so that their mean over all weights is 1.
-
-        Raises:
-            InputError: all entries are 0.
-        """
-        total = sum(float(array.sum(dtype="float64")) for array in self.values())
-        mean = total / sum(array.size for array in self.values())
-        if not mean > 0:
-            raise InputError("This Fisher diagonal cannot be normalised, because all its entries are 0.")
-        return self._transformed("normalise", mean, lambda f: (f / mean).astype("float32"))
-
-    def _transformed(self, name, value, function):
-        provenance = {**self.provenance, "transforms": [*self.provenance["transforms"], {"name": name, "value": value}]}
-        return Fisher({key: function(array) for key, array in self.items()}, provenance, self._statistics)
 
 
 def fisher_diagonal(
@@ -313,7 +172,7 @@ class _Sums:
         return dict(zip(self._layers, self._statistics.tolist(), strict=True))
 
     def standard_error(self):
-        return {layer: _relative_error(*sums) for layer, sums in self.statistics().items()}
+        return {layer: relative_error(*sums) for layer, sums in self.statistics().items()}
 
     def means(self):
         """The mean over the images, in float64.
@@ -516,42 +375,6 @@ def _full(dtype):
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
-def _header(metadata, path):
-    """The provenance and the statistics in the metadata of a file, checked."""
-    what = f"The Fisher diagonal in {path} is damaged"
-    provenance = parse_json(metadata.get("provenance", ""), what)
-    statistics = parse_json(metadata.get("statistics", ""), what, finite=False)  # the sums of huge entries overflow
-    with refusing(what):
-        counts = [count for batches, images, _, _ in statistics.values() for count in (batches, images)]
-        numbers = [number for sums in statistics.values() for number in sums]
-        if not all(type(number) in (int, float) for number in numbers) or not all(0 < count < math.inf for count in counts):
-            raise ValueError("its statistics are no sums over images")
-        if not PROVENANCE.issubset(provenance) or type(provenance["images"]) is not int or provenance["images"] < 1:
-            raise ValueError("its provenance lacks a field, or has no number of images")
-        if provenance["mode"] not in MODES or not isinstance(provenance["transforms"], list):
-            raise ValueError("its provenance has no mode or no list of transforms")
-        hashes = provenance.get("weights", {})
-        if not isinstance(hashes, dict) or not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes.values()):
-            raise ValueError("the weights of its provenance have no sha256 each")
-    return provenance, statistics
-
-
-def _relative_error(batches, images, first, second):
-    """The relative standard error of `Fisher.standard_error` from M, N, sum_b n_b t_b and sum_b n_b t_b²."""
-    if batches < 2:
-        return math.inf
-    if first == 0:
-        return 0.0
-    variance = max(second - first**2 / images, 0) / (batches - 1)
-    return math.sqrt(variance / images) / (first / images)
-
-
-def _check_number(value, name):
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{name} is {value!r}: give a finite number above 0.")
-    return float(value)
-
-
 def _check_arguments(mode, samples, seed, first, tolerance):
     if mode not in MODES:
         raise InputError(f"The mode is {mode!r}: choose one of {', '.join(MODES)}.")
@@ -561,11 +384,4 @@ def _check_arguments(mode, samples, seed, first, tolerance):
     if mode == "exact" and samples != 1:
         raise InputError(f"samples is {samples}, but the mode 'exact' draws nothing: leave it at 1.")
     if tolerance is not None:
-        _check_number(tolerance, "tolerance")
-
-
-def _merge(a, b):
-    """Two values of a provenance as one: themselves if equal, else a list."""
-    if a == b:
-        return a
-    return [*(a if isinstance(a, list) else [a]), *(b if isinstance(b, list) else [b])]
+        check_positive(tolerance, "tolerance")
