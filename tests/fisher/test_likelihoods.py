@@ -423,13 +423,16 @@ def test_cotangents_factor_the_covariance(classes):
     p = np.random.default_rng(0).dirichlet(np.ones(classes) / 3, size=7)
     p[0] = np.eye(classes)[1]
     h = p[:, :, None] * np.eye(classes) - p[:, :, None] * p[:, None]
-    columns = np.stack([likelihoods.column(tf.constant(p), i).numpy() for i in range(classes)])
+    found = likelihoods.Categorical(tf.math.log(tf.constant(p)))
+    columns = np.stack([found.column(i).numpy() for i in range(classes)])
     np.testing.assert_allclose(np.einsum("ibk,ibl->bkl", columns, columns), h, atol=1e-14)
-    assert not columns[-1].any()
-    u = likelihoods.signs_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_signs(3, 0, 0, 28000, classes)).numpy()
-    np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
-    u = likelihoods.label_cotangent(tf.constant(np.tile(p, (4000, 1))), likelihoods.random_uniforms(3, 0, 0, 28000)).numpy()
-    np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
+    assert not columns[-1].any() and found.rank == classes - 1
+    many = likelihoods.Categorical(tf.math.log(tf.constant(np.tile(p, (4000, 1)))))
+    for u in (
+        many.by_signs(likelihoods.random_signs(3, 0, 0, 28000, classes)),
+        many.by_labels(likelihoods.random_uniforms(3, 0, 0, 28000, 1)),
+    ):
+        np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
 
 
 def test_random_numbers_belong_to_the_image():
@@ -438,14 +441,13 @@ def test_random_numbers_belong_to_the_image():
     assert set(np.unique(whole)) == {-1, 1} and abs(whole.mean()) < 0.06
     assert not np.array_equal(whole, likelihoods.random_signs(1, 3, 0, 20, 300))
     assert not np.array_equal(whole, likelihoods.random_signs(2, 2, 0, 20, 300))
-    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20), likelihoods.random_uniforms(1, 2, 0, 20)[7:])
+    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20, 1), likelihoods.random_uniforms(1, 2, 0, 20, 1)[7:])
 
 
 def test_uniforms_belong_to_the_image():
     whole = likelihoods.random_uniforms(1, 2, 0, 20, 7)
     assert whole.shape == (20, 7) and len(np.unique(whole)) == 140 and 0 <= whole.min() < whole.max() < 1
     np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20, 7), whole[7:])
-    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 0, 20, 1)[:, 0], likelihoods.random_uniforms(1, 2, 0, 20))
     assert not np.array_equal(likelihoods.random_uniforms(1, 3, 0, 20, 7), whole)
 
 

@@ -1,0 +1,156 @@
+"""The forward pass of a model, traced so that each layer notes where its weights enter."""
+
+import contextlib
+import typing
+
+import keras
+import tensorflow as tf
+
+from l2sp_tf.files.errors import InputError
+from l2sp_tf.fisher.layer_rules import Dense, attribute, in_full_precision, rule_for, substitute
+
+
+class Site(typing.NamedTuple):
+    """A place where weights enter a model: the `Rule` of the layer, its input x, and its output z before the activation."""
+
+    rule: typing.Any
+    x: tf.Tensor | None
+    z: tf.Tensor
+
+
+class OneImage:
+    """The rule for a weight itself, as z, in a model that gets one image."""
+
+    def __init__(self, variable):
+        self.variable = variable
+
+    def squares(self, x, g):
+        return [(self.variable, tf.reduce_sum(tf.square(g), 0))]
+
+
+@contextlib.contextmanager
+def traced(model, weights, *, by_layer=True):
+    """Notes where weights enter while the block traces a model, and lets its layers compute in float32 at least.
+
+    It restores the `call` and the policy of each layer at the end, and assigns no variable.
+
+    Args:
+        model: a built Keras model.
+        weights: a dict from key to `l2sp_tf.penalties.weights.Weight`: those of interest.
+        by_layer: False leaves the layers alone and watches the values of the weights: for a batch of one image.
+
+    Yields:
+        A `Trace`.
+    """
+    with contextlib.ExitStack() as stack:
+        tape = stack.enter_context(tf.GradientTape(persistent=True, watch_accessed_variables=False))
+        trace = Trace(weights, tape)
+        trace.substitute(model, by_layer)
+        stack.enter_context(in_full_precision(model))
+        if by_layer:
+            for layer in {id(w.layer): w.layer for w in weights.values()}.values():
+                stack.enter_context(attribute(layer, "call", trace.wrapped(layer)))
+        stack.enter_context(trace)
+        yield trace
+
+
+class Trace(keras.StatelessScope):
+    """What happened while a model was traced, and the squares of its gradients.
+
+    Attributes:
+        sites: each `Site` that the forward pass met.
+    """
+
+    def __init__(self, weights, tape):
+        super().__init__()
+        self.sites = []
+        self._weights, self._tape = weights, tape
+        self._keys = {id(w.variable): key for key, w in weights.items()}
+        self._owners = {}
+        self._graph = tf.compat.v1.get_default_graph()
+        self._running, self._called, self._twice, self._stray = [], set(), set(), set()
+
+    def substitute(self, model, by_layer):
+        """Puts float32 tensors in the place of half-precision variables and, if not `by_layer`, watched ones for weights."""
+        own = [] if by_layer else [w.variable for w in self._weights.values()]
+        values = substitute(self, model.variables, own, self._tape)
+        self.sites += [Site(OneImage(v), None, value) for v, value in zip(own, values, strict=True)]
+        self._owners = {id(w.variable): w.layer for w in self._weights.values()} if by_layer else {}
+
+    def wrapped(self, layer):
+        """Returns a `call` for the layer that runs the layer's rule and notes the site."""
+        rule = rule_for(layer)
+
+        def run(x, *args, **kwargs):
+            # a loop traces its body in a graph of its own, once for all rounds
+            again = id(layer) in self._called or tf.compat.v1.get_default_graph() is not self._graph
+            (self._twice if again else self._called).add(id(layer))
+            self._running.append(layer)
+            try:
+                z = rule.output(x, *args, **kwargs)
+                self._tape.watch(z)
+                self.sites.append(Site(rule, x, z))
+                return rule.activate(z)
+            finally:
+                self._running.pop()
+
+        return run
+
+    def get_current_value(self, variable):
+        owner = self._owners.get(id(variable))
+        if owner is not None and not (self._running and self._running[-1] is owner):
+            self._stray.add(self._keys[id(variable)])
+        return super().get_current_value(variable)
+
+    def check(self):
+        """Checks that each layer was called once, and each weight read by its own layer only.
+
+        Raises:
+            InputError: gradients of several uses of a weight add before they are squared; the message
+                names each layer or weight.
+        """
+        shared = list(dict.fromkeys(w.layer.name for w in self._weights.values() if id(w.layer) in self._twice))
+        wrong = [f"the layer {name} is called more than once" for name in shared]
+        wrong += [f"the weight {key} is used outside its layer" for key in sorted(self._stray)]
+        if wrong:
+            raise InputError(f"Squares of shared weights' gradients do not add: {'; '.join(wrong[:5])}; pass slow_fallback=True.")
+
+    def closed_form(self, logits, variances):
+        """Removes the site of a Dense layer that gives the logits, and returns its squares summed over all cotangents.
+
+        The squares of the columns u of a factor of H sum to its diagonal, so that the kernel has sum_b h_bc² H_bkk
+        and the bias sum_b H_bkk.
+
+        Args:
+            logits: [B, K].
+            variances: the diagonal of H, [B, K].
+
+        Returns:
+            A dict from key to float64 tensor, empty without such a layer.
+        """
+        heads = [site for site in self.sites if isinstance(site.rule, Dense) and site.z.name == logits.name]
+        heads = [site for site in heads if len(site.x.shape) == 2]
+        self.sites = [site for site in self.sites if not any(site is head for head in heads)]
+        found = [head.rule.squares(tf.cast(head.x, tf.float64), tf.sqrt(variances)[None]) for head in heads]
+        return self._by_key(sum(found, []))
+
+    def squares(self, logits, cotangents):
+        """Sums the squared per-example gradients over the batch and over n cotangents of the logits.
+
+        Args:
+            logits: [B, K].
+            cotangents: a list of n tensors [B, K].
+
+        Returns:
+            A dict from key to tensor, without the weights that the logits do not depend on.
+        """
+        outputs = [site.z for site in self.sites]
+        gradients = [self._tape.gradient(logits, outputs, output_gradients=tf.cast(u, logits.dtype)) for u in cotangents]
+        found = []
+        for site, *g in zip(self.sites, *gradients, strict=True):
+            if g[0] is not None:
+                found += site.rule.squares(site.x, tf.stack([tf.convert_to_tensor(g_n) for g_n in g]))
+        return self._by_key(found)
+
+    def _by_key(self, squares):
+        return {self._keys[id(v)]: square for v, square in squares if id(v) in self._keys}
