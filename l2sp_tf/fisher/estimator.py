@@ -177,11 +177,7 @@ class _Sums:
 
 
 class _Estimator:
-    """Sums the squares of each weight over the images of a batch.
-
-    Args:
-        model, mode, samples, seed, from_logits, slow: as in `fisher_diagonal`.
-    """
+    """Sums the squares of each weight over the images of a batch; its arguments are those of `fisher_diagonal`."""
 
     def __init__(self, model, mode, samples, seed, from_logits, slow):
         self.model, self.mode, self.samples, self.seed = model, mode, samples, seed
@@ -226,16 +222,11 @@ class _Estimator:
         """Takes one forward pass, and one backward pass of all images together for each cotangent.
 
         Args:
-            x: the batch.
-            noise: the random numbers of its images, [samples, B, K].
             batch: the number of images, which tells the memory of a gradient. None means one image, and
                 differentiates by the weights themselves instead of layer by layer.
 
         Returns:
             (a dict from key to the sum of squares, the number of doubtful outputs)
-
-        Raises:
-            InputError: the model has several outputs or one of unknown meaning, or shares weights.
         """
         with traced(self.model, self.weights, by_layer=batch is not None) as trace:
             output = self.model(x, training=False)
@@ -269,15 +260,7 @@ class _Estimator:
 
 
 def _sum_over(count, cotangent, columns, squares, zeros):
-    """Sums the squares of the cotangents 0 ... count - 1.
-
-    Args:
-        count: an integer.
-        cotangent: a function from the index to u [B, K].
-        columns: how many cotangents to take side by side.
-        squares: a function from a list of cotangents to a dict from key to the sum of their squares.
-        zeros: a dict from key to what the sums begin with.
-    """
+    """Sums squares(list of cotangents), dicts like `zeros`, over cotangent(0) ... cotangent(count - 1), `columns` at a time."""
     columns = min(columns, count)
 
     def step(i, sums):

@@ -1,9 +1,9 @@
 """Squared per-example gradients of a layer's weights: one rule for each kind of layer.
 
-Symbols: `x` [B, ...] the input of a layer, `z` [B, ...] its output before the activation, `g` [n, B, ...] the
-gradients of n scalars with respect to z, b the example, p a position (pixel, token), c and k channels of x and z.
-A rule turns (x, g) into the sum over n and b of the squared gradient of each weight. It sums over positions before
-it squares, and over examples after it: the square is that of one example.
+Symbols: `x` [B, ...] the input of a layer, `z` [B, ...] its output before the activation, `gs` a list of the
+gradients `g` [B, ...] of n scalars with respect to z, b the example, p a position (pixel, token), c and k channels of
+x and z. A rule turns (x, gs) into the sum over n and b of the squared gradient of each weight. It sums over positions
+before it squares, and over examples after it: the square is that of one example.
 """
 
 import contextlib
@@ -21,17 +21,9 @@ HALF = ("float16", "bfloat16")
 
 
 class Rule:
-    """Computes a layer's output, and the squared per-example gradients of its weights.
+    """Computes a layer's output, and the squared per-example gradients of its weights; `RULES` lists all rules."""
 
-    `RULES` lists the rule of each class of layers.
-
-    Attributes:
-        layer: the layer that owns the weights.
-        call: the layer's own `call`.
-        relies_on: the methods that a subclass of the listed class must not override.
-    """
-
-    relies_on = ("call",)
+    relies_on = ("call",)  # the methods that a subclass of the listed class must not override
 
     def __init__(self, layer):
         self.layer, self.call = layer, layer.call
@@ -49,8 +41,8 @@ class Rule:
         """Computes the layer's output from z."""
         return z
 
-    def squares(self, x, g):
-        """Sums the squared gradients over n and b.
+    def squares(self, x, gs):
+        """Sums the squared gradients over gs and examples.
 
         Returns:
             A list of (variable, tensor of its shape); the variable is None where the layer does without.
@@ -72,18 +64,17 @@ class Linear(Rule):
 class Dense(Linear):
     """z_p = x_p W + bias: the gradient of W is sum_p x_p g_pᵀ."""
 
-    def squares(self, x, g):
-        kernel = product_squares(_flat(x), _flat(g, 2))
-        return [(self.layer.kernel, kernel), (self.layer.bias, shift_squares(g, self.layer.bias))]
+    def squares(self, x, gs):
+        return [(self.layer.kernel, dense_squares(x, gs)), (self.layer.bias, shift_squares(gs, self.layer.bias))]
 
 
 class EinsumDense(Linear):
     """z = einsum(equation, x, W) + bias, in which the first index is the example."""
 
-    def squares(self, x, g):
-        inputs, kernel, outputs, n = _letters(self.layer.equation, len(x.shape), len(g.shape) - 1)
-        gradients = tf.einsum(f"{inputs},{n}{outputs}->{n}{inputs[0]}{kernel}", x, g)
-        return [(self.layer.kernel, sum_of_squares(gradients)), (self.layer.bias, shift_squares(g, self.layer.bias))]
+    def squares(self, x, gs):
+        inputs, kernel, outputs = _letters(self.layer.equation, len(x.shape), len(gs[0].shape))
+        gradients = [tf.einsum(f"{inputs},{outputs}->{inputs[0]}{kernel}", x, g) for g in gs]
+        return [(self.layer.kernel, sum_of_squares(gradients)), (self.layer.bias, shift_squares(gs, self.layer.bias))]
 
 
 class Conv(Linear):
@@ -91,44 +82,45 @@ class Conv(Linear):
 
     relies_on = ("call", "convolution_op")
 
-    def squares(self, x, g):
-        layer, x, g = self.layer, _channels_last(self.layer, x), _channels_last(self.layer, g)
-        grouped = _by_group(_flat(g, 2), layer.groups)
-        taps = _tap_by_tap(layer, x, g, lambda tap: product_squares(_by_group(_flat(tap), layer.groups), grouped))
-        kernel = tf.reshape(tf.transpose(taps, (0, 2, 1, 3)), layer.kernel.shape)  # [taps, groups, C / groups, K / groups]
-        return [(layer.kernel, kernel), (layer.bias, shift_squares(g, layer.bias))]
+    def squares(self, x, gs):
+        layer, (x, *gs) = self.layer, _channels_last(self.layer, [x, *gs])
+        rows = _rows(gs, layer.groups)
+        taps = _tap_by_tap(layer, x, gs, lambda tap: product_squares(_columns(tap, layer.groups), rows))
+        kernel = tf.reshape(tf.transpose(taps, (0, 3, 1, 2)), layer.kernel.shape)  # from [taps, groups, K / groups, C / groups]
+        return [(layer.kernel, kernel), (layer.bias, shift_squares(gs, layer.bias))]
 
 
 class DepthwiseConv(Linear):
     """z_pcm = sum over taps of x_{p+tap,c} w_{tap,cm} + bias_cm."""
 
-    def squares(self, x, g):
-        layer, x, g = self.layer, _channels_last(self.layer, x), _channels_last(self.layer, g)
-        return [(layer.kernel, depthwise_squares(layer, x, g)), (layer.bias, shift_squares(g, layer.bias))]
+    def squares(self, x, gs):
+        layer, (x, *gs) = self.layer, _channels_last(self.layer, [x, *gs])
+        return [(layer.kernel, depthwise_squares(layer, x, gs)), (layer.bias, shift_squares(gs, layer.bias))]
 
 
 class SeparableConv(Linear):
     """h = depthwise convolution of x, z_p = h_p W + bias: the gradient of h_p is g_p Wᵀ."""
 
-    def squares(self, x, g):
+    def squares(self, x, gs):
         layer, geometry = self.layer, ("strides", "padding", "dilation_rate", "data_format")
         h = ops.depthwise_conv(x, full_precision(layer.depthwise_kernel), **{name: getattr(layer, name) for name in geometry})
-        x, h, g = (_channels_last(layer, t) for t in (x, h, g))
+        x, h, *gs = _channels_last(layer, [x, h, *gs])
         pointwise = tf.reshape(full_precision(layer.pointwise_kernel), layer.pointwise_kernel.shape[-2:])
+        inner = [tf.tensordot(g, pointwise, [[-1], [1]]) for g in gs]
         return [
-            (layer.depthwise_kernel, depthwise_squares(layer, x, tf.tensordot(g, pointwise, [[-1], [1]]))),
-            (layer.pointwise_kernel, tf.reshape(product_squares(_flat(h), _flat(g, 2)), layer.pointwise_kernel.shape)),
-            (layer.bias, shift_squares(g, layer.bias)),
+            (layer.depthwise_kernel, depthwise_squares(layer, x, inner)),
+            (layer.pointwise_kernel, tf.reshape(dense_squares(h, gs), layer.pointwise_kernel.shape)),
+            (layer.bias, shift_squares(gs, layer.bias)),
         ]
 
 
 class BatchNormalization(Rule):
     """z = gamma x̂ + beta with x̂ = (x - mean) / sqrt(variance + epsilon), by the moving statistics."""
 
-    def squares(self, x, g):
+    def squares(self, x, gs):
         x_hat, axes = self.normalised(x)  # from x: z does not give x̂ where gamma = 0
-        gamma = shift_squares(g * x_hat, self.layer.gamma, axes)
-        return [(self.layer.gamma, gamma), (self.layer.beta, shift_squares(g, self.layer.beta, axes))]
+        gamma = shift_squares([g * x_hat for g in gs], self.layer.gamma, axes)
+        return [(self.layer.gamma, gamma), (self.layer.beta, shift_squares(gs, self.layer.beta, axes))]
 
     def normalised(self, x):
         """(x̂, the axes of x that gamma and beta have)."""
@@ -157,11 +149,6 @@ class ByExample(Rule):
     """Any other layer: calls it again for one example after the other, and differentiates by its own weights."""
 
     def output(self, x, *args, **kwargs):
-        """Computes z.
-
-        Raises:
-            InputError: the layer does not map a batch of examples to a tensor of as many.
-        """
         z = self.call(x, *args, **kwargs)
         self.given = (x, args, kwargs)
         if not tf.is_tensor(z) or not _has_examples(z) or not any(map(_has_examples, tf.nest.flatten(self.given))):
@@ -171,28 +158,28 @@ class ByExample(Rule):
             )
         return z
 
-    def squares(self, x, g):
+    def squares(self, x, gs):
         inner = {id(v) for child in self.layer._flatten_layers(include_self=False) for v in child.variables}
         own = [v for v in self.layer.trainable_variables if id(v) not in inner]
 
         def one(b, sums):
-            found = self._squares_of_one(b, own, g[:, b : b + 1])
+            found = self._squares_of_one(b, own, [g[b : b + 1] for g in gs])
             return b + 1, [total + square for total, square in zip(sums, found, strict=True)]
 
         start = (0, [tf.zeros_like(full_precision(v)) for v in own])
-        sums = tf.while_loop(lambda b, _: b < tf.shape(g)[1], one, start, parallel_iterations=1)[1]
+        sums = tf.while_loop(lambda b, _: b < tf.shape(gs[0])[0], one, start, parallel_iterations=1)[1]
         return list(zip(own, sums, strict=True))
 
-    def _squares_of_one(self, b, own, g):
-        """The squares of example b, whose gradients are g [n, 1, ...]."""
+    def _squares_of_one(self, b, own, gs):
+        """The squares of example b, for its gradients g [1, ...]."""
         x, args, kwargs = tf.nest.map_structure(lambda t: t[b : b + 1] if _has_examples(t) else t, self.given)
         scope = keras.StatelessScope()
         with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
             values = substitute(scope, self.layer.variables, own, tape)
             with scope, in_full_precision(self.layer):
                 z = self.call(x, *args, **kwargs)
-        gradients = [tape.gradient(z, values, g_n, unconnected_gradients="zero") for g_n in tf.unstack(g)]
-        return [sum(tf.square(tf.convert_to_tensor(gradient)) for gradient in of_one) for of_one in zip(*gradients, strict=True)]
+        gradients = [tape.gradient(z, values, g, unconnected_gradients="zero") for g in gs]
+        return [tf.add_n([tf.square(tf.convert_to_tensor(m)) for m in of_weight]) for of_weight in zip(*gradients, strict=True)]
 
 
 # Keras names the common bases of its convolutions only in private modules.
@@ -240,22 +227,30 @@ def check_layers(weights):
 
 
 def sum_of_squares(gradients):
-    """Sums squares over n and b: [n, B, ...] -> [...]."""
-    return tf.reduce_sum(tf.square(gradients), (0, 1))
+    """Sums the squares of a list of gradients [B, ...] over the list and the examples."""
+    return tf.add_n([tf.reduce_sum(tf.square(m), 0) for m in gradients])
+
+
+def dense_squares(x, gs):
+    """sum_nb (sum_p x_bpc g_nbpk)² [C, K], for x [B, ..., C] and gs [B, ..., K]."""
+    return tf.transpose(product_squares(_columns(x), _rows(gs))[0])
 
 
 def product_squares(x, g):
-    """sum_nb (sum_p x_bpc g_nbpk)², [..., C, K], for x [..., B, P, C] and g [n, ..., B, P, K]."""
-    if x.shape[-2] == 1:  # one position: the square of a product is the product of squares
-        return tf.matmul(tf.square(x[..., 0, :]), tf.reduce_sum(tf.square(g[..., 0, :]), 0), transpose_a=True)
-    return tf.reduce_sum(tf.square(tf.matmul(x, g, transpose_a=True)), (0, -3))
+    """sum_nb (sum_p x_bpc g_nbpk)² [groups, K, C], for x [groups, B, P, C] and g [groups, B, n, K, P]."""
+    groups, _, n, filters, positions = g.shape
+    if positions == 1:  # the square of a product is the product of squares
+        return tf.matmul(tf.reduce_sum(tf.square(g[..., 0]), 2), tf.square(x[:, :, 0]), transpose_a=True)
+    side_by_side = tf.reshape(g, (groups, -1, n * filters, _side(g, -1)))
+    squares = tf.reduce_sum(tf.square(tf.matmul(side_by_side, x)), 1)
+    return tf.reduce_sum(tf.reshape(squares, (groups, n, filters, x.shape[-1])), 1)
 
 
-def shift_squares(g, weight, axes=None):
+def shift_squares(gs, weight, axes=None):
     """sum_nb (sum_p g_nbp)² for a weight that is added to z.
 
     Args:
-        g: [n, B, ...].
+        gs: a list of tensors [B, ...].
         weight: the variable, or None.
         axes: the axes of z that the weight has. None aligns its shape with the last axes by the rule of
             broadcasting, and sums over those where its side is 1.
@@ -265,34 +260,36 @@ def shift_squares(g, weight, axes=None):
     """
     if weight is None:
         return None
-    rank, first = len(g.shape), len(g.shape) - len(weight.shape)
+    sides, first = gs[0].shape, len(gs[0].shape) - len(weight.shape)
     if axes is None:
-        kept = [first + i for i, side in enumerate(weight.shape) if side != 1 or g.shape[first + i] == 1]
-    else:
-        kept = [axis + 1 for axis in axes]
-    per_example = tf.reduce_sum(g, [axis for axis in range(2, rank) if axis not in kept])
-    return tf.reshape(sum_of_squares(per_example), weight.shape)
+        axes = [first + i for i, side in enumerate(weight.shape) if side != 1 or sides[first + i] == 1]
+    summed = [axis for axis in range(1, len(sides)) if axis not in axes]
+    return tf.reshape(sum_of_squares([tf.reduce_sum(g, summed) for g in gs]), weight.shape)
 
 
-def depthwise_squares(layer, x, g):
+def depthwise_squares(layer, x, gs):
     """sum_nb (sum_p x_{b,p+tap,c} g_nbpcm)² for a depthwise kernel [*taps, C, M], M the depth multiplier."""
-    flat = _flat(g, 2)
-    flat = tf.reshape(flat, (flat.shape[0], -1, _positions(g, 2), x.shape[-1], g.shape[-1] // x.shape[-1]))
-    taps = _tap_by_tap(layer, x, g, lambda tap: sum_of_squares(tf.reduce_sum(_flat(tap)[..., None] * flat, 2)))
-    return tf.reshape(taps, (*layer.kernel_size, *flat.shape[-2:]))
+    channels, multiplier = x.shape[-1], gs[0].shape[-1] // x.shape[-1]
+    flat = [tf.reshape(g, (-1, _positions(g), channels, multiplier)) for g in gs]
+
+    def squares(tap):
+        column = tf.reshape(tap, (-1, _positions(tap), channels, 1))
+        return sum_of_squares([tf.reduce_sum(column * g, 1) for g in flat])
+
+    return tf.reshape(_tap_by_tap(layer, x, gs, squares), (*layer.kernel_size, channels, multiplier))
 
 
-def _tap_by_tap(layer, x, g, squares):
+def _tap_by_tap(layer, x, gs, squares):
     """Stacks squares(the part of x that a tap of the kernel meets) for one tap after the other.
 
-    It forces the order, which begins after g: left alone, the executor would cut all taps out of x
-    as soon as x is known, in the forward pass, and keep them until g is.
+    It forces the order, which begins after gs: left alone, the executor would cut all taps out of x
+    as soon as x is known, in the forward pass, and keep them until gs are.
     """
     found = []
-    with tf.control_dependencies([g]):
-        padded, cuts = _padded(layer, x, g)
+    with tf.control_dependencies(gs):
+        padded, cuts = _padded(layer, x, gs[0])
     for cut in itertools.product(*cuts):
-        with tf.control_dependencies([found[-1] if found else g]):
+        with tf.control_dependencies(found[-1:] or gs):
             found.append(squares(padded[(slice(None), *cut)]))
     return tf.stack(found)
 
@@ -301,7 +298,7 @@ def _padded(layer, x, g):
     """The padded input, and for each spatial axis the slices of it that the taps meet, as long as g."""
     pads, cuts = [(0, 0)], []
     for axis, (k, s, d) in enumerate(zip(layer.kernel_size, layer.strides, layer.dilation_rate, strict=True), start=1):
-        size, out = _side(x, axis), _side(g, axis + 1)
+        size, out = _side(x, axis), _side(g, axis)
         span = (out - 1) * s + 1
         missing = span + (k - 1) * d - size
         before = {"valid": 0, "causal": (k - 1) * d}.get(layer.padding, _positive(missing) // 2)
@@ -320,38 +317,36 @@ def _positive(number):
     return max(number, 0) if isinstance(number, int) else tf.maximum(number, 0)
 
 
-def _flat(t, first=1):
-    """Joins the positions, which begin at axis `first`: [B, *spatial, C] -> [B, P, C], or with n before B."""
-    return tf.reshape(t, (*t.shape[: first - 1], -1, _positions(t, first), t.shape[-1]))
+def _positions(t):
+    sides = t.shape[1:-1]
+    return math.prod(sides) if None not in sides else tf.reduce_prod(tf.shape(t)[1:-1])
 
 
-def _positions(t, first=1):
-    sides = t.shape[first:-1]
-    return math.prod(sides) if None not in sides else tf.reduce_prod(tf.shape(t)[first:-1])
+def _columns(x, groups=1):
+    """[B, ..., C] -> [groups, B, P, C / groups]."""
+    return tf.transpose(tf.reshape(x, (-1, _positions(x), groups, x.shape[-1] // groups)), (2, 0, 1, 3))
 
 
-def _by_group(t, groups):
-    """[..., B, P, C] -> [..., groups, B, P, C / groups]."""
-    rank, position = len(t.shape), _side(t, -2)
-    split = tf.reshape(t, (*t.shape[: rank - 3], -1, position, groups, t.shape[-1] // groups))
-    return tf.transpose(split, (*range(rank - 3), rank - 1, rank - 3, rank - 2, rank))
+def _rows(gs, groups=1):
+    """n tensors [B, ..., K] -> [groups, B, n, K / groups, P]."""
+    g = tf.reshape(tf.stack(gs, 1), (-1, len(gs), _positions(gs[0]), groups, gs[0].shape[-1] // groups))
+    return tf.transpose(g, (3, 0, 1, 4, 2))
 
 
-def _channels_last(layer, t):
+def _channels_last(layer, tensors):
     """Moves the channels to the end, if the layer has data_format "channels_first"."""
     if layer.data_format != "channels_first":
-        return t
-    axis = len(t.shape) - 1 - layer.rank
-    return tf.transpose(t, (*range(axis), *range(axis + 1, len(t.shape)), axis))
+        return tensors
+    return [tf.transpose(t, (0, *range(2, len(t.shape)), 1)) for t in tensors]
 
 
 def _letters(equation, x_rank, z_rank):
-    """The index letters of an einsum's input, kernel and output, with "..." spelled out, and one more letter."""
+    """The index letters of an einsum's input, kernel and output, with "..." spelled out."""
     inputs, kernel, outputs = equation.replace(" ", "").replace("->", ",").split(",")
     free = [letter for letter in string.ascii_letters if letter not in equation]
     hidden = max(x_rank - len(inputs.replace("...", "")), z_rank - len(outputs.replace("...", "")))
     dots = "".join(free[:hidden])
-    return *(part.replace("...", dots) for part in (inputs, kernel, outputs)), free[hidden]
+    return tuple(part.replace("...", dots) for part in (inputs, kernel, outputs))
 
 
 def _has_examples(t):
@@ -366,16 +361,10 @@ def full_precision(variable):
 
 
 def substitute(scope, variables, watched, tape):
-    """Lets a scope read float32 tensors for variables in half precision, and tensors that a tape watches for others.
-
-    Args:
-        scope: a `keras.StatelessScope`.
-        variables: those of a layer.
-        watched: a list of those to differentiate by.
-        tape: the gradient tape.
+    """Lets a `keras.StatelessScope` read float32 tensors for variables in half precision, and watched ones for `watched`.
 
     Returns:
-        The tensors for `watched`.
+        The tensors for `watched`, which the tape watches.
     """
     values = {id(v): tf.identity(full_precision(v)) for v in (*watched, *(v for v in variables if v.dtype in HALF))}
     scope.state_mapping.update(values)  # its constructor would cast them back to half precision

@@ -24,8 +24,8 @@ class OneImage:
     def __init__(self, variable):
         self.variable = variable
 
-    def squares(self, x, g):
-        return [(self.variable, tf.reduce_sum(tf.square(g), 0))]
+    def squares(self, x, gs):
+        return [(self.variable, tf.add_n([tf.square(g) for g in gs]))]
 
 
 @contextlib.contextmanager
@@ -44,8 +44,7 @@ def traced(model, weights, *, by_layer=True):
     """
     with contextlib.ExitStack() as stack:
         tape = stack.enter_context(tf.GradientTape(persistent=True, watch_accessed_variables=False))
-        trace = Trace(weights, tape)
-        trace.substitute(model, by_layer)
+        trace = Trace(model, weights, tape, by_layer)
         stack.enter_context(in_full_precision(model))
         if by_layer:
             for layer in {id(w.layer): w.layer for w in weights.values()}.values():
@@ -55,27 +54,17 @@ def traced(model, weights, *, by_layer=True):
 
 
 class Trace(keras.StatelessScope):
-    """What happened while a model was traced, and the squares of its gradients.
+    """Notes each `Site` that the forward pass meets, in `sites`, and computes the squares of the gradients."""
 
-    Attributes:
-        sites: each `Site` that the forward pass met.
-    """
-
-    def __init__(self, weights, tape):
+    def __init__(self, model, weights, tape, by_layer):
         super().__init__()
-        self.sites = []
-        self._weights, self._tape = weights, tape
+        self._weights, self._tape, self._graph = weights, tape, tf.compat.v1.get_default_graph()
         self._keys = {id(w.variable): key for key, w in weights.items()}
-        self._owners = {}
-        self._graph = tf.compat.v1.get_default_graph()
+        self._owners = {id(w.variable): w.layer for w in weights.values()} if by_layer else {}
         self._running, self._called, self._twice, self._stray = [], set(), set(), set()
-
-    def substitute(self, model, by_layer):
-        """Puts float32 tensors in the place of half-precision variables and, if not `by_layer`, watched ones for weights."""
-        own = [] if by_layer else [w.variable for w in self._weights.values()]
-        values = substitute(self, model.variables, own, self._tape)
-        self.sites += [Site(OneImage(v), None, value) for v, value in zip(own, values, strict=True)]
-        self._owners = {id(w.variable): w.layer for w in self._weights.values()} if by_layer else {}
+        own = [] if by_layer else [w.variable for w in weights.values()]
+        values = substitute(self, model.variables, own, tape)
+        self.sites = [Site(OneImage(v), None, value) for v, value in zip(own, values, strict=True)]
 
     def wrapped(self, layer):
         """Returns a `call` for the layer that runs the layer's rule and notes the site."""
@@ -118,28 +107,17 @@ class Trace(keras.StatelessScope):
     def closed_form(self, logits, variances):
         """Removes the site of a Dense layer that gives the logits, and returns its squares summed over all cotangents.
 
-        The squares of the columns u of a factor of H sum to its diagonal, so that the kernel has sum_b h_bc² H_bkk
-        and the bias sum_b H_bkk.
-
-        Args:
-            logits: [B, K].
-            variances: the diagonal of H, [B, K].
-
-        Returns:
-            A dict from key to float64 tensor, empty without such a layer.
+        The squares of the columns of a factor of H sum to its diagonal, the `variances` [B, K]. So the kernel
+        has sum_b h_bc² H_bkk and the bias sum_b H_bkk, in float64.
         """
-        heads = [site for site in self.sites if isinstance(site.rule, Dense) and site.z.name == logits.name]
-        heads = [site for site in heads if len(site.x.shape) == 2]
-        self.sites = [site for site in self.sites if not any(site is head for head in heads)]
-        found = [head.rule.squares(tf.cast(head.x, tf.float64), tf.sqrt(variances)[None]) for head in heads]
-        return self._by_key(sum(found, []))
+        head = next((site for site in self.sites if isinstance(site.rule, Dense) and site.z.name == logits.name), None)
+        if head is None or len(head.x.shape) != 2:
+            return {}
+        self.sites = [site for site in self.sites if site is not head]
+        return self._by_key(head.rule.squares(tf.cast(head.x, tf.float64), [tf.sqrt(variances)]))
 
     def squares(self, logits, cotangents):
-        """Sums the squared per-example gradients over the batch and over n cotangents of the logits.
-
-        Args:
-            logits: [B, K].
-            cotangents: a list of n tensors [B, K].
+        """Sums the squared per-example gradients over the batch and a list of cotangents [B, K] of the logits.
 
         Returns:
             A dict from key to tensor, without the weights that the logits do not depend on.
@@ -147,9 +125,9 @@ class Trace(keras.StatelessScope):
         outputs = [site.z for site in self.sites]
         gradients = [self._tape.gradient(logits, outputs, output_gradients=tf.cast(u, logits.dtype)) for u in cotangents]
         found = []
-        for site, *g in zip(self.sites, *gradients, strict=True):
-            if g[0] is not None:
-                found += site.rule.squares(site.x, tf.stack([tf.convert_to_tensor(g_n) for g_n in g]))
+        for site, *gs in zip(self.sites, *gradients, strict=True):
+            if gs[0] is not None:
+                found += site.rule.squares(site.x, [tf.convert_to_tensor(g) for g in gs])
         return self._by_key(found)
 
     def _by_key(self, squares):
