@@ -222,7 +222,7 @@ class _Estimator:
         """Takes one forward pass, and one backward pass of all images together for each cotangent.
 
         Args:
-            batch: the number of images, which tells the memory of a gradient. None means one image, and
+            batch: the number of images, to bound the memory of the gradients. None means one image, and
                 differentiates by the weights themselves instead of layer by layer.
 
         Returns:

@@ -280,7 +280,7 @@ def depthwise_squares(layer, x, gs):
 
 
 def _tap_by_tap(layer, x, gs, squares):
-    """Stacks squares(the part of x that a tap of the kernel meets) for one tap after the other.
+    """Stacks squares(the part of x that a tap of the kernel multiplies) for one tap after the other.
 
     It forces the order, which begins after gs: left alone, the executor would cut all taps out of x
     as soon as x is known, in the forward pass, and keep them until gs are.
@@ -295,7 +295,7 @@ def _tap_by_tap(layer, x, gs, squares):
 
 
 def _padded(layer, x, g):
-    """The padded input, and for each spatial axis the slices of it that the taps meet, as long as g."""
+    """The padded input, and for each spatial axis the slices of it that the taps multiply, as long as g."""
     pads, cuts = [(0, 0)], []
     for axis, (k, s, d) in enumerate(zip(layer.kernel_size, layer.strides, layer.dilation_rate, strict=True), start=1):
         size, out = _side(x, axis), _side(g, axis)
@@ -329,8 +329,8 @@ def _columns(x, groups=1):
 
 def _rows(gs, groups=1):
     """n tensors [B, ..., K] -> [groups, B, n, K / groups, P]."""
-    g = tf.reshape(tf.stack(gs, 1), (-1, len(gs), _positions(gs[0]), groups, gs[0].shape[-1] // groups))
-    return tf.transpose(g, (3, 0, 1, 4, 2))
+    split = [tf.reshape(g, (-1, _positions(g), groups, g.shape[-1] // groups)) for g in gs]
+    return tf.stack([tf.transpose(g, (2, 0, 3, 1)) for g in split], 2)
 
 
 def _channels_last(layer, tensors):

@@ -54,7 +54,7 @@ def traced(model, weights, *, by_layer=True):
 
 
 class Trace(keras.StatelessScope):
-    """Notes each `Site` that the forward pass meets, in `sites`, and computes the squares of the gradients."""
+    """Lists each `Site` of the forward pass in `sites`, and computes the squares of the gradients."""
 
     def __init__(self, model, weights, tape, by_layer):
         super().__init__()
@@ -71,7 +71,7 @@ class Trace(keras.StatelessScope):
         rule = rule_for(layer)
 
         def run(x, *args, **kwargs):
-            # a loop traces its body in a graph of its own, once for all rounds
+            # a loop traces its body once for all rounds, in its own graph
             again = id(layer) in self._called or tf.compat.v1.get_default_graph() is not self._graph
             (self._twice if again else self._called).add(id(layer))
             self._running.append(layer)

@@ -33,9 +33,9 @@ def images(shape=(6, 6, 3), n=4, seed=1, dtype="float64"):
 
 
 def spatial(*middle, shape=(6, 6, 3), classes=3):
-    """A model: a convolution, the layers under test, global pooling, a Dense head."""
+    """A model: a small convolution, the layers under test, global pooling, a Dense head."""
     inputs = keras.Input(shape)
-    x = layers.Conv2D(4, 3, padding="same", activation="tanh", name="stem")(inputs)
+    x = layers.Conv2D(4, 2, padding="same", activation="tanh", name="stem")(inputs)
     for layer in middle:
         x = layer(x)
     x = layers.GlobalAveragePooling2D()(layers.Activation("tanh")(x))
