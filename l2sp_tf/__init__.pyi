@@ -6,7 +6,8 @@ from .evaluation.report import RetentionReport as RetentionReport, retention_rep
 from .experiments.folders import predict_images as predict_images
 from .experiments.selection import Selection as Selection, cross_validate as cross_validate
 from .files.errors import InputError as InputError
-from .fisher.estimator import Fisher as Fisher, fisher_diagonal as fisher_diagonal
+from .fisher.diagonal import Fisher as Fisher
+from .fisher.estimator import fisher_diagonal as fisher_diagonal
 from .models.batch_norm import fuse_batch_norm as fuse_batch_norm
 from .models.heads import with_new_head as with_new_head
 from .models.units import freeze_first as freeze_first

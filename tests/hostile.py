@@ -28,7 +28,7 @@ from l2sp_tf.data import builders, decode, load_dataset
 from l2sp_tf.experiments import records
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.provenance import provenance
-from l2sp_tf.fisher.estimator import Fisher
+from l2sp_tf.fisher.diagonal import Fisher
 from l2sp_tf.models import convert, zoo
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict

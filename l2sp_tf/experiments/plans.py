@@ -8,7 +8,7 @@ import pathlib
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
-from l2sp_tf.fisher.estimator import MODES
+from l2sp_tf.fisher.diagonal import MODES
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.penalties.formulas import PAPER, PENALTIES, FisherPenalty
 from l2sp_tf.training.devices import Devices

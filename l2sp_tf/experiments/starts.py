@@ -23,7 +23,8 @@ from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION, versions
 from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
-from l2sp_tf.fisher.estimator import Fisher, fisher_diagonal
+from l2sp_tf.fisher.diagonal import Fisher
+from l2sp_tf.fisher.estimator import fisher_diagonal
 from l2sp_tf.models import zoo
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.pixels import PixelFormat

@@ -6,279 +6,126 @@ outputs. With J the Jacobian of z with respect to the weights, F_jj = mean over 
 (Jᵀ H J)_jj, so any u with E[u uᵀ] = H gives an unbiased estimate (Jᵀ u)_j² from one backward pass.
 """
 
-import hashlib
-import json
 import math
-import re
+from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.files.arrays import Arrays, digest_of, load_arrays, manifest_of, save_arrays
+from l2sp_tf.files.arrays import digest_of, manifest_of
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.files.reading import parse_json, refusing
-from l2sp_tf.fisher.layer_rules import check_layers, instrumented
-from l2sp_tf.fisher.likelihoods import CATEGORICAL, FAMILIES, likelihood_of, random_signs, random_uniforms
+from l2sp_tf.fisher.diagonal import MODES, Fisher, check_positive, relative_error
+from l2sp_tf.fisher.layer_rules import check_layers
+from l2sp_tf.fisher.likelihoods import FAMILIES, NOISE, likelihood_of
+from l2sp_tf.fisher.tracing import traced
 from l2sp_tf.penalties.weights import keyed_weights
 
-FORMAT = "l2sp_tf.fisher.v1"
-MODES = ("rademacher", "mc", "exact")
-PROVENANCE = {"source", "images", "mode", "samples", "seed", "first", "model", "transforms"}
-# Cotangents go through the backward pass side by side, sharing what depends on the input alone: 3 of them, or up to 9 as
-# long as their gradients take no more than so many bytes.
+# Cotangents that go through the backward pass side by side, and share what depends on the input alone: 3, or up to 9
+# as long as their gradients take at most so many bytes.
 COLUMNS, MOST_COLUMNS, GRADIENT_BYTES = 3, 9, 2**30
 MIN_BATCHES = 8  # before `tolerance` may stop a pass: the spread of fewer batches is itself too uncertain
 
 
-class Fisher(Arrays):
-    """The Fisher diagonal, a read-only mapping from key to float32 array of the weight's shape.
-
-    Keys are those of `l2sp_tf.penalties.weights.keyed_weights`. Made by `fisher_diagonal` or `load`.
-
-    Attributes:
-        provenance: a dict of where the numbers come from: `source` (the caller's words),
-            `images` (how many), `mode`, `samples`, `seed`, `first`, `model` (the digest of the
-            model's weights), `weights` (the sha256 of each weight of the model, by key; files
-            written before lack it) and `transforms`.
-    """
-
-    def __init__(self, arrays, provenance, statistics):
-        super().__init__(arrays, "float32")
-        self.provenance = json.loads(json.dumps(provenance))
-        self._statistics = {layer: [float(n) for n in sums] for layer, sums in statistics.items()}
-
-    def __repr__(self):
-        size = sum(array.size for array in self.values())
-        return f"Fisher({len(self)} arrays, {size:,} numbers, {self.provenance['images']} images, digest {self.digest[:12]})"
-
-    @property
-    def digest(self):
-        """The sha256 of the arrays, provenance and statistics, in hexadecimal."""
-        parts = [digest_of(self.manifest), self.provenance, self._statistics]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def save(self, path):
-        """Writes the arrays, the provenance and the statistics to a safetensors file, atomically.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
-        header = {"provenance": json.dumps(self.provenance), "statistics": json.dumps(self._statistics)}
-        save_arrays(path, self._arrays, FORMAT, {"digest": self.digest, **header})
-
-    @classmethod
-    def load(cls, path):
-        """Reads what `save` wrote, and verifies it against its manifest and digest.
-
-        Raises:
-            InputError: the file is missing, is no such file, or is damaged.
-        """
-        arrays, metadata = load_arrays(path, FORMAT, "no Fisher diagonal", "Fisher.save")
-        fisher = cls(arrays, *_header(metadata, path))
-        if fisher.digest != metadata.get("digest"):
-            raise InputError(f"The Fisher diagonal in {path} is damaged: its digest is not that of its header; use another copy.")
-        return fisher
-
-    def __add__(self, other):
-        """The Fisher diagonal over the images of two partial passes, weighted by their numbers of images.
-
-        Fields of the provenance that differ (source, seed, first) become lists.
-
-        Raises:
-            InputError: the two are of different models, values of the weights, modes or samples, or one is
-                transformed.
-        """
-        if not isinstance(other, Fisher):
-            return NotImplemented
-        self._check_addable(other)
-        m, n = self.provenance["images"], other.provenance["images"]
-        arrays = {key: (m * self[key].astype("float64") + n * other[key]) / (m + n) for key in self}
-        statistics = {layer: np.add(sums, other._statistics[layer]) for layer, sums in self._statistics.items()}
-        merged = {key: _merge(self.provenance[key], other.provenance[key]) for key in ("source", "seed", "first")}
-        return Fisher(arrays, {**other.provenance, **self.provenance, **merged, "images": m + n}, statistics)
-
-    def _check_addable(self, other):
-        wrong = [
-            f"their {name} differ ({self.provenance[name]} and {other.provenance[name]})"
-            for name in ("model", "mode", "samples")
-            if self.provenance[name] != other.provenance[name]
-        ]
-        hashes, others = self.provenance.get("weights"), other.provenance.get("weights")
-        if hashes and others and hashes != others:  # a file that lacks them has the digest over them
-            key = next(key for key in {**hashes, **others} if hashes.get(key) != others.get(key))
-            wrong.append(f"they were estimated at other weights (of {key}, say)")
-        if {key: array.shape for key, array in self.items()} != {key: array.shape for key, array in other.items()}:
-            wrong.append("their weights differ")
-        if self.provenance["transforms"] or other.provenance["transforms"]:
-            wrong.append("one is transformed already")
-        if wrong:
-            raise InputError(
-                f"These Fisher diagonals cannot be added, because {' and '.join(wrong)}: "
-                "add untransformed passes of one model and mode, and transform the sum."
-            )
-
-    def standard_error(self):
-        """Estimates for each layer the relative standard error of the mean of its entries.
-
-        With t_b the mean over all entries of the layer's weights of the Fisher diagonal of batch
-        b alone, n_b the number of its images and N = sum_b n_b over M batches, the mean is
-        t = sum_b n_b t_b / N, the variance of one image s² = sum_b n_b (t_b - t)² / (M - 1), and
-        the relative standard error sqrt(s² / N) / t. It covers the choice of images and, in the
-        sampled modes, the draws. Transforms leave it as it was.
-
-        Returns:
-            A dict from the layer's key to a float: infinite after fewer than two batches, 0 for
-            a layer whose entries are all 0.
-        """
-        return {layer: _relative_error(*sums) for layer, sums in self._statistics.items()}
-
-    def clip(self, maximum):
-        """Replaces entries above `maximum` by it.
-
-        Raises:
-            InputError: `maximum` is not a positive number.
-        """
-        return self._transformed("clip", _check_number(maximum, "maximum"), lambda f: np.minimum(f, np.float32(maximum)))
-
-    def epsilon(self, value):
-        """Adds `value` to each entry.
-
-        Raises:
-            InputError: `value` is not a positive number.
-        """
-        return self._transformed("epsilon", _check_number(value, "value"), lambda f: f + np.float32(value))
-
-    def normalise(self):
-        """Divides all entries by one number, so that their mean over all weights is 1.
-
-        Raises:
-            InputError: all entries are 0.
-        """
-        total = sum(float(array.sum(dtype="float64")) for array in self.values())
-        mean = total / sum(array.size for array in self.values())
-        if not mean > 0:
-            raise InputError("This Fisher diagonal cannot be normalised, because all its entries are 0.")
-        return self._transformed("normalise", mean, lambda f: (f / mean).astype("float32"))
-
-    def _transformed(self, name, value, function):
-        provenance = {**self.provenance, "transforms": [*self.provenance["transforms"], {"name": name, "value": value}]}
-        return Fisher({key: function(array) for key, array in self.items()}, provenance, self._statistics)
-
-
 def fisher_diagonal(
-    model,
-    images,
-    mode="rademacher",
-    samples=1,
-    seed=0,
+    model: keras.Model,
+    images: Any,
+    mode: str = "rademacher",
+    samples: int = 1,
+    seed: int = 0,
     *,
-    from_logits=None,
-    batch_size=None,
-    first=0,
-    source="",
-    tolerance=None,
-    progress=False,
-    slow_fallback=False,
-):
+    from_logits: bool | None = None,
+    batch_size: int | None = None,
+    first: int = 0,
+    source: str = "",
+    tolerance: float | None = None,
+    progress: bool = False,
+    slow_fallback: bool = False,
+) -> Fisher:
     """Estimates the Fisher diagonal of section 3 on source images.
 
     F_jj = 1/m sum_i sum_k f_k(x_i) (d log f_k(x_i) / dw_j)², the unnumbered equation of section
-    3, for each trainable weight w_j: squared for each image and class, then averaged. The labels
-    are not used, and the model, run in inference mode, is left bit-identical.
+    3, for each trainable weight w_j: squared for each image and class, then averaged. It uses no
+    labels, runs the model in inference mode, and leaves it bit-identical.
 
-    With H = diag(p) - p pᵀ and u a cotangent of the logits, the modes are
-    - "exact": the sum over the K - 1 columns u of a factor of H, a backward pass each;
-    - "mc": u = onehot(k) - p, the label k drawn from the model's own prediction p;
-    - "rademacher": u = S ε, S = diag(√p) - p √pᵀ, ε random signs. Unbiased like "mc", and with a
-      variance that is at most 2 F² an image where that of "mc" is not bounded. With two classes
-      it is exact, because H has rank 1.
+    H = diag(p) - p pᵀ is the Fisher information of the logits, and u a cotangent of them. The mode is
+    - "exact": sums over the K - 1 columns u of a factor of H, with a backward pass for each;
+    - "mc": u = onehot(k) - p, with the label k drawn from the model's own prediction p;
+    - "rademacher": u = S ε, S = diag(√p) - p √pᵀ, with random signs ε. It is unbiased like "mc". Its
+      variance is at most 2 F² an image; that of "mc" has no bound. With two classes it is exact,
+      because H has rank 1.
 
     K sigmoids are K independent Bernoulli outputs, whose log-likelihoods add: H = diag(p (1 - p)).
     Then "exact" takes the K columns √(p_k (1 - p_k)) e_k, "mc" u = y - p with each y_k drawn from
     p_k, and "rademacher" u_k = ε_k √(p_k (1 - p_k)), which is exact for one output.
 
-    What the output means is decided by its operation, a softmax or sigmoid. Otherwise `from_logits`
-    decides, or else the loss that the model was compiled with. If there is neither, two or more
-    outputs of a linear operation are taken for logits of classes.
+    A softmax or sigmoid operation decides what the output means. Otherwise `from_logits` decides,
+    or else the loss that the model was compiled with. Without either, two or more outputs of a
+    linear operation are logits of classes.
 
-    In all modes a last Dense layer is computed in closed form, F_W[c, k] = mean h_c² p_k (1 - p_k),
-    but not with `slow_fallback`. Random numbers are a function of (seed, index of the image, draw)
-    alone: no batch size and no split changes them.
+    All modes compute a last Dense layer in closed form, F_W[c, k] = mean h_c² p_k (1 - p_k), except
+    with `slow_fallback`. Random numbers are a function of (seed, index of the image, draw) alone: no
+    batch size and no split changes them.
 
-    Layers compute in float32 (in float64 if their policy says so; never in half precision, which
-    the squares would underflow: the half-precision policy of a layer is replaced while the pass is
-    traced, and its weights are cast). Probabilities and cotangents are computed, and batches summed,
-    in float64; a float32 square below 1e-38 is 0.
+    Layers compute in float32, or in float64 if their policy says so. In half precision the squares
+    would underflow, so the pass replaces such policies while it traces the model, and casts the
+    weights. Probabilities and cotangents are float64, and so are the sums over batches; a float32
+    square below 1e-38 is 0.
 
-    Peak memory beside the model is at most about 4 (B (A + c S + max_l(P C + c (2 P K + 2 C K))) + 4 N)
-    bytes: B images a batch, A floats of layer outputs for each image, S of them from layers with weights, N
-    weights, c backward passes side by side (1 for a draw; in exact mode 3, or up to 9 where their gradients
-    fit into 1 GiB); P output positions, C input and K output channels of the layer for which this is
-    largest. A batch that does not fit is split, with the same result.
+    Beside the model, peak memory is at most about 4 (B (A + c S + max_l(P C + c (2 P K + 2 C K))) + 4 N)
+    bytes: B images a batch; A floats of layer outputs for each image, S of them from layers with weights;
+    N weights; c backward passes side by side (1 for a draw; in exact mode 3, or up to 9 where their
+    gradients fit into 1 GiB); P output positions, C input and K output channels of the layer for which
+    this is largest. A batch that does not fit is split, with the same result.
 
     Args:
-        model: a built Keras classifier, with logits, a softmax or sigmoids [B, K] as its only output. A
-            softmax or sigmoid is undone by taking its argument, never by a logarithm.
-        images: a `tf.data.Dataset` of batches x or (x, y), of which y is ignored; or an array.
+        model: a built Keras classifier, with logits, a softmax or sigmoids [B, K] as its only output. The
+            pass undoes a softmax or sigmoid by its argument, never by a logarithm.
+        images: a `tf.data.Dataset` of batches x or (x, y), of which it ignores y; or an array.
         mode: "rademacher", "mc" or "exact".
         samples: draws for each image, averaged.
         seed: of the draws, at least 0.
         from_logits: whether the model's output is logits, where no softmax or sigmoid operation made
             it; None finds out. One output is a Bernoulli one, more are classes unless the compiled
-            loss is binary. Of probabilities that no operation made the logarithm is taken.
+            loss is binary. Probabilities that no operation made are undone by the logarithm.
         batch_size: 32 for an array; None leaves the batches of a dataset as they are.
         first: the index of the first image, for one part of a longer pass; `+` joins the parts.
         source: any words or JSON that describe the images, kept in the provenance.
         tolerance: stops as soon as the largest of `Fisher.standard_error` is at most this, but
             not before 8 batches.
         progress: shows a progress bar.
-        slow_fallback: takes an exact path that differentiates the whole model for one image after the
-            other, and so serves shared layers and those called in a loop, such as recurrent ones.
+        slow_fallback: differentiates the whole model for one image after the other. This is exact too,
+            and serves shared layers and layers called in a loop, such as recurrent ones.
 
     Returns:
         A `Fisher` with one float32 array for each trainable weight.
 
     Raises:
         InputError: a bad argument; no images; a trainable weight of a layer that is shared, called in
-            a loop, or quantized; an output of another shape, or of which it cannot be told what it means;
-            outputs that are not finite.
+            a loop, or quantized; an output of another shape or of unknown meaning; outputs that are
+            not finite.
     """
     _check_arguments(mode, samples, seed, first, tolerance)
     estimator = _Estimator(model, mode, samples, seed, from_logits, slow_fallback)
     sums = _Sums(estimator.weights)
     batches, total = _batches(images, batch_size)
     bar = keras.utils.Progbar(total, stateful_metrics=["relative error"], unit_name="batch") if progress else None
-    count = first
     for x in batches:
-        n = _length(x)
-        if not n:
-            continue
-        sums.add(n, estimator(x, count))
-        count += n
-        if bar or tolerance is not None:
-            worst = max(sums.standard_error().values())
-            if bar:
-                bar.update(sums.batches, [("relative error", worst)] if math.isfinite(worst) else None)
-            if tolerance is not None and sums.batches >= MIN_BATCHES and worst <= tolerance:
-                break
-    if count == first:
+        sums.add(_length(x), estimator(x, first + sums.images))
+        worst = max(sums.standard_error().values()) if bar or tolerance is not None else math.inf
+        if bar:
+            bar.update(sums.batches, [("relative error", worst)] if math.isfinite(worst) else None)
+        if tolerance is not None and sums.batches >= MIN_BATCHES and worst <= tolerance:
+            break
+    if not sums.images:
         raise InputError("There are no images to compute the Fisher diagonal on: give at least one.")
-    provenance = {
-        "source": source,
-        "images": count - first,
-        "mode": mode,
-        "samples": samples,
-        "seed": seed,
-        "first": first,
-        **_identity(model),
-        "transforms": [],
-    }
+    options = {"mode": mode, "samples": samples, "seed": seed, "first": first}
+    provenance = {"source": source, "images": sums.images, **options, **_identity(model), "transforms": []}
     return Fisher(sums.means(), provenance, sums.statistics())
 
 
 class _Sums:
-    """Sums over batches in float64, and what `Fisher.standard_error` needs of them."""
+    """Sums over batches in float64, and the statistics of `Fisher.standard_error`."""
 
     def __init__(self, weights):
         self._totals = {key: tf.Variable(tf.zeros(weight.variable.shape, tf.float64)) for key, weight in weights.items()}
@@ -286,7 +133,7 @@ class _Sums:
         for key in weights:
             self._layers.setdefault(key.rpartition("/")[0], []).append(key)
         self._statistics = np.zeros((len(self._layers), 4))
-        self._pending = []  # the means of each layer, not yet fetched from the device
+        self._pending = []  # the means of each layer, still on the device
         self._accumulate = tf.function(self._accumulate_eagerly, autograph=False)
         self.batches = self.images = 0
 
@@ -313,7 +160,7 @@ class _Sums:
         return dict(zip(self._layers, self._statistics.tolist(), strict=True))
 
     def standard_error(self):
-        return {layer: _relative_error(*sums) for layer, sums in self.statistics().items()}
+        return {layer: relative_error(*sums) for layer, sums in self.statistics().items()}
 
     def means(self):
         """The mean over the images, in float64.
@@ -331,11 +178,7 @@ class _Sums:
 
 
 class _Estimator:
-    """Computes, for a batch, the sum over its images of the squares of each weight.
-
-    Args:
-        model, mode, samples, seed, from_logits, slow: as in `fisher_diagonal`.
-    """
+    """Sums the squares of each weight over the images of a batch; its arguments are those of `fisher_diagonal`."""
 
     def __init__(self, model, mode, samples, seed, from_logits, slow):
         self.model, self.mode, self.samples, self.seed = model, mode, samples, seed
@@ -345,7 +188,7 @@ class _Estimator:
             raise InputError(f"The model {model.name!r} has no trainable weight: set trainable=True on what shall have a Fisher.")
         if not slow:
             check_layers(self.weights)
-        self.likelihood = None  # known as soon as the model is traced
+        self.likelihood = None  # tracing the model finds it
         self._functions = {}
         self._largest = math.inf
 
@@ -365,136 +208,89 @@ class _Estimator:
         return {key: left[key] + right[key] for key in left}
 
     def _run(self, x, first):
-        x = tf.nest.map_structure(tf.convert_to_tensor, x)
-        self._batch = _length(x)
+        x, n = tf.nest.map_structure(tf.convert_to_tensor, x), _length(x)
         spec = tf.nest.map_structure(lambda t: tf.TensorSpec([None, *t.shape[1:]], t.dtype), x)
         if str(spec) not in self._functions:
-            noise = {"rademacher": [tf.TensorSpec([None] * 3, tf.int8)], "mc": [tf.TensorSpec([None] * 3, tf.float64)]}
-            function = tf.function(self._slow_sums if self.slow else self._fast_sums, autograph=False)
-            self._functions[str(spec)] = function.get_concrete_function(spec, *noise.get(self.mode, []))
-        sums, doubtful = self._functions[str(spec)](*tf.nest.flatten(x), *self._noise(first, _length(x)))
-        self.likelihood.check(int(doubtful), _length(x), self.model)
+            sums = self._sums_one_by_one if self.slow else lambda x, noise: self._sums(x, noise, batch=n)
+            noise = tf.TensorSpec([self.samples, None, None], NOISE[self.mode])
+            self._functions[str(spec)] = tf.function(sums, autograph=False).get_concrete_function(spec, noise)
+        noise = self.likelihood.noise(self.mode, self.samples, self.seed, range(first, first + n))
+        sums, doubtful = self._functions[str(spec)](*tf.nest.flatten(x), tf.constant(noise))
+        self.likelihood.check(int(doubtful), n, self.model)
         return sums
 
-    def _noise(self, first, n):
-        """The random numbers of the images first..first+n-1: signs [samples, n, K], uniforms [samples, n, 1 or K] or nothing."""
-        if self.mode == "exact":
-            return []
-        function = random_uniforms if self.mode == "mc" else random_signs
-        one = self.mode == "mc" and self.likelihood.family == CATEGORICAL  # label an image, whose draws a count would not change
-        count = 1 if one else self.likelihood.classes
-        draws = [function(self.seed, draw, first, first + n, count) for draw in range(self.samples)]
-        return [tf.constant(np.stack(draws))]
+    def _sums(self, x, noise, batch=None):
+        """Takes one forward pass, and one backward pass of all images together for each cotangent.
 
-    def _traced(self, x):
-        """The model's output and the logits [B, K] that it means.
+        Args:
+            batch: the number of images, to bound the memory of the gradients. None means one image, and
+                differentiates by the weights themselves instead of layer by layer.
 
-        Raises:
-            InputError: the model has several outputs, or it cannot be told what its output means.
+        Returns:
+            (a dict from key to the sum of squares, the number of doubtful outputs)
         """
-        outputs = self.model(x, training=False)
-        if len(tf.nest.flatten(outputs)) == 1:
-            outputs = tf.nest.flatten(outputs)[0]
-        self.likelihood = likelihood_of(outputs, self.model, self.from_logits)
-        return outputs, self.likelihood.logits()
-
-    def _count_doubtful(self, output):
-        return tf.reduce_sum(tf.cast(self.likelihood.doubtful(output), tf.int32))
-
-    def _fast_sums(self, x, noise=None):
-        """One forward pass, and one backward pass for all images together for each cotangent."""
-        with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-            with instrumented(self.model, self.weights, tape) as trace:
-                output, logits = self._traced(x)
+        with traced(self.model, self.weights, by_layer=batch is not None) as trace:
+            output = self.model(x, training=False)
+            output = tf.nest.flatten(output)[0] if len(tf.nest.flatten(output)) == 1 else output
+            self.likelihood = likelihood_of(output, self.model, self.from_logits)
+            logits = self.likelihood.logits()
         trace.check()
         p = FAMILIES[self.likelihood.family](logits)
-        head = next((site for site in trace.sites if site.is_dense and site.output.name == logits.name), None)
-        sites = [site for site in trace.sites if site is not head]
-        names = {id(weight.variable): key for key, weight in self.weights.items()}
+        closed = trace.closed_form(logits, p.variances)
+        columns = COLUMNS if batch is None else _columns(trace.sites, batch)
+        zeros = self._zeros(key for key in self.weights if key not in closed)
+        sums = _sum_over(*p.cotangents(self.mode, noise), columns, lambda us: trace.squares(logits, us), zeros)
+        doubtful = tf.reduce_sum(tf.cast(self.likelihood.doubtful(output), tf.int32))
+        return {key: (closed | sums)[key] for key in self.weights}, doubtful
 
-        def squares(cotangents):
-            outputs = [site.output for site in sites]
-            gradients = [tape.gradient(logits, outputs, output_gradients=tf.cast(u, logits.dtype)) for u in cotangents]
-            found = {}
-            for site, *gs in zip(sites, *gradients, strict=True):
-                found.update({} if gs[0] is None else site.squares(gs))
-            return {names[name]: square for name, square in found.items() if name in names}
-
-        closed = {} if head is None else {names[name]: s for name, s in _head_squares(head, p.variances).items() if name in names}
-        open_keys = [key for key in self.weights if key not in closed]
-        sums = self._sum_over_cotangents(p, noise, squares, open_keys, self._columns(sites))
-        return {key: (closed | sums)[key] for key in self.weights}, self._count_doubtful(output)
-
-    def _slow_sums(self, x, noise=None):
-        """One image after the other, each differentiated with respect to the weights themselves."""
-        n = tf.shape(tf.nest.flatten(x)[0])[0]
+    def _sums_one_by_one(self, x, noise):
+        """Adds the `_sums` of one image after the other."""
 
         def one(i, sums, doubtful):
             image = tf.nest.map_structure(lambda t: t[i : i + 1], x)
-            with tf.GradientTape(persistent=True, watch_accessed_variables=False) as tape:
-                with instrumented(self.model, self.weights, tape, rules=False) as trace:
-                    output, logits = self._traced(image)
+            found, more = self._sums(image, noise[:, i : i + 1])
+            return i + 1, {key: sums[key] + found[key] for key in sums}, doubtful + more
 
-            def squares(cotangents):
-                gradients = [tape.gradient(logits, trace.values, output_gradients=tf.cast(u, logits.dtype)) for u in cotangents]
-                reached = [key for key, g in gradients[0].items() if g is not None]
-                return {key: sum(tf.square(tf.convert_to_tensor(g[key])) for g in gradients) for key in reached}
-
-            own = None if noise is None else noise[:, i : i + 1]
-            found = self._sum_over_cotangents(FAMILIES[self.likelihood.family](logits), own, squares, self.weights)
-            return i + 1, {key: sums[key] + found[key] for key in sums}, doubtful + self._count_doubtful(output)
-
+        n = tf.shape(tf.nest.flatten(x)[0])[0]
         start = (tf.constant(0), self._zeros(self.weights), tf.constant(0))
         return tf.while_loop(lambda i, *_: i < n, one, start, parallel_iterations=1)[1:]
 
-    def _sum_over_cotangents(self, p, noise, squares, keys, columns=COLUMNS):
-        """sum over the cotangents u, one column of a factor of H or one draw each, of squares(u)."""
-        if self.mode == "exact" or (self.mode == "rademacher" and p.rank == 1):  # a sign changes no square
-            count, scale, cotangent = p.rank, 1, p.column
-        else:
-            draw = {"rademacher": p.by_signs, "mc": p.by_labels}[self.mode]
-            count, scale, cotangent = self.samples, self.samples, lambda i: draw(noise[i])
-
-        def step(i, sums):
-            group = [i + j for j in range(min(columns, count))]
-            found = squares([cotangent(tf.minimum(j, count - 1)) * tf.cast(j < count, tf.float64) for j in group])
-            return i + columns, {key: total + tf.cast(found.get(key, 0), total.dtype) for key, total in sums.items()}
-
-        if count <= columns:
-            sums = step(0, self._zeros(keys))[1]
-        else:
-            start = (tf.constant(0), self._zeros(keys))
-            sums = tf.while_loop(lambda i, _: i < count, step, start, parallel_iterations=1)[1]
-        return sums if scale == 1 else {key: total / scale for key, total in sums.items()}
-
-    def _columns(self, sites):
-        """How many cotangents go side by side, by the bytes of the gradients of one."""
-        shapes = [site.output.shape[1:] for site in sites]
-        if any(None in shape for shape in shapes):
-            return COLUMNS
-        size = 4 * self._batch * sum(shape.num_elements() for shape in shapes)
-        return min(MOST_COLUMNS, max(COLUMNS, GRADIENT_BYTES // max(size, 1)))
-
     def _zeros(self, keys):
-        return {key: tf.zeros(self.weights[key].variable.shape, _full(self.weights[key].variable.dtype)) for key in keys}
+        variables = {key: self.weights[key].variable for key in keys}
+        return {key: tf.zeros(v.shape, tf.float64 if v.dtype == "float64" else tf.float32) for key, v in variables.items()}
 
 
-def _head_squares(head, variances):
-    """The last Dense layer in closed form: sum_b h_bc² p_bk (1 - p_bk), and sum_b p_bk (1 - p_bk) for the bias."""
-    layer, h = head.layer, tf.cast(head.x, tf.float64)
-    squares = {id(layer.kernel): tf.matmul(tf.square(h), variances, transpose_a=True)}
-    if layer.bias is not None:
-        squares[id(layer.bias)] = tf.reduce_sum(variances, 0)
-    return squares
+def _sum_over(count, cotangent, columns, squares, zeros):
+    """Sums squares(list of cotangents), dicts like `zeros`, over cotangent(0) ... cotangent(count - 1), `columns` at a time."""
+    columns = min(columns, count)
+
+    def step(i, sums):
+        # the last group is filled up with zeros
+        group = [cotangent(tf.minimum(j, count - 1)) * tf.cast(j < count, tf.float64) for j in (i + k for k in range(columns))]
+        found = squares(group)
+        return i + columns, {key: total + tf.cast(found.get(key, 0), total.dtype) for key, total in sums.items()}
+
+    if count == columns:
+        return step(0, zeros)[1]
+    return tf.while_loop(lambda i, _: i < count, step, (tf.constant(0), zeros), parallel_iterations=1)[1]
+
+
+def _columns(sites, batch):
+    """How many cotangents go side by side, by the bytes of the gradients of one."""
+    shapes = [site.z.shape[1:] for site in sites]
+    if any(None in shape for shape in shapes):
+        return COLUMNS
+    size = 4 * batch * sum(shape.num_elements() for shape in shapes)
+    return min(MOST_COLUMNS, max(COLUMNS, GRADIENT_BYTES // max(size, 1)))
 
 
 def _batches(images, batch_size):
-    """(an iterable of batches x, their number or None)."""
+    """(the batches x that are not empty, their number or None)."""
     if isinstance(images, tf.data.Dataset):
-        if batch_size is not None:
-            images = images.unbatch().batch(batch_size)
-        total = int(images.cardinality())
-        return (batch[0] if isinstance(batch, tuple) else batch for batch in images), total if total >= 0 else None
+        batches = images if batch_size is None else images.unbatch().batch(batch_size)
+        total = int(batches.cardinality())
+        inputs = (batch[0] if isinstance(batch, tuple) else batch for batch in batches)
+        return (x for x in inputs if _length(x)), total if total >= 0 else None
     if not getattr(images, "shape", ()):
         raise InputError(f"The images are a {type(images).__name__}: give a tf.data.Dataset of batches or an array of images.")
     size, n = batch_size or 32, images.shape[0]
@@ -502,54 +298,13 @@ def _batches(images, batch_size):
 
 
 def _identity(model):
-    """The part of the provenance that tells the weights: their digest, as `Anchors` have it, and the sha256 of each."""
+    """The part of the provenance that identifies the weights: their digest, as in `Anchors`, and the sha256 of each."""
     manifest = manifest_of({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
     return {"model": digest_of(manifest), "weights": {entry["name"]: entry["sha256"] for entry in manifest}}
 
 
 def _length(x):
     return int(tf.nest.flatten(x)[0].shape[0])
-
-
-def _full(dtype):
-    """float64 for float64, float32 for every other dtype."""
-    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
-
-
-def _header(metadata, path):
-    """The provenance and the statistics in the metadata of a file, checked."""
-    what = f"The Fisher diagonal in {path} is damaged"
-    provenance = parse_json(metadata.get("provenance", ""), what)
-    statistics = parse_json(metadata.get("statistics", ""), what, finite=False)  # the sums of huge entries overflow
-    with refusing(what):
-        counts = [count for batches, images, _, _ in statistics.values() for count in (batches, images)]
-        numbers = [number for sums in statistics.values() for number in sums]
-        if not all(type(number) in (int, float) for number in numbers) or not all(0 < count < math.inf for count in counts):
-            raise ValueError("its statistics are no sums over images")
-        if not PROVENANCE.issubset(provenance) or type(provenance["images"]) is not int or provenance["images"] < 1:
-            raise ValueError("its provenance lacks a field, or has no number of images")
-        if provenance["mode"] not in MODES or not isinstance(provenance["transforms"], list):
-            raise ValueError("its provenance has no mode or no list of transforms")
-        hashes = provenance.get("weights", {})
-        if not isinstance(hashes, dict) or not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes.values()):
-            raise ValueError("the weights of its provenance have no sha256 each")
-    return provenance, statistics
-
-
-def _relative_error(batches, images, first, second):
-    """The relative standard error of `Fisher.standard_error` from M, N, sum_b n_b t_b and sum_b n_b t_b²."""
-    if batches < 2:
-        return math.inf
-    if first == 0:
-        return 0.0
-    variance = max(second - first**2 / images, 0) / (batches - 1)
-    return math.sqrt(variance / images) / (first / images)
-
-
-def _check_number(value, name):
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"{name} is {value!r}: give a finite number above 0.")
-    return float(value)
 
 
 def _check_arguments(mode, samples, seed, first, tolerance):
@@ -561,11 +316,4 @@ def _check_arguments(mode, samples, seed, first, tolerance):
     if mode == "exact" and samples != 1:
         raise InputError(f"samples is {samples}, but the mode 'exact' draws nothing: leave it at 1.")
     if tolerance is not None:
-        _check_number(tolerance, "tolerance")
-
-
-def _merge(a, b):
-    """Two values of a provenance as one: themselves if equal, else a list."""
-    if a == b:
-        return a
-    return [*(a if isinstance(a, list) else [a]), *(b if isinstance(b, list) else [b])]
+        check_positive(tolerance, "tolerance")

@@ -16,14 +16,15 @@ import tensorflow as tf
 from l2sp_tf.files.errors import InputError
 
 CATEGORICAL, BERNOULLI = "categorical", "bernoulli"
+NOISE = {"rademacher": tf.int8, "mc": tf.float64, "exact": tf.float64}  # the dtype of the random numbers of a mode
 FLOATING = {tf.float16, tf.bfloat16, tf.float32, tf.float64}
-# Operations that change no value, only where it stands or its precision.
+# Operations that only move values.
 MOVES = {"Identity", "IdentityN", "Reshape", "Squeeze", "ExpandDims", "Transpose", "EnsureShape"}
 # Operations that are linear in their first input, whatever the others are.
 LINEAR = MOVES | {"Cast", "BiasAdd", "Mean", "Sum", "AvgPool", "AvgPool3D", "StridedSlice", "Neg", "Pad", "PadV2"}
-# Operations that are linear in all their inputs together; a factor must not depend on the image.
+# Operations that are linear in all their inputs together, as long as only one factor and no divisor depends on the image.
 SUMS, PRODUCTS, QUOTIENTS = {"AddV2", "Add", "AddN", "Sub", "ConcatV2"}, {"Mul"}, {"RealDiv", "Div"}
-# Operations that multiply by weights: what they give is taken for scores, whatever stands before them.
+# Operations that multiply by weights: their output counts as scores, whatever precedes them.
 SCORES = {"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "Einsum", "Conv2D", "Conv3D", "DepthwiseConv2dNative"}
 SCORES |= {"Conv2DBackpropInput", "Conv3DBackpropInputV2", "Placeholder"}
 
@@ -34,11 +35,11 @@ class Likelihood:
 
     Attributes:
         family: "categorical", one of K classes, or "bernoulli", K outputs that are each on or off.
-        is_probability: whether the output itself is the probabilities p; else it is the logits z, or log p.
+        is_probability: whether the output is the probabilities p; else it is the logits z, or log p.
         output: the traced output.
         classes: K.
-        argument: the tensor that a softmax or sigmoid made the output from, or None.
-        assumed: whether nothing but its operation says that the output is logits.
+        argument: the input of the softmax or sigmoid that made the output, or None.
+        assumed: whether only its linear operation says that the output is logits.
     """
 
     family: str
@@ -49,7 +50,7 @@ class Likelihood:
     assumed: bool = False
 
     def logits(self):
-        """The logits z [B, K]; those of probabilities that no softmax or sigmoid operation made are logarithms."""
+        """Computes the logits z [B, K], by logarithms where no softmax or sigmoid operation made the probabilities."""
         if self.argument is not None:
             return _rows(self.argument, self.classes)
         output = _rows(self.output, self.classes)
@@ -60,10 +61,10 @@ class Likelihood:
         return log_p if self.family == CATEGORICAL else log_p - tf.math.log(tf.maximum(1 - output, tiny))
 
     def doubtful(self, output):
-        """Which rows of the output's values speak against this likelihood, bool [B].
+        """Finds the rows of the output's values that contradict this likelihood, bool [B].
 
-        They are those that look like probabilities where logits are assumed, and those that cannot be
-        probabilities where something other than an operation says that they are. NaN speaks against nothing.
+        Where logits are assumed, these rows look like probabilities. Where the loss or the caller says that they are
+        probabilities, these rows cannot be. NaN contradicts nothing.
         """
         output = _rows(tf.convert_to_tensor(output), self.classes)
         off = tf.abs(tf.reduce_sum(output, axis=1) - 1)
@@ -75,10 +76,10 @@ class Likelihood:
         return outside | (off > 1e-2) if self.family == CATEGORICAL else outside
 
     def check(self, doubtful, rows, model):
-        """Checks how many of the rows are doubtful: none of those said to be probabilities, not all of those assumed logits.
+        """Checks the number of doubtful rows: 0 of stated probabilities, not all of assumed logits.
 
         Raises:
-            InputError: the values contradict what the output was taken for.
+            InputError: the values contradict this likelihood.
         """
         if self.assumed and doubtful == rows:
             raise InputError(
@@ -92,26 +93,37 @@ class Likelihood:
                 f"says so, but some are {kind}: pass from_logits=True if they are logits."
             )
 
+    def noise(self, mode, samples, seed, images):
+        """Draws the random numbers of a range of images, an array [samples, len(images), numbers] of `NOISE[mode]`.
+
+        "rademacher" takes K signs an image; "mc" takes K uniform numbers, or one for one of K classes; "exact" none.
+        """
+        if mode == "exact":
+            return np.zeros((samples, len(images), 0))
+        function = random_signs if mode == "rademacher" else random_uniforms
+        count = 1 if mode == "mc" and self.family == CATEGORICAL else self.classes
+        return np.stack([function(seed, draw, images.start, images.stop, count) for draw in range(samples)])
+
 
 def likelihood_of(output, model, from_logits=None, *, place=(0, 1), name=None):
     """Finds out what an output of a model means.
 
-    A softmax or sigmoid operation decides. Otherwise `from_logits` does, if it is given, and otherwise the loss that
-    the model was compiled with. If there is neither, an output of two classes or more that a linear operation
-    made is taken for logits.
+    A softmax or sigmoid operation decides. Otherwise `from_logits` decides, if it is given, and otherwise the loss
+    that the model was compiled with. Without either, an output of two or more classes is logits if a linear
+    operation made it.
 
     Args:
         output: the traced output, [B, K], [B] or with more axes of length 1.
-        model: the Keras model, whose compiled loss may tell.
+        model: the Keras model, whose compiled loss may say what the output means.
         from_logits: whether the output is logits where no softmax or sigmoid operation made it, or None.
         place: the index of the output among the model's outputs, and their number.
-        name: of the output, if there are many.
+        name: of the output, if there are several.
 
     Returns:
         A `Likelihood`.
 
     Raises:
-        InputError: the output has another shape, or it cannot be told what it means.
+        InputError: the output has another shape or an unknown meaning.
     """
     if from_logits not in (None, True, False):
         raise InputError(f"from_logits is {from_logits!r}: give True, False or None.")
@@ -122,7 +134,7 @@ def likelihood_of(output, model, from_logits=None, *, place=(0, 1), name=None):
         return _made_by_softmax(source, output, classes, what)
     if source.op.type == "Sigmoid":
         argument = source.op.inputs[0]
-        kept = argument if argument.shape[1:].num_elements() == classes else None  # else an axis of images was moved
+        kept = argument if argument.shape[1:].num_elements() == classes else None  # else it moved an axis of images
         return Likelihood(BERNOULLI, True, output, classes, kept)
     loss = _loss_of(model, name, *place)
     said = _said_by(loss, classes)
@@ -142,7 +154,7 @@ def likelihood_of(output, model, from_logits=None, *, place=(0, 1), name=None):
 
 
 def count_classes(output, what):
-    """The number K of classes of a traced output [B, K], [B] or with more axes of length 1.
+    """Counts the classes K of a traced output [B, K], [B] or with more axes of length 1.
 
     Args:
         output: a tensor.
@@ -163,12 +175,12 @@ def count_classes(output, what):
 
 
 def _rows(t, classes):
-    """[B, K] from [B], [B, K] or with more axes of length 1."""
+    """Reshapes [B], [B, K] or more axes of length 1 to [B, K]."""
     return t if t.shape.rank == 2 else tf.reshape(t, [-1, classes])
 
 
 def _behind(t):
-    """The tensor that operations which only move values, or cast them to another precision, made this one from."""
+    """Goes back over operations that only move values or change their precision, and returns the tensor before them."""
     while t.op.type in MOVES or (t.op.type == "Cast" and {t.dtype, t.op.inputs[0].dtype} <= FLOATING):
         t = _first_input(t)
     return t
@@ -198,7 +210,7 @@ def _no_classes(what):
 
 
 def _check_linear(source, classes, what):
-    """Checks that an output of which nothing else is known is of two classes, and linear in what weights gave."""
+    """Checks that an output of unknown meaning has two or more classes and is linear in scores."""
     other = _not_linear(source)
     if other is not None:
         raise InputError(
@@ -213,7 +225,7 @@ def _check_linear(source, classes, what):
 
 
 def _not_linear(t):
-    """The first tensor behind this one that is not linear in what weights gave, or None."""
+    """Goes back from a tensor, and returns the first one that is not linear in scores, or None."""
     waiting, seen = [t], set()
     while waiting:
         t = waiting.pop()
@@ -234,7 +246,7 @@ def _not_linear(t):
 
 
 def _is_fixed(t):
-    """Whether a traced tensor is the same for all images: made from constants and variables alone."""
+    """Whether a traced tensor depends on constants and variables only, not on the image."""
     captured = {id(inner) for _, inner in getattr(t.graph, "captures", [])}
     waiting, seen = [t], set()
     while waiting:
@@ -249,7 +261,7 @@ def _is_fixed(t):
 
 
 def _families():
-    """What each cross-entropy of Keras and TensorFlow is about: from function to (family, default of from_logits)."""
+    """Lists the cross-entropies of Keras and TensorFlow: from function to (family, default of from_logits)."""
     losses, nn = keras.losses, tf.nn
     categorical = (losses.categorical_crossentropy, losses.sparse_categorical_crossentropy)
     categorical += (losses.categorical_focal_crossentropy, losses.kl_divergence)
@@ -261,7 +273,7 @@ def _families():
 
 
 def _loss_of(model, name, index, count):
-    """What the model was compiled with for one of its outputs: a loss, a list of several, or None."""
+    """Returns the compiled loss of one of the model's outputs: a loss, a list of several, or None."""
     loss = getattr(model, "loss", None)
     if isinstance(loss, dict):
         return loss.get(name) if name in loss or len(loss) > 1 or count > 1 else next(iter(loss.values()))
@@ -271,7 +283,7 @@ def _loss_of(model, name, index, count):
 
 
 def _said_by(loss, classes):
-    """(family, from_logits) as a loss says it, or as the only one of several that says something does; else None."""
+    """Returns (family, from_logits) of a loss, or of the only informative one among several; else None."""
     losses = loss if isinstance(loss, (list, tuple)) else [loss]
     said = {_said_by_one(one, classes) for one in losses} - {None}
     return said.pop() if len(said) == 1 else None
@@ -291,7 +303,7 @@ def _said_by_one(loss, classes):
         function, options = function.func, {**function.keywords, **options}
     try:
         family, from_logits = _families()[function]
-    except (KeyError, TypeError):  # another loss, or one that cannot be a key
+    except (KeyError, TypeError):  # another loss, or an unhashable one
         return None
     return family, bool(options.get("from_logits", from_logits))
 
@@ -305,26 +317,71 @@ def _list(value):
     return value if isinstance(value, (list, tuple)) else [value]
 
 
-class Categorical:
-    """One of K classes, p = softmax(z) [B, K] in float64, in which 1 - p keeps its digits: H = diag(p) - p pᵀ, of rank K - 1."""
+class Distribution:
+    """The distribution of the labels of an image, and factors of H, the Fisher information of its logits.
+
+    Attributes:
+        p: the probabilities, [B, K] in float64.
+        rank: of H.
+        variances: the diagonal of H, [B, K].
+    """
+
+    def cotangents(self, mode, noise):
+        """Chooses cotangents u of the logits with sum_i u_i u_iᵀ = H, exactly or on average.
+
+        Args:
+            mode: "exact", "mc" or "rademacher".
+            noise: the random numbers of `Likelihood.noise`.
+
+        Returns:
+            (their number, a function from the index, a number or a tensor, to u [B, K])
+        """
+        if mode == "exact" or (mode == "rademacher" and self.rank == 1):  # a sign changes no square
+            return self.rank, self.column
+        samples, draw = noise.shape[0], self.by_signs if mode == "rademacher" else self.by_labels
+        return samples, lambda i: draw(noise[i]) / math.sqrt(samples)
+
+
+class Categorical(Distribution):
+    """One of K classes, p = softmax(z), with 1 - p to full precision: H = diag(p) - p pᵀ, of rank K - 1."""
 
     def __init__(self, logits):
         self.p = tf.nn.softmax(tf.cast(logits, tf.float64))
         self.rank = logits.shape[-1] - 1
-        self.variances = self.p * (1 - self.p)  # the diagonal of H
+        self.variances = self.p * (1 - self.p)
 
     def column(self, i):
-        return column(self.p, i)
+        """Column i of a lower triangular factor of H; the last column is 0.
+
+        With the tail sums r_i = sum_{k > i} p_k it is sqrt(p_i r_i / r_{i-1}) (e_i - p_k / r_i [k > i]):
+        sums and quotients of positive numbers only, and 0 where a tail vanishes.
+        """
+        p, classes = self.p, tf.range(self.p.shape[-1])
+        before = tf.cumsum(p, axis=1, reverse=True)[:, i, None]  # r_{i-1}
+        later = tf.cast(classes > i, p.dtype)
+        after = tf.reduce_sum(p * later, axis=1, keepdims=True)
+        scale = tf.sqrt(tf.math.divide_no_nan(p[:, i, None] * after, before))
+        return scale * (tf.cast(classes == i, p.dtype) - tf.math.divide_no_nan(p, after) * later)
 
     def by_signs(self, signs):
-        return signs_cotangent(self.p, signs)
+        """u = S ε with S = diag(√p) - p √pᵀ, for signs ε [B, K]: E[u uᵀ] = S Sᵀ = H.
+
+        The variance of (Jᵀ u)_j² is 2 F² (1 - sum_k q_k²) at most 2 F², where q_k is the share of column
+        k of S in F_jj.
+        """
+        root = tf.sqrt(self.p) * tf.cast(signs, tf.float64)
+        return root - self.p * tf.reduce_sum(root, axis=1, keepdims=True)
 
     def by_labels(self, uniforms):
-        return label_cotangent(self.p, uniforms[:, 0])
+        """u = onehot(k) - p with the label k drawn from p by its cumulative sums, for uniforms [B, 1] in [0, 1)."""
+        sums = tf.cumsum(self.p, axis=1)
+        drawn = tf.reduce_sum(tf.cast(sums <= uniforms * sums[:, -1:], tf.int32), axis=1)
+        classes = self.p.shape[-1]
+        return tf.one_hot(tf.minimum(drawn, classes - 1), classes, dtype=tf.float64) - self.p
 
 
-class Bernoulli:
-    """K outputs that are on or off by themselves, p = sigmoid(z) [B, K] in float64: H = diag(p (1 - p)), of rank K."""
+class Bernoulli(Distribution):
+    """K independent yes-or-no answers, p = sigmoid(z): H = diag(p (1 - p)), of rank K."""
 
     def __init__(self, logits):
         z = tf.cast(logits, tf.float64)
@@ -337,7 +394,7 @@ class Bernoulli:
         return tf.sqrt(self.variances) * tf.cast(tf.range(self.rank) == i, tf.float64)
 
     def by_signs(self, signs):
-        """u_k = ε_k sqrt(p_k (1 - p_k)): E[u uᵀ] = H, and the variance of (Jᵀ u)_j² is 2 F² (1 - sum_k q_k²), q_k as below."""
+        """u_k = ε_k sqrt(p_k (1 - p_k)): E[u uᵀ] = H. The variance is that of `Categorical.by_signs`, by the columns here."""
         return tf.sqrt(self.variances) * tf.cast(signs, tf.float64)
 
     def by_labels(self, uniforms):
@@ -348,54 +405,16 @@ class Bernoulli:
 FAMILIES = {CATEGORICAL: Categorical, BERNOULLI: Bernoulli}
 
 
-def column(p, i):
-    """Column i of a lower triangular factor of H = diag(p) - p pᵀ, [B, K]; the last column is 0.
-
-    With the tail sums r_i = sum_{k > i} p_k it is sqrt(p_i r_i / r_{i-1}) (e_i - p_k / r_i [k > i]):
-    sums and quotients of positive numbers only, and 0 where a tail vanishes.
-    """
-    tails = tf.cumsum(p, axis=1, reverse=True)  # r_{i-1} at i
-    p_i, before = p[:, i, None], tails[:, i, None]
-    classes = tf.range(p.shape[-1])
-    later = tf.cast(classes > i, p.dtype)
-    after = tf.reduce_sum(p * later, axis=1, keepdims=True)
-    scale = tf.sqrt(tf.math.divide_no_nan(p_i * after, before))
-    return scale * (tf.cast(classes == i, p.dtype) - tf.math.divide_no_nan(p, after) * later)
-
-
-def signs_cotangent(p, signs):
-    """u = S ε with S = diag(√p) - p √pᵀ, for signs ε [B, K]: E[u uᵀ] = S Sᵀ = diag(p) - p pᵀ.
-
-    The variance of (Jᵀ u)_j² is 2 F² (1 - sum_k q_k²) at most 2 F², q_k being the share of column
-    k of S in F_jj.
-    """
-    root = tf.sqrt(p) * tf.cast(signs, p.dtype)
-    return root - p * tf.reduce_sum(root, axis=1, keepdims=True)
-
-
-def label_cotangent(p, uniforms):
-    """u = onehot(k) - p with the label k drawn from p by its cumulative sums, for uniforms [B] in [0, 1)."""
-    sums = tf.cumsum(p, axis=1)
-    drawn = tf.reduce_sum(tf.cast(sums <= uniforms[:, None] * sums[:, -1:], tf.int32), axis=1)
-    return tf.one_hot(tf.minimum(drawn, p.shape[-1] - 1), p.shape[-1], dtype=p.dtype) - p
-
-
-def random_signs(seed, draw, start, stop, classes):
-    """The signs of the images start..stop-1, [stop - start, classes] of int8, a function of (seed, draw, image) alone."""
-    blocks = -(-classes // 256)
-    bits = np.unpackbits(_random_words(seed, draw, start, stop, blocks).view("uint8"), axis=1, count=classes)
+def random_signs(seed, draw, start, stop, count):
+    """Draws signs for the images start..stop-1, int8 [stop - start, count], by (seed, draw, image) alone."""
+    bits = np.unpackbits(_random_words(seed, draw, start, stop, -(-count // 256)).view("uint8"), axis=1, count=count)
     return 1 - 2 * bits.astype("int8")
 
 
-def random_uniforms(seed, draw, start, stop, count=None):
-    """Uniform numbers in [0, 1) of the images start..stop-1, a function of (seed, draw, image) alone.
-
-    Returns:
-        float64 [stop - start], or [stop - start, count] where a count is given.
-    """
-    words = _random_words(seed, draw, start, stop, -(-(count or 1) // 4))
-    uniforms = (words >> np.uint64(11)) * 2.0**-53
-    return uniforms[:, 0] if count is None else uniforms[:, :count]
+def random_uniforms(seed, draw, start, stop, count):
+    """Draws numbers in [0, 1) for the images start..stop-1, float64 [stop - start, count], by (seed, draw, image) alone."""
+    words = _random_words(seed, draw, start, stop, -(-count // 4))
+    return (words >> np.uint64(11))[:, :count] * 2.0**-53
 
 
 def _random_words(seed, draw, start, stop, blocks):

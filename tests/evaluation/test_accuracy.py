@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fisher_models import policy
 from keras import layers, losses, ops
-from test_estimator import policy
 
 import l2sp_tf as l2sp
 from l2sp_tf.data.batches import labelled_batches

@@ -26,7 +26,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.data import Split, builders, decode, load_dataset
 from l2sp_tf.files import reading
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.fisher.estimator import Fisher
+from l2sp_tf.fisher.diagonal import Fisher
 from l2sp_tf.models import convert, zoo
 from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict

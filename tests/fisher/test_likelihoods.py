@@ -2,13 +2,14 @@
 
 import functools
 
+import fisher_models
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from fisher_models import assert_close, images, policy
 from keras import layers, losses, ops
 from reference import fisher as reference_fisher, likelihoods as bernoulli_oracle
-from test_estimator import policy
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.fisher import estimator as fisher_module, likelihoods
@@ -265,15 +266,7 @@ def test_weights_of_another_graph_are_not_the_image():
 # The Fisher diagonal.
 
 
-def randomise(model, seed=0):
-    rng = np.random.default_rng(seed)
-    for variable in model.weights:
-        variable.assign(rng.normal(size=variable.shape) * 0.7)
-    return model
-
-
-def images(n=4, seed=1, dtype="float64", shape=(4,)):
-    return np.random.default_rng(seed).normal(size=(n, *shape)).astype(dtype)
+randomise, vectors = functools.partial(fisher_models.randomise, scale=0.7), functools.partial(images, (4,))
 
 
 def compiled(model, loss):
@@ -343,12 +336,6 @@ def oracle(module, model, x, logits):
     return module.fisher_diagonal(model, x, logits=logits)
 
 
-def assert_close(actual, expected, rtol):
-    assert set(actual) == set(expected)
-    for key, value in actual.items():
-        np.testing.assert_allclose(value, expected[key], rtol=rtol, atol=rtol * np.abs(expected[key]).max(), err_msg=key)
-
-
 @pytest.mark.parametrize("name", list(MODELS))
 def test_exact_equals_brute_force(name):
     build, options, module, logits = MODELS[name]
@@ -375,7 +362,7 @@ def test_half_precision_is_computed_in_float32(name, precision):
     with policy("float64"):
         exact = build()
     exact.set_weights([value.astype("float64") for value in model.get_weights()])
-    x = images(dtype="float32")
+    x = vectors(dtype="float32")
     assert_close(fisher_diagonal(model, x, "exact", **options), oracle(module, exact, x, logits), rtol=2e-5)
 
 
@@ -390,7 +377,7 @@ def test_draws_have_the_mean_and_the_variance_of_the_formulas(name, slow, mode):
     build, options, module, logits = MODELS[name]
     with policy("float64"):
         model = randomise(build())
-    x, passes = images(n=5), 120 if slow else 400
+    x, passes = vectors(n=5), 120 if slow else 400
     expected = oracle(module, model, x, logits)
     estimator = fisher_module._Estimator(model, mode, 1, 0, None, slow)
     draws = [estimator(x, 5 * r) for r in range(passes)]
@@ -418,7 +405,7 @@ def test_draws_have_the_mean_and_the_variance_of_the_formulas(name, slow, mode):
 @pytest.mark.parametrize("mode", fisher_module.MODES)
 @pytest.mark.parametrize("name", ["sigmoid", "sigmoids"])
 def test_batches_order_and_parts_change_nothing(name, mode):
-    model, x = randomise(MODELS[name][0]()), images(n=11, dtype="float32")
+    model, x = randomise(MODELS[name][0]()), vectors(n=11, dtype="float32")
     many = {} if mode == "exact" else {"samples": 5}
     whole = fisher_diagonal(model, x, mode, **many, batch_size=11)
     parts = fisher_diagonal(model, x[:5], mode, **many) + fisher_diagonal(model, x[5:], mode, **many, first=5)
@@ -431,11 +418,36 @@ def test_batches_order_and_parts_change_nothing(name, mode):
     assert fisher_diagonal(model, x, mode, **many, batch_size=11).digest == whole.digest
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_cotangents_factor_the_covariance(classes):
+    p = np.random.default_rng(0).dirichlet(np.ones(classes) / 3, size=7)
+    p[0] = np.eye(classes)[1]
+    h = p[:, :, None] * np.eye(classes) - p[:, :, None] * p[:, None]
+    found = likelihoods.Categorical(tf.math.log(tf.constant(p)))
+    columns = np.stack([found.column(i).numpy() for i in range(classes)])
+    np.testing.assert_allclose(np.einsum("ibk,ibl->bkl", columns, columns), h, atol=1e-14)
+    assert not columns[-1].any() and found.rank == classes - 1
+    many = likelihoods.Categorical(tf.math.log(tf.constant(np.tile(p, (4000, 1)))))
+    for u in (
+        many.by_signs(likelihoods.random_signs(3, 0, 0, 28000, classes)),
+        many.by_labels(likelihoods.random_uniforms(3, 0, 0, 28000, 1)),
+    ):
+        np.testing.assert_allclose(np.einsum("bk,bl->kl", u, u) / len(u), h.mean(0), atol=0.02)
+
+
+def test_random_numbers_belong_to_the_image():
+    whole = likelihoods.random_signs(1, 2, 0, 20, 300)
+    np.testing.assert_array_equal(likelihoods.random_signs(1, 2, 7, 20, 300), whole[7:])
+    assert set(np.unique(whole)) == {-1, 1} and abs(whole.mean()) < 0.06
+    assert not np.array_equal(whole, likelihoods.random_signs(1, 3, 0, 20, 300))
+    assert not np.array_equal(whole, likelihoods.random_signs(2, 2, 0, 20, 300))
+    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20, 1), likelihoods.random_uniforms(1, 2, 0, 20, 1)[7:])
+
+
 def test_uniforms_belong_to_the_image():
     whole = likelihoods.random_uniforms(1, 2, 0, 20, 7)
     assert whole.shape == (20, 7) and len(np.unique(whole)) == 140 and 0 <= whole.min() < whole.max() < 1
     np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 7, 20, 7), whole[7:])
-    np.testing.assert_array_equal(likelihoods.random_uniforms(1, 2, 0, 20, 1)[:, 0], likelihoods.random_uniforms(1, 2, 0, 20))
     assert not np.array_equal(likelihoods.random_uniforms(1, 3, 0, 20, 7), whole)
 
 
@@ -463,13 +475,13 @@ def test_logits_of_100_are_finite(mode, name):
     model = randomise(build())
     model.get_layer("head").bias.assign([100.0, -100, 0][: model.get_layer("head").units])
     for slow in (False, True):
-        f = fisher_diagonal(model, images(dtype="float32"), mode, **options, slow_fallback=slow)
+        f = fisher_diagonal(model, vectors(dtype="float32"), mode, **options, slow_fallback=slow)
         assert all(np.all(np.isfinite(array)) and np.all(array >= 0) for array in f.values())
 
 
 @pytest.mark.parametrize("slow", [False, True])
 def test_values_that_contradict_what_the_loss_says_are_refused(slow):
-    x = images(n=8, dtype="float32")
+    x = vectors(n=8, dtype="float32")
     for loss, classes in (("sparse_categorical_crossentropy", 3), ("binary_crossentropy", 1), ("binary_crossentropy", 3)):
         model = compiled(randomise(dense(classes)), loss)
         with pytest.raises(InputError, match="taken for probabilities, because .*: pass from_logits=True"):
