@@ -77,6 +77,19 @@ def test_no_room_imports_itself_through_others():
     assert not waiting, f"a circle among {sorted(waiting)}"
 
 
+MOST_PARAMETERS, MOST_LINES = 6, 45  # besides keyword-only ones; without the docstring
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_functions_fit_on_a_screen(room):
+    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
+        if isinstance(node, ast.FunctionDef):
+            names = [argument.arg for argument in node.args.posonlyargs + node.args.args]
+            assert len([name for name in names if name not in ("self", "cls")]) <= MOST_PARAMETERS, f"{room}.{node.name}"
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < MOST_LINES, f"{room}.{node.name}"
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_the_library_reads_no_flags_and_asserts_nothing(room):
     text = ROOMS[room].read_text()
