@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import shutil
 
+import filelock
 import tensorflow_datasets as tfds
 
 from l2sp_tf.data import fetch
@@ -96,19 +97,16 @@ def _remove_litter(folder, name):
 @contextlib.contextmanager
 def _alone(folder, name):
     """Holds a lock while a set is prepared; the system releases it when the process ends in any way."""
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{name}.lock"
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{name} is being prepared in {folder} by another process: wait for it") from error
-        try:
-            yield
-        finally:
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise InputError(f"{name} is being prepared in {folder} by another process: wait for it") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # on Windows a file that is open cannot be removed; there `release` removes it
             path.unlink()
+        lock.release()

@@ -430,7 +430,6 @@ def test_litter_of_a_killed_preparation_goes_and_a_prepared_set_is_left_alone(tm
 
 
 def test_two_preparations_of_a_set_do_not_meet(tmp_path):
-    pytest.importorskip("fcntl")
     with preparation._alone(tmp_path, "caltech256"):
         with pytest.raises(InputError, match="caltech256 is being prepared in .* by another process: wait for it"):
             prepare_tfds("caltech256", data_dir=tmp_path)
