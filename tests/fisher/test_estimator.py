@@ -187,6 +187,15 @@ def test_exact_equals_brute_force(kind):
         np.testing.assert_array_equal(variable.numpy(), value)
 
 
+def test_more_classes_than_go_side_by_side():
+    with policy("float64"):
+        inputs = keras.Input((5, 5, 2))
+        x = layers.GlobalAveragePooling2D()(layers.Conv2D(3, 2, activation="tanh")(inputs))
+        model = randomise(keras.Model(inputs, layers.Dense(13)(x)))
+    x = images((5, 5, 2))
+    assert_close(fisher_diagonal(model, x, "exact", batch_size=3), reference_fisher.fisher_diagonal(model, x))
+
+
 @pytest.mark.parametrize("kind", ["conv_same_stride", "batch_normalization", "einsum_heads", "subclassed"])
 def test_slow_path_equals_brute_force(kind):
     with policy("float64"):

@@ -1,4 +1,4 @@
-"""The Fisher diagonal by brute force: one image, one class, one gradient at a time, in float64."""
+"""The Fisher diagonal by brute force: one image and one class at a time, in float64."""
 
 import numpy as np
 import tensorflow as tf
@@ -19,9 +19,10 @@ def log_gradients(model, image, softmax=False):
         output = model(image, training=False)[0]
         log_f = tf.math.log(output) if softmax else tf.nn.log_softmax(output)
         classes = tf.unstack(log_f)
+    variables = model.trainable_variables
+    rows = [tape.gradient(log_f_k, [variable.value for variable in variables]) for log_f_k in classes]
     gradients = {}
-    for variable in model.trainable_variables:
-        columns = [tape.gradient(log_f_k, variable.value) for log_f_k in classes]
+    for variable, *columns in zip(variables, *rows, strict=True):
         columns = [np.zeros(variable.shape) if column is None else tf.convert_to_tensor(column).numpy() for column in columns]
         gradients[keys[id(variable)]] = np.stack(columns)
     return np.exp(log_f.numpy()), gradients
