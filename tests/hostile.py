@@ -166,7 +166,7 @@ def make_anchors(folder):
 
 def read_anchors(path):
     anchors = l2sp.Anchors.load(path)
-    return anchors.digest, repr(anchors.metadata)
+    return anchors.digest, sorted(anchors.metadata.items())  # safetensors writes them in any order
 
 
 def make_fisher(folder):
