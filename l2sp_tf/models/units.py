@@ -1,10 +1,10 @@
 """The units of a network in the order in which an image passes them, and freezing the first n of them (Fig. 3)."""
 
+import numbers
 import re
 
 import keras
 
-from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.weights import forget_traced_steps
 
@@ -72,9 +72,8 @@ def freeze_first(model: keras.Model, n: int) -> int:
     """
     parents = _parents(model)
     found = _units(model, parents)
-    n = fields.whole("n", n, least=0)
-    if n > len(found):
-        raise InputError(f"n is {n}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}.")
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 <= n <= len(found):
+        raise InputError(f"n is {n!r}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}.")
     unfreeze(model)
     for layer in _upstream(found, n, parents) if n else ():
         layer.trainable = False

@@ -400,7 +400,7 @@ def test_networks_without_known_units_are_refused_and_left_as_they_are(case):
 
 
 def test_a_number_of_units_that_is_not_there_is_refused():
-    for n in (-1, 5, 1.0):
+    for n in (-1, 5, 1.0, True):
         with pytest.raises(l2sp.InputError, match="has 4 units: give a number from 0 to 4"):
             freeze_first(small(), n)
 
