@@ -1,7 +1,7 @@
-"""Appendix A: where the penalty moves the minimum of a quadratic objective, Eqs. (8) and (9).
+"""Appendix A: the minimiser of a quadratic objective under a penalty, Eqs. (8) and (9).
 
 Symbols: `hessian` H, of the unregularized objective J at its minimum; `w_star` w*, that minimum; `w0` the
-anchor; `alpha` the strength. With w0 = 0 everything here describes L2. All is computed in float64.
+anchor; `alpha` the strength. With w0 = 0 the formulas describe L2. All computations are in float64.
 """
 
 import numbers
@@ -14,9 +14,8 @@ from l2sp_tf.files.errors import InputError
 def minimiser(hessian, w_star, w0, alpha, fisher=None):
     """Eq. (8): the minimiser of a quadratic objective under L2-SP, from H (w - w*) + alpha (w - w0) = 0.
 
-    The objective is 1/2 (w - w*)^T H (w - w*) + alpha / 2 ||w - w0||^2. With `fisher` the
-    penalty is that of Eq. (4), and the condition H (w - w*) + alpha F (w - w0) = 0 with
-    F = diag(F_jj); the paper leaves this case out.
+    The objective is 1/2 (w - w*)^T H (w - w*) + alpha / 2 ||w - w0||^2. With `fisher` the penalty is that of Eq. (4), and
+    the condition H (w - w*) + alpha F (w - w0) = 0, F = diag(F_jj). The paper omits this case.
 
     Args:
         hessian: H, symmetric and positive semi-definite, [n, n].
@@ -28,7 +27,7 @@ def minimiser(hessian, w_star, w0, alpha, fisher=None):
         The minimiser, [n].
 
     Raises:
-        InputError: a bad argument, or H + alpha F is singular, so that the minimiser is not unique.
+        InputError: an argument is invalid, or H + alpha F is singular: the minimiser is then not unique.
     """
     hessian, (w_star, w0), tolerance = _quadratic(hessian, w_star=w_star, w0=w0)
     metric = _strength(alpha) * _fisher(fisher, len(w0))
@@ -38,7 +37,7 @@ def minimiser(hessian, w_star, w0, alpha, fisher=None):
 
 
 def shrinkage(eigenvalues, alpha):
-    """Eq. (9)'s factor on w*, lambda_i / (lambda_i + alpha); the one on w0 is what is missing to 1.
+    """Eq. (9): the factors lambda_i / (lambda_i + alpha) on w*; those on w0 are 1 minus them.
 
     Args:
         eigenvalues: lambda_i of the Hessian, not negative, [n].
@@ -48,7 +47,7 @@ def shrinkage(eigenvalues, alpha):
         The factors, between 0 and 1, [n].
 
     Raises:
-        InputError: a bad argument, or an eigenvalue of 0 at alpha = 0.
+        InputError: an argument is invalid, or an eigenvalue is 0 at alpha = 0.
     """
     eigenvalues = _finite(eigenvalues, "eigenvalues", 1)
     if np.any(eigenvalues < 0):
@@ -62,7 +61,7 @@ def path(hessian, w_star, w0, alphas):
     """Eq. (9): the minimiser for each alpha, a convex combination of w* and w0 along each eigenvector.
 
     Q^T w = (Lambda + alpha I)^-1 Lambda Q^T w* + alpha (Lambda + alpha I)^-1 Q^T w0, with
-    H = Q Lambda Q^T. Eigenvalues that rounding cannot tell from 0 are taken for 0.
+    H = Q Lambda Q^T. Eigenvalues within rounding of 0 count as 0.
 
     Args:
         hessian: H, symmetric and positive semi-definite, [n, n].
@@ -73,7 +72,7 @@ def path(hessian, w_star, w0, alphas):
         The minimisers, [k, n].
 
     Raises:
-        InputError: a bad argument, or an alpha of 0 where H is singular.
+        InputError: an argument is invalid, or an alpha is 0 although H is singular.
     """
     hessian, (w_star, w0), tolerance = _quadratic(hessian, w_star=w_star, w0=w0)
     eigenvalues, q = np.linalg.eigh(hessian)
@@ -83,7 +82,7 @@ def path(hessian, w_star, w0, alphas):
 
 
 def _quadratic(hessian, **points):
-    """H, the points, and the size below which an eigenvalue of H is rounding; all checked, in float64."""
+    """Checks H and the points; returns them in float64, with the size below which an eigenvalue of H is rounding."""
     given, hessian = np.asarray(hessian), _finite(hessian, "hessian", 2)
     n, resolution = len(hessian), _resolution(given)
     if hessian.shape != (n, n) or np.abs(hessian - hessian.T).max() > resolution:
@@ -99,7 +98,7 @@ def _quadratic(hessian, **points):
 
 
 def _resolution(matrix):
-    """n eps ||H||_inf: what rounding in the type of `matrix` may do to one of its eigenvalues."""
+    """n eps ||H||_inf: a bound on the rounding of an eigenvalue in the dtype of `matrix`."""
     kind = np.result_type(matrix, np.float32)
     return len(matrix) * np.finfo(kind).eps * np.abs(matrix).sum(axis=-1).max()
 

@@ -1,4 +1,4 @@
-"""What can be known to be wrong with some plans before anything is trained or decoded."""
+"""Checks plans before anything is decoded or trained."""
 
 import tempfile
 
@@ -12,13 +12,13 @@ SMALL = 75  # pixels; no backbone asks for larger images
 
 
 def check_plans(plans):
-    """Checks the files, backbones, data sets and folders of some plans against each other.
+    """Checks that the files, backbones, data sets and folders of the plans fit together.
 
     Args:
         plans: a list of `Plan`.
 
     Raises:
-        InputError: the first mistake that was found.
+        InputError: names the first mistake.
     """
     for workdir in {plan.setup.workdir for plan in plans}:
         _check_writable(workdir)
@@ -47,7 +47,7 @@ def _check_writable(workdir):
 
 
 def _check_weights(setup):
-    """Checks that the weights are there, say how they see pixels, and take the images of the recipe."""
+    """Checks that the weights exist, name their pixel format and accept the recipe's images."""
     if setup.backbone not in zoo.BACKBONES:
         raise InputError(f"The backbone {setup.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
     zoo.pixels_of(None if setup.weights == "none" else setup.weights, setup.pixels)
@@ -66,12 +66,12 @@ def _check_weights(setup):
 
 
 def _units_of(setup):
-    """How many units the backbone has; 0 if they cannot be told."""
+    """Returns the number of units of the backbone; 0 if it has no recognisable units."""
     try:
         model = zoo.backbone(setup.backbone, 2, **setup.shape)
     except InputError:
         raise
-    except ValueError as error:  # of Keras, which says how large they must be, or that a layer has nothing left to see
+    except ValueError as error:  # Keras: the image is below the least size, or a layer would get an empty input
         raise InputError(
             f"Images of {setup.shape['image_size']} pixels are too small for the backbone {setup.backbone} "
             f"({_first_line(error)}): give a larger --crop."
@@ -84,7 +84,7 @@ def _first_line(error):
 
 
 def _check_data(plan, found):
-    """Checks the data sets of a plan, kept in `found`, against its folds and weights."""
+    """Checks the data sets of a plan against its folds and weights; caches them in `found`."""
     setup, places = plan.setup, plan.setup.places
 
     def load(spec, **options):
@@ -104,10 +104,10 @@ def _check_data(plan, found):
 
 
 def check_classes(count, source):
-    """Checks the number of classes of a pre-trained model against its source data.
+    """Checks that a pre-trained model has as many classes as its source data.
 
     Raises:
-        InputError: they differ.
+        InputError: the numbers differ.
     """
     if count != len(source.classes):
         raise InputError(

@@ -1,6 +1,6 @@
-"""The settings of a command as plain values: the plans that they describe, and the TOML file that repeats a run.
+"""Turns the flags of train.py into plans, and a run back into the TOML file that repeats it.
 
-Each value has the name of a flag of train.py. A value that is missing or None is by default what the flag says it is.
+Values are keyed by flag name. A value that is missing or None takes the default of its flag.
 """
 
 import dataclasses
@@ -16,11 +16,11 @@ from l2sp_tf.models.zoo import input_shape
 from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
-DEFAULT_FOLDS = 5  # of an experiment
+DEFAULT_FOLDS = 5  # for --experiment
 DIGITS = ("digits/source", "digits/target")
-SWEPT = ("alpha", "beta", "learning_rate")  # fields of a recipe that a command gives as lists
+SWEPT = ("alpha", "beta", "learning_rate")  # recipe fields that the flags give as lists
 RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.name not in (*SWEPT, "images")] + list(IMAGES)
-# fields of a plan whose flags have their name and value
+# plan fields whose flag has the same name and value
 PLAIN = (
     *("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every"),
     *("deterministic", "distribute", "backbone"),
@@ -30,13 +30,13 @@ OF_BACKBONE = ("backbone", "widths", "depths", "block")
 
 
 def plans_of(values):
-    """The plans that some settings describe: one for each source and target, or those of an experiment.
+    """Makes one plan for each pair of source and target, or the plans of an experiment.
 
     Args:
-        values: a dict from the name of a flag to its value.
+        values: a dict from flag name to value.
 
     Raises:
-        InputError: a value is wrong, or two contradict each other.
+        InputError: a value is wrong, or two values contradict each other.
     """
     load_registered()
     for name in ("target", "weights", "penalty"):
@@ -61,7 +61,7 @@ def plans_of(values):
 
 
 def default_workdir(targets):
-    """The folder of a task that was given none: runs/ and the name of its data set."""
+    """Returns the default workdir of a task: runs/ and the name of its data set."""
     names = []
     for target in targets:
         path = pathlib.PurePath(_counted(target)[0])
@@ -71,17 +71,17 @@ def default_workdir(targets):
 
 
 def _counted(target):
-    """A target's name, and the number of training images a class behind its @ or None."""
+    """Splits "name@count" into the target's name and its training images per class, or None."""
     name, _, count = target.rpartition("@")
     return (name, int(count)) if name and count.isascii() and count.isdigit() else (target, None)
 
 
 def _plan(values, source, weights, target, targets):
-    """The plan of one pair of tasks."""
+    """Makes the plan of one source and one target."""
     target, per_class = _counted(target)
     per_class = values.get("per_class") if per_class is None else per_class
     is_digits = target == DIGITS[1]
-    if weights == "none" and source is None and not is_digits:  # no source is then the mistake, if there is such a target
+    if weights == "none" and source is None and not is_digits:  # an unknown target is reported before the missing source
         load_dataset(target, per_class=per_class, protocol=values.get("protocol") or "paper", data_dir=values.get("data_dir"))
     recipe, source_recipe = recipes_of(values, weights, is_digits)
     penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
@@ -115,12 +115,12 @@ def _plan(values, source, weights, target, targets):
 
 
 def recipes_of(values, weights, is_digits):
-    """The recipes of fine-tuning and of training a source model, for weights given as to `--weights`."""
+    """Returns the recipes of fine-tuning and of training a source model; `weights` is a value of `--weights`."""
     recipe = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
     recipe = Recipe.digits(recipe) if is_digits else recipe
     given = {name: values[name] for name in RECIPE if values.get(name) is not None}
     if "crop" not in given and (side := _side_of(weights)) is not None:
-        # the paper resizes to 256 for crops of 224: another size keeps that ratio
+        # keeps the paper's ratio: it resizes to 256 for crops of 224
         given = {"resize": max(side, round(recipe.images.resize * side / recipe.images.crop)), **given, "crop": side}
     if "mean" in given:
         given["mean"] = given["mean"][0] if len(given["mean"]) == 1 else tuple(given["mean"])
@@ -138,7 +138,7 @@ def recipes_of(values, weights, is_digits):
 
 
 def _side_of(weights):
-    """The side of the square images that a `.keras` file takes; None for other weights, or if it takes any."""
+    """Returns the side of the square images that a `.keras` file takes; None for other weights or for any size."""
     if not weights.endswith(".keras"):
         return None
     height, width, _ = input_shape(weights) or (None, None, None)
@@ -148,7 +148,7 @@ def _side_of(weights):
 
 
 def _frozen(values):
-    """The numbers of frozen units; None for all."""
+    """Returns the numbers of frozen units; None for "all"."""
     given = [str(value) for value in values.get("frozen") or []]
     if "all" not in given:
         return _numbers(values, "frozen", int) or (0,)
@@ -158,7 +158,7 @@ def _frozen(values):
 
 
 def _penalties(given, experiment):
-    """The symbols, and the strengths by symbol, of penalties such as l2_sp or l2_sp:0.1:1."""
+    """Parses penalties such as l2_sp or l2_sp:0.1:1 into symbols and strengths by symbol."""
     strengths, symbols = {}, []
     for text in given:
         symbol, *numbers = text.split(":")
@@ -182,7 +182,7 @@ def _fisher(values):
     names = ("mode", "samples", "images", "batch", "tolerance")
     given = {name: values[f"fisher_{name}"] for name in names if values.get(f"fisher_{name}") is not None}
     if given.get("mode") == "exact":
-        given.pop("samples", None)  # `unused` says so
+        given.pop("samples", None)  # `unused` reports it
     texts = [text for text in values.get("fisher_transforms") or [] if text]
     if not texts:
         return FisherPlan(**given)
@@ -211,10 +211,10 @@ def _numbers(values, name, kind):
 
 
 def _whole_paths(name, given):
-    """Puts a path with commas together again that a flag was split at.
+    """Rejoins a path that was split at its commas.
 
     Raises:
-        InputError: its parts are paths too, so that both could be meant.
+        InputError: the joined path exists, but one of its parts exists too, or other values stand beside it.
     """
     paths = list(given)
     for first in range(len(paths)):
@@ -229,18 +229,18 @@ def _whole_paths(name, given):
 
 
 def _lies_there(text):
-    """Whether a text names a file, a folder or a part of a zip, with or without a number of images behind it."""
+    """Whether a text names a file, a folder or a member of a zip, with or without "@count"."""
     path = pathlib.Path(_counted(text)[0])
     return path.exists() or any(parent.suffix.lower() == ".zip" and parent.is_file() for parent in path.parents)
 
 
 def unused(values, given, plans):
-    """Pairs of a flag that was given and why it has no effect.
+    """Lists the given flags that have no effect, as pairs (flag, reason).
 
     Args:
         values: as in `plans_of`.
-        given: the names of the flags that were given.
-        plans: what `plans_of` makes of the values.
+        given: the names of the given flags.
+        plans: the result of `plans_of(values)`.
     """
     reasons = {}
     if all(plan.setup.is_whole_model for plan in plans):
@@ -269,7 +269,7 @@ def unused(values, given, plans):
 
 
 def _fixed(values):
-    """What an experiment does not take from its flags, and why."""
+    """Returns the flags that an experiment ignores, with the reasons."""
     experiment = values.get("experiment")
     if experiment is None:
         return {}
@@ -286,14 +286,14 @@ def _fixed(values):
 
 
 def values_of(plan, setting):
-    """The settings that repeat one run of a plan; of a run on a fold, that repeat all folds of its setting.
+    """Returns the flags that repeat one run of a plan; for a run on a fold, all folds of its setting.
 
     Args:
         plan: a `Plan`.
-        setting: a `Setting` of it.
+        setting: one of its `Setting`s.
 
     Returns:
-        A dict from the name of a flag to its value.
+        A dict from flag name to value.
     """
     recipe, fisher = plan.setup.recipe, plan.setup.fisher
     of_plan, setup = plan.values(), plan.setup
@@ -321,12 +321,12 @@ def values_of(plan, setting):
 
 
 def text_of(plan, setting):
-    """The TOML file that `train.py --config` takes to repeat a run; it says so itself where it cannot."""
+    """Returns the TOML text with which `train.py --config` repeats a run; a comment lists the fields that no flag can set."""
     values = values_of(plan, setting)
     plans = plans_of(values)
     idle = {name for name, _ in unused(values, set(values), plans)}
     fewer = {name: value for name, value in values.items() if name not in idle}
-    if plans_of(fewer) == plans:  # else they tell the run from others all the same
+    if plans_of(fewer) == plans:  # otherwise these flags still distinguish the run
         values = fewer
     lines = [f"# Repeats {setting}: python train.py --config=FILE"]
     if setting.fold is not None:
@@ -337,7 +337,7 @@ def text_of(plan, setting):
 
 
 def _unsaid(plan, setting, values):
-    """The fields of a plan that its values do not give back."""
+    """Lists the fields of a plan that its flags cannot restore."""
     (again,) = plans_of(values)
     made = {"penalties": (setting.symbol,), "strengths": {setting.symbol: (setting.alpha,)}, "alphas": ()}
     made |= {"betas": (setting.beta,), "learning_rates": (setting.learning_rate,), "frozen": (setting.frozen,)}
@@ -350,7 +350,7 @@ def _unsaid(plan, setting, values):
 
 
 def _toml(value):
-    """A value as TOML writes it."""
+    """Formats a value as TOML."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Where the runs of an experiment are computed: here, one after the other, or on a Ray cluster."""
+"""Computes the runs of an experiment in this process, one after the other, or on a Ray cluster."""
 
 from l2sp_tf.files.errors import InputError
 
@@ -9,21 +9,20 @@ RETRIES = 3
 def run_jobs(function, jobs, *, engine="local", cpus=1, gpus=0, say=print):
     """Calls a function with each job, and returns the results in the order of the jobs.
 
-    With "ray", jobs run at the same time wherever the cluster has room for them, and a job whose
-    worker died is run again, up to 3 times. A job that raises an error is not run again; the others
-    are finished before the first error is raised. The cluster is that of `RAY_ADDRESS`, or one made
-    of this machine.
+    With "ray", jobs run in parallel as far as the cluster has room. If a worker dies, its job is retried up to 3 times.
+    A job that raises is not retried; the other jobs finish, then the first error is raised. The cluster is the one at
+    `RAY_ADDRESS`, or a local one on this machine.
 
     Args:
-        function: of one job, importable by its name; it leaves its results on a disk that all workers see.
+        function: takes one job; importable by name. It writes its results to a disk that all workers share.
         jobs: a list of picklable values.
         engine: "local" or "ray".
-        cpus, gpus: what each job asks of the cluster; parts of a GPU are allowed.
-        say: called with a line of text when Ray has finished a job.
+        cpus, gpus: resources of each job; fractions of a GPU are allowed.
+        say: called with a line of text whenever Ray finishes a job.
 
     Raises:
-        InputError: the engine is unknown or not installed, no machine of the cluster has what a job
-            asks for, or a worker died too often.
+        InputError: the engine is unknown or not installed, no machine of the cluster has the resources, or a worker
+            died too often.
     """
     if engine not in ENGINES:
         raise InputError(f"The engine {engine!r} is unknown: give one of {', '.join(ENGINES)}.")
@@ -45,7 +44,7 @@ def _ray():
 def _run_on_ray(ray, function, jobs, cpus, gpus, say):
     if not any(node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus for node in _nodes(ray)):
         raise InputError(f"No machine of the Ray cluster has {cpus} CPUs and {gpus} GPUs: ask for less a run.")
-    # a worker keeps what it has prepared for its next job; Ray runs a job again only if its worker died
+    # a worker reuses its prepared start for the next job; Ray retries a job only if its worker died
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)(lambda job: function(job))
     remote = remote.options(name="l2sp_tf")
     places = {remote.remote(job): place for place, job in enumerate(jobs)}

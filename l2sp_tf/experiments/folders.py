@@ -1,4 +1,4 @@
-"""The folder of a run: its model, how its images are made, what it answers on new ones, and what it kept."""
+"""Reads the folder of a run: its model, its image settings, its predictions on new images and its retention report."""
 
 import pathlib
 import warnings
@@ -19,24 +19,24 @@ from l2sp_tf.models.pixels import Interface, PixelFormat, three_numbers
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.training.recipe import Recipe
 
-# The squashed images of section 4.1, whose crop is 224 of 256.
+# Section 4.1 squashes images to 256 and takes crops of 224.
 USUAL = {"resize_mode": "squash", "resize_filter": "area"}
 
 
 def interface_at(path, model, **given):
-    """The `Interface` of a `.keras` file.
+    """Returns the `Interface` of a `.keras` file.
 
-    A file that a run left says it; for one of an earlier version the `run.json` beside it does. Where neither is there, it is
-    made of what is given, and one warning tells what had to be assumed.
+    A run stores it in the file; an earlier version stored it in the `run.json` beside it. Without either, it is made from
+    the given values, and one warning lists the assumed ones.
 
     Args:
-        path: of the file.
-        model: what `models.load_model` read from it.
+        path: the file.
+        model: the model that `zoo.load_model` read from it.
         given: any of `pixels` (a `PixelFormat` or a name), `mean` (three numbers), `resize`, `resize_mode` and
-            `resize_filter`; None for what was not given.
+            `resize_filter`; None counts as missing.
 
     Raises:
-        InputError: the file is damaged, contradicts what is given, or leaves its pixel format open.
+        InputError: the file is damaged, contradicts a given value, or has no known pixel format.
     """
     if not given.keys() <= {"pixels", "mean", "resize", *USUAL}:
         raise TypeError(f"interface_at takes pixels, mean, resize, {', '.join(USUAL)}, not {', '.join(given)}")
@@ -61,10 +61,10 @@ def interface_at(path, model, **given):
 
 
 def _side(model):
-    """The height and width of the images that a model takes.
+    """Returns the side of the square images that a model takes.
 
     Raises:
-        InputError: it takes no square images of a fixed size.
+        InputError: its input is not square images [b, n, n, 3] of a fixed size.
     """
     shape = getattr(model, "input_shape", None)
     if not isinstance(shape, tuple) or len(shape) != 4 or not isinstance(shape[1], int) or shape[1:] != (shape[1], shape[1], 3):
@@ -73,7 +73,7 @@ def _side(model):
 
 
 def _of_record(path):
-    """The `Interface` that the record of a run tells, or None where there is none."""
+    """Reads the `Interface` from the record of a run; None if there is none."""
     if not path.is_file():
         return None
     record = read_record(path)
@@ -91,7 +91,7 @@ def _of_record(path):
 
 
 def _made_of(path, crop, given):
-    """The `Interface` of a file that says at most how its weights see pixels."""
+    """Makes the `Interface` of a file that stores a pixel format at most."""
     pixels = zoo.pixels_of(path, given.get("pixels"))
     if "mean" in given:
         if zoo.stored_pixels(path) is not None and pixels.mean not in (None, three_numbers("mean", given["mean"])):
@@ -108,15 +108,15 @@ def _made_of(path, crop, given):
 
 
 def _said(value):
-    """A value as its flag takes it."""
+    """Formats a value as its flag takes it."""
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 def model_file(folder):
-    """The path of the model in the folder of a run.
+    """Returns the path of the model in the folder of a run.
 
     Raises:
-        InputError: there is none; the sentence says why, or names a run that lies below.
+        InputError: there is none; the message gives the reason, or names a run in a subfolder.
     """
     path = pathlib.Path(folder) / "model.keras"
     if path.is_file():
@@ -133,7 +133,7 @@ def model_file(folder):
 
 
 def report_of_run(folder):
-    """The report of a run that `train.py` left in a folder; its accuracies and R² are those of its record.
+    """Reports on a run of `train.py` from its folder; accuracies and R² come from its record.
 
     Raises:
         InputError: the folder has no `run.json`, `model.keras` or `anchors.safetensors`, or its run diverged.
@@ -157,24 +157,24 @@ def report_of_run(folder):
 
 
 def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=None, **given):
-    """The report of a `.keras` file and its anchors; source images are made as the file says.
+    """Reports on a `.keras` file and its anchors; source images are prepared by the file's `Interface`.
 
     Args:
         model, anchors: the paths.
-        source: the source task as `data.load_dataset` takes it, or None.
-        pretrained: the path of the `.keras` file that it started from, where it cannot be had from the anchors.
-        data_dir: where TensorFlow Datasets keeps its sets.
-        given: where the file does not say it, how images are made, as `interface_at` takes it.
+        source: the source task as `load_dataset` takes it, or None.
+        pretrained: the path of the `.keras` file that training started from, if the anchors cannot restore it.
+        data_dir: the folder of TensorFlow Datasets.
+        given: image settings that the file lacks, as `interface_at` takes them.
 
     Raises:
-        InputError: a file is missing or damaged, or they do not fit.
+        InputError: a file is missing or damaged, or the files do not fit together.
     """
     tuned, w0 = zoo.load_model(model), Anchors.load(anchors)
     task, crops = None, 1
     if source is not None:
         interface = interface_at(model, tuned, **given)
         dataset, crops = load_dataset(source, data_dir=data_dir), interface.crops
-        # not the mean in the file, which may be that of the target's images, but one that is chosen as that was
+        # the file's mean may be that of the target's images: apply the same choice of mean to the source
         mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
         task = prepare(dataset, preprocessing_for(interface), mean=mean)
     start = None if pretrained is None else zoo.load_model(pretrained)
@@ -190,22 +190,22 @@ def predict_images(
     skip_bad_images: bool = False,
     **given: Any,
 ) -> Predictions:
-    """The class of each image and its probability, by the same crops and scores as `evaluate`.
+    """Predicts the class of each image and its probability, with the crops and scores of `evaluate`.
 
     Args:
-        model: the path of a `.keras` file, or of the folder of a run with one; or a Keras classifier with one output.
-        images: a folder, which is searched with the folders in it, or a list of files, JPEG or PNG.
-        interface: how the images are made and which output is which class, such as the `interface` of a `Run`; of a path by
-            default what the file says. Outputs without names are called by their number.
-        batch_size: crops a step.
-        skip_bad_images: leave out what cannot be decoded, with a warning, instead of raising.
-        given: where a file does not say it, how images are made, as `interface_at` takes it.
+        model: the path of a `.keras` file or of a run's folder with one, or a Keras classifier with one output.
+        images: a folder, searched recursively, or a list of JPEG or PNG files.
+        interface: the image settings and the class of each output, such as the `interface` of a `Run`; by default
+            a path's own. Unnamed outputs are called by their number.
+        batch_size: crops per step.
+        skip_bad_images: skip undecodable images with a warning instead of raising.
+        given: image settings that the file lacks, as `interface_at` takes them.
 
     Returns:
-        `Predictions`, a folder's in the order of the paths.
+        `Predictions`; for a folder, in the order of the paths.
 
     Raises:
-        InputError: the model's file is missing or damaged, or leaves open how images are made; there is no image, or one
+        InputError: the model's file is missing or damaged, or lacks image settings; there is no image, or one
             cannot be decoded; the interface does not fit the model.
     """
     if not isinstance(model, keras.Model):
@@ -214,7 +214,7 @@ def predict_images(
 
 
 def _read(path, interface, given):
-    """The model of a `.keras` file, or of the folder of a run, and its `Interface`."""
+    """Reads the model and the `Interface` of a `.keras` file or of a run's folder."""
     if path.is_dir():
         path = model_file(path)
     model = zoo.load_model(path)

@@ -1,4 +1,4 @@
-"""What plans will take, told before they run: the disk that they fill, and the time of it all."""
+"""Forecasts the disk space and the time of plans before they run."""
 
 import contextlib
 import dataclasses
@@ -24,21 +24,21 @@ from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.training.trainer import finetune
 
 TIMED_STEPS = 12
-FIRST_STEPS = 3  # slower than those after them
-ENOUGH_SECONDS = 10  # of steps, where a step takes long
+FIRST_STEPS = 3  # slower than later ones, so left out of the median
+ENOUGH_SECONDS = 10  # slow steps are timed for no longer than this
 TIMED_IMAGES = 32
-FORWARD = 1 / 3  # of the time of a training step, by the operations
-FISHER_PASS = 1.5  # gradients a draw, see benchmarks/RESULTS.md
+FORWARD = 1 / 3  # cost of a forward pass in training steps, by operation count
+FISHER_PASS = 1.5  # cost of a draw in gradients, see benchmarks/RESULTS.md
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What is left to do from one start.
+    """The remaining work of one start.
 
     Attributes:
         made: its `Outline`.
-        left: the settings of all runs that have no record.
-        trains: whether the source model is trained for it, and not for another one.
+        left: the settings of all runs without a record.
+        trains: whether this start trains the source model; of starts that share one, only the first does.
     """
 
     made: object
@@ -47,18 +47,18 @@ class Work:
 
     @property
     def needs_fisher(self):
-        """Whether F_jj is needed."""
+        """Whether a remaining run needs F_jj."""
         return any(setting.needs_fisher for setting in self.left)
 
     @property
     def steps(self):
-        """Training steps, with those of the source model if it is trained first."""
+        """The number of training steps, including those of the source model if it is trained."""
         plan = self.made.plan
         return len(self.left) * plan.setup.recipe.iterations + self.trains * plan.setup.source_recipe.iterations
 
     @property
     def measured(self):
-        """How many times an image goes through the network when the runs, and the source model before, are measured."""
+        """The number of forward passes of one image that evaluate the runs and the source model."""
         plan, target, source = self.made.plan, self.made.target, self.made.source
         kept = 0 if source is None else len(source.test)
         crops, r2 = plan.setup.recipe.crops, len(target.train) * (self.made.units > 0)
@@ -70,7 +70,7 @@ class Work:
 
     @property
     def gradients(self):
-        """How many gradients of an image the pass for F_jj takes."""
+        """The cost of estimating F_jj, in gradients of one image."""
         if not self.needs_fisher:
             return 0
         f, source = self.made.plan.setup.fisher, self.made.source
@@ -78,7 +78,7 @@ class Work:
 
 
 class Forecast:
-    """The disk and the time of some `Work`, by what is there already.
+    """Forecasts the disk space and the time of `Work`; images already decoded on disk are not counted.
 
     Args:
         works: a list of `Work`, one for each start.
@@ -96,11 +96,11 @@ class Forecast:
             self._add_decoding(PixelStore(folder, how), how, splits)
 
     def _add_decoding(self, store, how, splits):
-        """Counts the images that are still to be decoded in one way, each once, and their bytes on disk."""
+        """Counts the images still to be decoded in one way, each once, and their bytes on disk."""
         seen = set()
         for split in splits:
             size = decoded_bytes(split, *how[:2])
-            # contents are read where some may be stored already; before that names tell images apart
+            # content keys are read only if the store may hold some of the images; otherwise names identify them
             new = set(split.names) if store.is_empty or size <= MEMORY_LIMIT_BYTES else set(store.lacks(split.keys))
             new -= seen
             seen |= new
@@ -111,7 +111,7 @@ class Forecast:
 
     @property
     def models_bytes(self):
-        """Of the models, anchors, source models and Fisher diagonals that will be written."""
+        """The bytes of the models, anchors, source models and Fisher diagonals of the remaining work."""
         total = 0
         for work in self.works:
             saved = sum(setting.fold is None for setting in work.left) * work.made.plan.save_models
@@ -120,7 +120,7 @@ class Forecast:
 
     @property
     def checkpoint_bytes(self):
-        """Of the checkpoints of one run while it trains, which are removed when it ends."""
+        """The most bytes that the checkpoints of a running run take; they are removed when it ends."""
         most = 0
         for plan, network in ((work.made.plan, work.made.network) for work in self.works if work.steps):
             written = 1 + (plan.setup.recipe.iterations - 1) // plan.checkpoint_every if plan.checkpoint_every else 1
@@ -129,7 +129,7 @@ class Forecast:
         return most
 
     def disk(self):
-        """One line on the disk."""
+        """Returns one line on disk space."""
         workdir = self.works[0].made.plan.setup.workdir
         total, free = self.pixels_bytes + self.models_bytes, shutil.disk_usage(workdir).free
         line = (
@@ -140,7 +140,12 @@ class Forecast:
         return line + (", which is not enough" if total + self.checkpoint_bytes > free else "")
 
     def time(self, seconds, decoding=0.0):
-        """One line on the time, by that of a training step of each `Work` and of the decoding of one image."""
+        """Returns one line on time.
+
+        Args:
+            seconds: of a training step, for each `Work`.
+            decoding: seconds to decode one image.
+        """
         pairs = list(zip(seconds, self.works, strict=True))
         parts = {"training": sum(step * work.steps for step, work in pairs)}
         measuring = "measuring and F_jj" if any(work.gradients for work in self.works) else "measuring"
@@ -152,7 +157,7 @@ class Forecast:
         return f"time: about {_length(sum(parts.values()))} on this machine, one run after the other ({listed})"
 
     def measured_time(self):
-        """`time`, measured here: some steps on made-up images, with random weights where no other are known, and some images."""
+        """Returns `time` after timing some training steps on made-up images and some decodings on this machine."""
         times = {}
         for work in self.works:
             times.setdefault(_network_of(work), 0.0)
@@ -161,12 +166,12 @@ class Forecast:
         return self.time([times[_network_of(work)] for work in self.works], self._seconds_per_image())
 
     def _seconds_per_image(self):
-        """The mean time of decoding one of the images that are to be decoded; the first few start it up."""
+        """Returns the mean time to decode one of the images; the first half warms up and is not counted."""
         spent = []
         for split, how in self._examples:
             for part in np.array_split(np.linspace(0, len(split) - 1, 2 * TIMED_IMAGES).astype(int), 2):
                 start = time.perf_counter()
-                with contextlib.suppress(InputError):  # a bad image is told when all are decoded
+                with contextlib.suppress(InputError):  # bad images are reported when all are decoded
                     decode(split.take(part), how[0], mode=how[1], filter=how[2], memory_limit_bytes=math.inf, every_class=False)
                 last = time.perf_counter() - start
             spent.append(last / TIMED_IMAGES)
@@ -174,7 +179,7 @@ class Forecast:
 
 
 def recorded_in(workdir):
-    """All records under a workdir, of folds too; one that is damaged is told when its run comes."""
+    """Reads all records under a workdir, folds included; skips damaged ones, which their own runs report."""
     found = []
     for pattern in ("selections/*/selection.json", "folds/*/run.json", "runs/*/run.json"):
         for path in workdir.glob(pattern):
@@ -184,13 +189,13 @@ def recorded_in(workdir):
 
 
 class Recorded:
-    """The records of runs from one start, looked up by all that is known of a run before its data are decoded.
+    """Looks up recorded runs of one start by the settings known before its data are decoded.
 
     Args:
         plan: a `Plan`.
         made: its `Outline`.
-        found: the records of its workdir, of `recorded_in`.
-        settings_of: of (plan, start, setting, task, recipe, fisher), what a record says a run's settings are.
+        found: the records of its workdir, from `recorded_in`.
+        settings_of: maps (plan, start, setting, task, recipe, fisher) to the settings of a run's record.
     """
 
     UNKNOWN = {"pixels", "source_mean", "source_mean_of", "skipped", "fisher"}
@@ -202,7 +207,7 @@ class Recorded:
             self._records.setdefault(record["settings"]["seed"], []).append(record)
 
     def has(self, setting):
-        """Whether a run of this setting is recorded; with folds, one of any strength that cross-validation chose."""
+        """Whether a run of this setting is recorded; with folds, a run at any strengths that cross-validation chose counts."""
         found = self._records.get(setting.seed, ())
         if not found or self._made.trains_source:
             return False
@@ -214,7 +219,7 @@ class Recorded:
     def _is_of(self, record, setting):
         return self._told(record["settings"]) == self._known(setting) and (not setting.needs_fisher or self._has_fisher(record))
 
-    @functools.cache  # noqa: B019  lives no longer than the plan is said
+    @functools.cache  # noqa: B019  lives only while the plan is announced
     def _known(self, setting):
         made, images = self._made, types.SimpleNamespace(skipped=())
         sides = {"train": images, "test": images, "pixels": made.pixels, "mean": np.zeros(3)}
@@ -227,12 +232,12 @@ class Recorded:
         return self._told(plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
 
     def _told(self, settings):
-        """What of the identity of a run can be told before its data are decoded."""
+        """Returns the part of a run's identity that is known before its data are decoded."""
         found = records.identity_of_run(settings)
         return {name: value for name, value in found.items() if name.partition(".")[0] not in self.UNKNOWN}
 
     def _has_fisher(self, record):
-        """Whether the F_jj of a record was estimated as the plan says."""
+        """Whether the F_jj of a record was estimated by the plan's settings."""
         f, found = self._plan.setup.fisher, record.get("fisher", {})
         transforms = [(t["name"], None if t["name"] == "normalise" else t["value"]) for t in found.get("transforms", ())]
         count = f.count(len(self._made.source.train))
@@ -242,16 +247,16 @@ class Recorded:
 
 
 def _with_strengths(setting, settings):
-    """A setting with the strengths and the rate of a record, which a search may have chosen beyond the plan's grid."""
+    """Returns the setting with the strengths and rate of a record: a search may leave the plan's grid."""
     rate = settings["recipe"]["learning_rate"]
     return dataclasses.replace(setting, alpha=settings["alpha"], beta=settings["beta"], learning_rate=rate)
 
 
 class FirstSteps(keras.callbacks.Callback):
-    """Tells the time of a training step once, from the first steps of whichever training comes first.
+    """Times the first steps of the first training, and reports the seconds per step once.
 
     Args:
-        tell: called with the seconds of a step.
+        tell: called with the seconds per step.
     """
 
     may_stop = False
@@ -274,14 +279,14 @@ class FirstSteps(keras.callbacks.Callback):
 
 
 def seconds_per_step(made, left):
-    """The median time of a training step here, after the first ones, on made-up images.
+    """Returns the median time of a training step on made-up images, the first steps left out.
 
     Args:
         made: an `Outline`.
-        left: the settings of its runs; the first one's penalty is taken, or L2-SP for those that need F_jj.
+        left: the settings of its runs. The first one's penalty is used; L2-SP stands in for a Fisher penalty.
     """
     plan, times = made.plan, []
-    recipe = plan.setup.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # which cannot diverge
+    recipe = plan.setup.recipe.replace(iterations=TIMED_STEPS, decay_at=None, learning_rate=1e-12)  # cannot diverge
     classes, rng = made.target.classes, np.random.default_rng(0)
     pixels = rng.integers(0, 256, (min(recipe.batch_size, 64), recipe.images.resize, recipe.images.resize, 3), np.uint8)
     images = Images(pixels, np.arange(len(pixels), dtype=np.int32) % len(classes))
@@ -301,7 +306,7 @@ def seconds_per_step(made, left):
 
 
 def _network_of(work):
-    """What the time of a step depends on."""
+    """Returns the settings for which works share one measured step time."""
     setup = work.made.plan.setup
     return setup.backbone, setup.weights, setup.widths, setup.depths, setup.block, repr(setup.recipe)
 
@@ -311,7 +316,7 @@ def _bytes(network):
 
 
 def _size(count):
-    """A number of bytes in words."""
+    """Formats a number of bytes."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -319,5 +324,5 @@ def _size(count):
 
 
 def _length(seconds):
-    """A time in words: hours, minutes and seconds."""
+    """Formats seconds as h:mm:ss."""
     return str(datetime.timedelta(seconds=round(seconds)))

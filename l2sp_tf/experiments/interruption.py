@@ -1,16 +1,19 @@
-"""What a command that was stopped leaves, read from the disk."""
+"""Reports what an interrupted command left on disk."""
 
 from l2sp_tf.training.checkpoints import Checkpoints
 
-CLOCK = 1.0  # seconds by which the clock of a disk may be behind
+CLOCK = 1.0  # seconds by which a disk's clock may lag
 
 
 def kept(plans, since):
-    """Lines that say which runs are finished, and at which step those that were under way are saved.
+    """Lists the finished runs, and the last saved step of each unfinished run.
 
     Args:
-        plans: the plans that were run.
-        since: when the command began, by `time.time()`.
+        plans: the plans of the command.
+        since: the start of the command, by `time.time()`.
+
+    Returns:
+        A list of lines.
     """
     lines = []
     lengths = {"sources": {plan.setup.source_recipe.iterations for plan in plans}}
@@ -28,7 +31,7 @@ def kept(plans, since):
 
 
 def _touched(folder):
-    """When anything in a folder was last written."""
+    """Returns the time of the last write to a folder or its entries."""
     return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
 
 

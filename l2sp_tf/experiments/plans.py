@@ -1,4 +1,4 @@
-"""Plans: what to run for a pair of tasks, and for each table and figure of the paper."""
+"""Plans the runs of a pair of tasks, and of each table and figure of the paper."""
 
 import dataclasses
 import itertools
@@ -19,28 +19,28 @@ PENALTIES_OF = {"figure_1": ("l2_sp",), "figure_2": PAPER, "figure_3": ("l2", "l
 FIGURE_1_BETAS = (0.0, 0.001, 0.01, 0.1)
 MOST_FROZEN = 8
 MOST_SEEDS = 2**32
-LARGE, LARGE_SAMPLE = 50_000, 10_000  # of a source with more training images than the first, so many are looked at
+LARGE, LARGE_SAMPLE = 50_000, 10_000  # a source with more than LARGE training images is sampled to LARGE_SAMPLE
 PROTOCOLS = ("paper", "authors")
 
 
 def sample_size(available):
-    """How many of so many training images of a source are looked at where all of them need not be."""
+    """Returns how many of the `available` source images suffice for a mean or F_jj: all, or LARGE_SAMPLE of many."""
     return available if available <= LARGE else LARGE_SAMPLE
 
 
 @dataclasses.dataclass(frozen=True)
 class FisherPlan:
-    """How the Fisher diagonal is estimated, on central crops of the source's training images in random order.
+    """Settings of the Fisher estimate on central crops of the source's training images, in random order.
 
     Attributes:
         mode, samples, tolerance: as `fisher_diagonal` takes them.
-        images: how many images; None for all, and for LARGE_SAMPLE of a source with more than LARGE.
-        batch: images a batch.
-        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None; by default F_jj is
-            divided by its mean, as the grids of the Fisher penalties are for an F_jj of mean 1. Empty for the raw one.
+        images: number of images; None for all, or for LARGE_SAMPLE of a source with more than LARGE.
+        batch: images per batch.
+        transforms: pairs of a method of `Fisher` ("clip", "epsilon", "normalise") and its value or None, in order. By default
+            F_jj is divided by its mean, as the grids of the Fisher penalties assume a mean of 1. Empty keeps the raw F_jj.
 
     Raises:
-        InputError: a value is of another type or out of its range.
+        InputError: a value has the wrong type or is out of range.
     """
 
     mode: str = "rademacher"
@@ -71,7 +71,7 @@ class FisherPlan:
                 fields.number(f"The Fisher transform {name}", value, above=0)
 
     def count(self, available):
-        """How many of so many training images are taken."""
+        """Returns how many of the `available` training images are used."""
         return min(sample_size(available) if self.images is None else self.images, available)
 
 
@@ -82,7 +82,7 @@ def needs_fisher(symbol):
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run: a penalty's symbol and strengths, the learning rate, how many units are frozen, the seed, and the fold or None."""
+    """One run: a penalty's symbol, its strengths, learning rate, number of frozen units and seed; the fold, or None."""
 
     symbol: str
     alpha: float
@@ -93,12 +93,12 @@ class Setting:
     fold: int | None = None
 
     def on_fold(self, fold):
-        """The same on a fold of cross-validation, whose number is the seed too."""
+        """Returns this setting on a fold of cross-validation, with the fold's number as seed."""
         return dataclasses.replace(self, seed=fold, fold=fold)
 
     @property
     def penalty(self):
-        """The penalty itself."""
+        """The penalty with this setting's alpha."""
         return PENALTIES[self.symbol](self.alpha)
 
     @property
@@ -114,26 +114,26 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What the runs of a plan start from: two tasks, a pre-trained network, and how both are made.
+    """The origin of all runs of a plan: two tasks, a pre-trained network, and their settings.
 
     Attributes:
-        workdir: the folder that gets anchors/, sources/ and runs/.
-        source, target: data sets, as `load_dataset` takes them; source may be None if the
-            weights come from elsewhere, and then nothing is measured on the source task.
+        workdir: the folder for anchors/, sources/ and runs/.
+        source, target: data sets, as `load_dataset` takes them. `source` may be None if the weights are given; then
+            source accuracy is not measured.
         backbone: as `zoo.backbone` takes it, with widths, depths and block.
         weights: "none" to train the source model from scratch, "imagenet", or a file.
-        recipe, source_recipe: of fine-tuning and of training from scratch.
-        pixels: "rgb", "bgr" or "torch": how the weights see pixels, where their file does not say.
-        per_class: training images a class of the target; None for all.
-        subset_seed: draws them at random; None as `load_dataset` takes it.
-        protocol: whose splits: "paper" or "authors".
-        data_dir: where TensorFlow Datasets keeps its sets; None for its own default.
-        skip_bad_images: leave out images that cannot be decoded.
-        fisher: how the Fisher penalties get their F_jj, a `FisherPlan`.
-        deterministic: whether TensorFlow's operations are made to repeat to the bit.
+        recipe, source_recipe: for fine-tuning and for training from scratch.
+        pixels: "rgb", "bgr" or "torch": the pixel format of the weights, if their file lacks it.
+        per_class: training images per class of the target; None for all.
+        subset_seed: the seed that draws them; None as `load_dataset` takes it.
+        protocol: the splits of the "paper" or the "authors".
+        data_dir: the folder of TensorFlow Datasets; None for its default.
+        skip_bad_images: skip images that cannot be decoded.
+        fisher: the `FisherPlan` for the Fisher penalties.
+        deterministic: make TensorFlow's operations repeat to the bit.
 
     Raises:
-        InputError: a value is of another type or out of its range, or two of them contradict each other.
+        InputError: a value has the wrong type or is out of range, or two values contradict each other.
     """
 
     workdir: pathlib.Path
@@ -171,44 +171,44 @@ class Setup:
             raise InputError("mean is weights, but weights=none has no mean yet: give --mean=training or three numbers.")
 
     def key(self):
-        """Equal for plans whose runs start from the same data and model."""
+        """Returns a text that is equal for setups with the same data and model."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return json.dumps(own | {"recipe": plain(self.recipe), "source_recipe": plain(self.source_recipe)}, default=repr)
 
     @property
     def is_whole_model(self):
-        """Whether the weights are a `.keras` file, which is a network too."""
+        """Whether the weights are a `.keras` file, which includes the network."""
         return str(self.weights).endswith(".keras")
 
     @property
     def places(self):
-        """Where data sets are found and kept, as `load_dataset` takes it."""
+        """The protocol and folders of data sets, as `load_dataset` takes them."""
         return {"protocol": self.protocol, "data_dir": self.data_dir, "cache_dir": self.workdir / "cache"}
 
     @property
     def shape(self):
-        """The size of the backbone's images and of the small one's stages, as `zoo.backbone` takes them."""
+        """The image size, and the stages of the small backbone, as `zoo.backbone` takes them."""
         return {"image_size": self.recipe.images.crop, "widths": self.widths, "depths": self.depths, "block": self.block}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What is varied: the product of penalties, strengths, learning rates, frozen units and seeds.
+    """The varied settings: the product of penalties, strengths, learning rates, frozen units and seeds.
 
     Attributes:
         penalties: symbols of PENALTIES.
         seeds: one run for each.
-        alphas: strengths of the penalties that `strengths` does not name; empty for the recipe's own of each penalty
-            (with folds: its grid).
-        betas, learning_rates: more values than the recipe's one; empty for that.
-        strengths: by symbol the strengths of a penalty that has its own.
-        frozen: how many of the first units are frozen, a run for each number; None for up to 8
-            numbers spread over all units but the last (Fig. 3).
-        folds: with 2 or more, cross-validation on the target's training images chooses one of the
-            alphas, betas and learning rates for each penalty, and only that one is run.
+        alphas: strengths of all penalties that `strengths` does not name. Empty takes each penalty's alpha from the recipe;
+            with folds, its grid.
+        betas, learning_rates: replace the recipe's value; empty keeps it.
+        strengths: strengths of single penalties, by symbol.
+        frozen: numbers of frozen first units, one run for each. None spreads up to 8 numbers over all units but the
+            last (Fig. 3).
+        folds: with 2 or more, cross-validation on the target's training images chooses alpha, beta and learning rate
+            for each penalty; only that choice is run. 0 for none.
 
     Raises:
-        InputError: a value is of another type or out of its range, or two of them contradict each other.
+        InputError: a value has the wrong type or is out of range, or two values contradict each other.
     """
 
     penalties: tuple
@@ -258,10 +258,10 @@ class Sweep:
         return any(map(needs_fisher, self.penalties))
 
     def check_frozen(self, units):
-        """Checks the numbers of frozen units against how many the backbone has, 0 if they cannot be told.
+        """Checks the numbers of frozen units against the backbone's number of units (0 if it has no recognisable units).
 
         Raises:
-            InputError: more are to be frozen than can be.
+            InputError: `frozen` exceeds the number of units that can be frozen.
         """
         most = max(units - 1, 0)
         if max(self.frozen or (0,)) > most:
@@ -270,15 +270,15 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to run: a sweep from one setup.
+    """A sweep from one setup.
 
     Attributes:
         setup: the `Setup`.
         sweep: the `Sweep`.
         save_models: keep each fine-tuned model beside its record.
-        checkpoint_every: steps between two checkpoints of a run; 0 for none but the last step's.
-        distribute: the devices that each training is spread over, a kind of `devices.make_strategy`.
-        jit_compile: whether XLA compiles the training steps, as in `Execution`; not part of what tells runs apart.
+        checkpoint_every: steps between two checkpoints of a run; 0 saves the last step only.
+        distribute: the devices of each training, a kind of `devices.make_strategy`.
+        jit_compile: whether XLA compiles the training steps, as in `Execution`; not part of a run's key.
 
     Raises:
         InputError: the setup cannot serve the sweep.
@@ -298,30 +298,30 @@ class Plan:
                 raise InputError(f"The penalty {symbol} needs source images for its Fisher diagonal: give them with --source.")
             if self.setup.recipe.penalty_step == "decoupled":
                 Decoupled.check(PENALTIES[symbol](1.0))
-            self.axes(symbol)  # raises where nobody gives its alphas
+            self.axes(symbol)  # raises if no alphas are known
 
     @classmethod
     def of(cls, **values):
-        """The plan of values that have the names of attributes of its setup, of its sweep, or of its own."""
+        """Makes a plan from values named after the attributes of `Setup`, `Sweep` and `Plan`."""
         parts = {part: {name: values.pop(name) for name in names if name in values} for part, names in PARTS.items()}
         return cls(**values, setup=Setup(**parts["setup"]), sweep=Sweep(**parts["sweep"]))
 
     def replace(self, **changes):
-        """A copy with other values, named as in `of`."""
+        """Returns a copy with some values changed, named as in `of`."""
         return Plan.of(**{**self.values(), **changes})
 
     def values(self):
-        """Its values as `of` takes them."""
+        """Returns its values as `of` takes them."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in PARTS}
         return own | {name: getattr(getattr(self, part), name) for part, names in PARTS.items() for name in names}
 
     @property
     def devices(self):
-        """The `Devices` that each training is spread over."""
+        """The `Devices` of each training."""
         return Devices.of(self.distribute)
 
     def axes(self, symbol):
-        """The alphas, betas and learning rates of a penalty, by name, each once."""
+        """Returns the distinct alphas, betas and learning rates of a penalty, by name."""
         recipe, sweep = self.setup.recipe, self.sweep
         published = recipe.grid_for if sweep.folds else lambda symbol: (recipe.alpha_for(symbol),)
         alphas = sweep.strengths.get(symbol) or sweep.alphas or published(symbol)
@@ -330,20 +330,21 @@ class Plan:
         return {name: tuple(dict.fromkeys(values)) for name, values in axes.items()}
 
     def grid(self, symbol):
-        """The settings of a penalty: the product of alphas, betas and learning rates, in that order."""
+        """Returns the settings of a penalty: the product of its alphas, betas and learning rates, in that order."""
         return [Setting(symbol, *combination) for combination in itertools.product(*self.axes(symbol).values())]
 
     def trials(self):
-        """What cross-validation runs: every setting of every penalty on every fold."""
+        """Returns the runs of cross-validation: every setting of every penalty on every fold."""
         settings = (setting for symbol in dict.fromkeys(self.sweep.penalties) for setting in self.grid(symbol))
         return [setting.on_fold(fold) for setting in settings for fold in range(self.sweep.folds)]
 
     def runs(self, units=0, chosen=None):
-        """What is run on all training images.
+        """Yields the settings to run on all training images.
 
         Args:
-            units: how many units the backbone has; needed where `frozen` is None.
-            chosen: the setting of each penalty that cross-validation chose, by symbol; of penalties without one nothing is run.
+            units: the backbone's number of units; needed if `frozen` is None.
+            chosen: the setting that cross-validation chose for each penalty, by symbol. Penalties without one are skipped.
+                None runs the whole grid.
         """
         sweep = self.sweep
         frozen = sweep.frozen if sweep.frozen is not None else spread(max(units - 1, 0), MOST_FROZEN)
@@ -357,21 +358,21 @@ PARTS = {part: [field.name for field in dataclasses.fields(kind)] for part, kind
 
 
 def spread(last, most):
-    """The whole numbers from 0 to `last`, or `most` of them evenly spread."""
+    """Returns the whole numbers from 0 to `last`, or `most` of them, evenly spread."""
     count = min(most, last + 1)
     return tuple(round(i * last / max(count - 1, 1)) for i in range(count))
 
 
 def study(name, plan):
-    """The plans that a table or a figure of the paper needs, made from one for its data, weights and recipe.
+    """Makes the plans of a table or a figure of the paper from a plan with its data, weights and recipe.
 
-    Tables 2 and 3 and Fig. 4 compare L2, L2-SP and L2-SP-Fisher, Fig. 2 all penalties, under settings that
-    cross-validation chose. Fig. 3 freezes the first units under L2 and L2-SP. Fig. 1 runs L2-SP over alpha and beta.
+    Tables 2 and 3 and Fig. 4 compare L2, L2-SP and L2-SP-Fisher; Fig. 2 compares all penalties. Cross-validation chooses
+    their settings. Fig. 3 freezes the first units under L2 and L2-SP. Fig. 1 runs L2-SP over alpha and beta.
 
     Args:
         name: one of STUDIES.
-        plan: a `Plan`; its penalties do not count, and its strengths, alphas, betas and learning rates are searched.
-            Fig. 1 has one seed, the first, and one learning rate: the plan's where it has one, or the recipe's.
+        plan: a `Plan`. Its penalties are ignored; its strengths, alphas, betas and learning rates are searched.
+            Fig. 1 uses the first seed, and one learning rate: the plan's if it has exactly one, else the recipe's.
 
     Raises:
         InputError: the name is unknown, or the Fisher penalties lack source images.

@@ -1,4 +1,4 @@
-"""run.json and selection.json: what was run and what was chosen, the only things that tables and figures read."""
+"""Writes, reads and checks run.json and selection.json, the only input of tables and figures."""
 
 import hashlib
 import json
@@ -13,41 +13,41 @@ from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
 
 FORMAT = "l2sp_tf.run.v2"
-FIRST_FORMAT = "l2sp_tf.run.v1"  # does not say by which code it was made
+FIRST_FORMAT = "l2sp_tf.run.v1"  # lacks the version of the code
 SELECTION = "l2sp_tf.selection.v1"
 SETTINGS = {"source": str, "target": str, "penalty": str, "alpha": float, "beta": float, "seed": int}
 REQUIRED = {"settings": SETTINGS, "coverage": {"digest": str}, "anchors": {"digest": str}, "versions": {}}
 ACCURACY = {"accuracy": float, "correct": int, "total": int}
-BOX = ("whislo", "q1", "med", "q3", "whishi")  # of R², None where no feature varies
+BOX = ("whislo", "q1", "med", "q3", "whishi")  # of R²; None if no feature varies
 CHOICE = {"alpha": "alpha", "beta": "beta", "recipe.beta": "beta", "recipe.learning_rate": "learning_rate"}
-WITHOUT_EFFECT = ("recipe.alpha", "recipe.log_every")  # strengths that other penalties would have had, and how often is logged
+WITHOUT_EFFECT = ("recipe.alpha", "recipe.log_every")  # the strengths of other penalties, and the logging interval
 
 
 def run_key(settings):
-    """Sixteen hexadecimal digits that name a run: equal settings, equal key."""
+    """Returns the sixteen hexadecimal digits that name a run; equal settings give equal keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def identity(settings):
-    """What tells a row from others: all that its runs' results depend on but the seed, as a flat dict.
+    """Returns the identity of a row: everything its results depend on except the seed and fold, as a flat dict.
 
-    Settings within the recipe and other dicts are called by both names, as in "recipe.iterations".
+    Nested settings join both names, as in "recipe.iterations".
     """
     return {name: value for name, value in flat(settings, WITHOUT_EFFECT) if name not in ("seed", "fold", *WITHOUT_EFFECT)}
 
 
 def identity_of_run(settings):
-    """What tells a run from others: its row's identity, its seed, and its fold if it is on one."""
+    """Returns the identity of a run: its row's identity, its seed, and its fold if it has one."""
     return identity(settings) | {name: settings[name] for name in ("seed", "fold") if name in settings}
 
 
 def question(settings):
-    """What a selection decides for a run of these settings: its identity without strengths, rate and frozen units."""
+    """Returns the question that a selection answers: the identity without strengths, learning rate and frozen units."""
     return {name: value for name, value in identity(settings).items() if name not in (*CHOICE, "frozen")}
 
 
 def is_chosen(selection, settings):
-    """Whether a selection is about runs of these settings (True where it chose them, False where others), None if it is not."""
+    """Returns True if a selection chose these settings, False if not, None if it answers another question."""
     if selection["question"] != question(settings):
         return None
     own, chosen = identity(settings), selection["chosen"]
@@ -55,10 +55,10 @@ def is_chosen(selection, settings):
 
 
 def write_record(path, record):
-    """Writes one record, atomically.
+    """Writes one record atomically.
 
     Raises:
-        InputError: a field is missing or of the wrong type, or a number is not finite.
+        InputError: a field is missing or has the wrong type, or a number is not finite.
         OSError: the file cannot be written.
     """
     record = {"format": FORMAT, **record}
@@ -70,7 +70,7 @@ def read_record(path):
     """Reads one record and checks it.
 
     Raises:
-        InputError: it is no JSON, of another format, or a field is missing or of the wrong type.
+        InputError: it is not JSON or has another format, or a field is missing or has the wrong type.
     """
     record = read_json(path, f"{path} is no record")
     check_record(record, path)
@@ -78,7 +78,7 @@ def read_record(path):
 
 
 def read_records(*workdirs):
-    """Reads every run and every selection under some folders; damaged records are left out with a warning.
+    """Reads all runs and selections under the workdirs; skips damaged records with a warning.
 
     Raises:
         InputError: a folder is missing, or holds no run.
@@ -105,20 +105,20 @@ def _readable(paths):
 
 
 def runs_of(records):
-    """Of records those of runs."""
+    """Returns the records of runs."""
     return [record for record in records if record.get("format") != SELECTION]
 
 
 def selections_of(records):
-    """Of records those of selections."""
+    """Returns the records of selections."""
     return [record for record in records if record.get("format") == SELECTION]
 
 
 def check_record(record, path):
-    """Checks the format of a record and the presence and type of the fields that reports need.
+    """Checks the format of a record, and the fields that reports need.
 
     Raises:
-        InputError: names the first field that is wrong.
+        InputError: names the first wrong field.
     """
     if not isinstance(record, dict) or record.get("format") not in (FORMAT, FIRST_FORMAT, SELECTION):
         raise InputError(f"{path} is no record of the format {FORMAT}: remove it and run its run again.")
@@ -134,7 +134,7 @@ def check_record(record, path):
         raise InputError(
             f"{path} has settings.penalty = {settings['penalty'][:100]!r}, which is no symbol: remove it and run its run again."
         )
-    known = {"frozen": int, "anchors": str}  # not in every record of the first format
+    known = {"frozen": int, "anchors": str}  # older records of the first format lack them
     _check_fields(record, "settings", {name: kind for name, kind in known.items() if name in settings}, path)
     if "recipe" in settings:
         _check_fields(settings, "recipe", {}, path)
@@ -160,12 +160,12 @@ def check_record(record, path):
 
 
 def diverged(record):
-    """Whether a run diverged, so that it has no accuracy."""
+    """Whether a run diverged and so has no accuracy."""
     return isinstance(record.get("results"), dict) and "diverged" in record["results"]
 
 
 def _check_selection(record, path):
-    """Raises InputError unless a selection has its question, its candidates and its choice."""
+    """Raises InputError unless a selection has valid question, candidates and choice."""
     candidate = {"alpha": float, "beta": float, "learning_rate": float}
     _check_fields(record, "question", {"source": str, "target": str, "penalty": str}, path)
     candidates = record.get("candidates")
@@ -181,7 +181,7 @@ def _check_selection(record, path):
 
 
 def _check_fields(parent, section, fields, path):
-    """Raises InputError unless `parent` has a dict of that name whose fields are of these kinds."""
+    """Raises InputError unless `parent[section]` is a dict whose fields have these types."""
     found = parent.get(section) if isinstance(parent, dict) else None
     if not isinstance(found, dict):
         raise InputError(f"{path} has no section {section!r}: remove it and run its run again.")

@@ -1,4 +1,4 @@
-"""From plans to records: every setting is run once, and each run leaves a run.json."""
+"""Runs plans: every setting once, with one run.json for each run."""
 
 import collections
 import functools
@@ -24,30 +24,30 @@ from l2sp_tf.training.checkpoints import Checkpoints
 
 
 def run_plan(plan, **options):
-    """Runs what of one plan is not yet recorded; as `run_plans`."""
+    """Calls `run_plans` with one plan."""
     return run_plans([plan], **options)
 
 
 def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=False, say=print, verbose=0):
-    """Runs what of some plans is not yet recorded, and returns all records of runs on all training images.
+    """Runs all settings of the plans that have no record yet.
 
-    First come the folds of cross-validation, then the runs under what it chose. Each leaves a record under the plan's
-    workdir, so that the same call goes on where another was cut off.
+    The folds of cross-validation run first, then the settings that it chose. Each run writes a record under the plan's
+    workdir: after an interruption, the same call resumes.
 
     Args:
         plans: a list of `Plan`.
-        engine, cpus, gpus: where the runs are computed, as in `engines.run_jobs`.
-        estimate: whether the time is measured on made-up images before anything else; otherwise it is told by the first
-            steps of the first training.
-        dry_run: whether to stop after that.
+        engine, cpus, gpus: as in `engines.run_jobs`.
+        estimate: measure the time on made-up images first; otherwise the first steps of the first training give it.
+        dry_run: stop after the estimate.
         say: called with a line of text for each step of the work.
         verbose: of Keras `fit`.
 
     Returns:
-        A list of records, in the order of the plans, each once.
+        A list of records, each once: the runs on all training images in the order of the plans, then the selections
+        under their workdirs.
 
     Raises:
-        InputError: bad data, weights or settings; finished runs stay.
+        InputError: bad data, weights or settings; finished runs keep their records.
         OSError: a workdir cannot be written.
     """
     for plan in plans:
@@ -70,7 +70,7 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
 
 
 def _outlines(plans, say):
-    """The `Outline` of each start, by its key."""
+    """Makes the `Outline` of each start, by `Setup.key`."""
     made = {}
     for plan in plans:
         key = plan.setup.key()
@@ -81,19 +81,19 @@ def _outlines(plans, say):
 
 
 def _run_all(plans, made, clock, verbose, options):
-    """Decodes, trains what the plans start from, and runs what has no record."""
+    """Decodes the data, prepares the starts, and runs all settings without a record."""
     say, units = options["say"], {key: start.units for key, start in made.items()}
     for start in made.values():
-        start.tasks  # noqa: B018  a bad image is told before anything is trained
-    _NEEDED.update(plan.setup.key() for plan in plans)  # until all runs are known
+        start.tasks  # noqa: B018  a bad image raises before any training
+    _NEEDED.update(plan.setup.key() for plan in plans)  # keeps every start until all runs are known
     questions = {}
     for i, plan in enumerate(plans):
         start = _start_of(plan, say, verbose, made=made.pop(plan.setup.key(), None), callbacks=clock)
         if plan.sweep.needs_fisher:
-            start.fisher  # noqa: B018  here and now, so that no two runs estimate it at once
+            start.fisher  # noqa: B018  computed now, so that no two workers estimate it at once
         questions |= {(i, symbol): _question(plan, start, symbol) for symbol in plan.sweep.penalties if plan.sweep.folds}
     if options["engine"] != "local":
-        _STARTS.clear()  # each worker prepares its own
+        _STARTS.clear()  # each worker prepares its own start
     work = functools.partial(_run_job, say, verbose)
 
     def run(jobs):
@@ -111,7 +111,7 @@ def _run_all(plans, made, clock, verbose, options):
 
 
 def _share(plan, engine, say, verbose):
-    """Refuses what the devices of a plan cannot share; returns what this worker says and shows."""
+    """Checks that the devices can run the plan; returns `say` and `verbose`, silenced in all workers but the chief."""
     if engine != "local" and plan.distribute == "multiworker":
         raise InputError(f"distribute is multiworker and engine is {engine}: give one of them, as each uses all machines.")
     for recipe in (plan.setup.recipe, plan.setup.source_recipe):
@@ -122,7 +122,7 @@ def _share(plan, engine, say, verbose):
 
 
 def _jobs(pairs):
-    """Numbered jobs (plan, setting, title), those that would leave the same record only once."""
+    """Returns jobs (plan, setting, numbered title); pairs with the same record appear once."""
     unique = list({(plan.setup.key(), setting): (plan, setting) for plan, setting in pairs}.values())
     return [(*pair, f"[{number}/{len(unique)}] {pair[1]}") for number, pair in enumerate(unique, start=1)]
 
@@ -137,11 +137,11 @@ def _run_job(say, verbose, job):
 
 
 _STARTS: dict = {}
-_NEEDED: collections.Counter = collections.Counter()  # jobs to come in this process, by start; a Ray worker knows of none
+_NEEDED: collections.Counter = collections.Counter()  # pending jobs of this process, by start; empty in a Ray worker
 
 
 def _start_of(plan, say, verbose, **options):
-    """What a plan starts from, held until the last job that needs it; where none is known to come, until another is asked for."""
+    """Returns the `Start` of a plan. It is cached until its last pending job; without pending jobs, until the next start."""
     key = plan.setup.key()
     if key not in _STARTS:
         for other in [other for other in _STARTS if _NEEDED[other] <= 0]:
@@ -151,7 +151,7 @@ def _start_of(plan, say, verbose, **options):
 
 
 def _run(start, plan, setting, say, verbose):
-    """One fine-tuning with its evaluation, or its record if it has one."""
+    """Fine-tunes and evaluates one setting, or reads its record if it has one; returns the record."""
     fisher = start.fisher if setting.needs_fisher else None
     recipe = plan.setup.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     is_fold = setting.fold is not None
@@ -185,11 +185,11 @@ def _run(start, plan, setting, say, verbose):
     return records.read_record(path)
 
 
-_folds = functools.lru_cache(maxsize=1)(fold_tasks)  # their means are sums over all pixels
+_folds = functools.lru_cache(maxsize=1)(fold_tasks)  # cached: each fold's mean is a sum over all its pixels
 
 
 def _outcome(record, is_fold):
-    """What came of a run, in words."""
+    """Describes the result of a run in words."""
     if records.diverged(record):
         return f"diverged: {record['results']['diverged']}"
     text = f"accuracy {record['results']['accuracy']:.1%}" + (" on the fold" if is_fold else "")
@@ -198,12 +198,12 @@ def _outcome(record, is_fold):
 
 
 def _without_weights(provenance):
-    """The provenance of a Fisher diagonal without the hash of each weight, which its `model` sums up."""
+    """Drops the hashes of single weights from the provenance of a Fisher diagonal; its `model` entry covers them."""
     return {name: value for name, value in provenance.items() if name != "weights"}
 
 
 def _measure(run, start, recipe):
-    """What a run on all training images is measured by: target accuracy, source accuracy, and R² of activations."""
+    """Measures a run on all training images: target accuracy, source accuracy, and R² of activations."""
     results = evaluate(run.model, start.target, crops=recipe.crops, answers=True)
     results["right"] = np.packbits(results["right"]).tobytes().hex()
     if start.source is not None:
@@ -216,9 +216,11 @@ def _measure(run, start, recipe):
 
 
 def _cross_validate(plans, questions, run, say):
-    """For each plan with folds the chosen setting of each penalty, by symbol, and a record of each selection; else None.
+    """Chooses a setting for each penalty of each plan with folds, and records each selection.
 
-    The penalties whose every setting diverged are left out.
+    Returns:
+        A list with a dict from symbol to `Setting` for each plan, or None for a plan without folds. Penalties whose
+        every setting diverged are missing.
     """
     places = [(i, symbol) for i, plan in enumerate(plans) if plan.sweep.folds for symbol in plan.sweep.penalties]
     searches = {(i, symbol): Search(symbol, plans[i].axes(symbol), plans[i].sweep.folds) for i, symbol in places}
@@ -236,14 +238,14 @@ def _cross_validate(plans, questions, run, say):
 
 
 def _question(plan, start, symbol):
-    """What a selection of a penalty's setting answers."""
+    """Returns `records.question` for the selection of a penalty's setting."""
     setting = plan.grid(symbol)[0]
     fisher = start.fisher if setting.needs_fisher else None
     return records.question(_settings(plan, start, setting, start.target, plan.setup.recipe, fisher))
 
 
 def _choice(plan, question, search, say):
-    """The setting that a search chose, by symbol, and its record; nothing where every one diverged."""
+    """Records the selection of a search; returns its choice as {symbol: `Setting`}, or {} if every setting diverged."""
     selection, symbol = search.selection(plan.setup.recipe), search.symbol
     if plan.devices.is_chief:
         write_selection(plan.setup.workdir, selection.record(question, plan.sweep.folds))
@@ -257,7 +259,7 @@ def _choice(plan, question, search, say):
 
 
 def _say_plan(plans, made, say):
-    """Says how many runs there are and are left, and what disk they take; returns the `Forecast`."""
+    """Says how many runs the plans have, how many are left, and their disk space; returns the `Forecast`."""
     counted, left = set(), {key: [] for key in made}
     found = {workdir: recorded_in(workdir) for workdir in {plan.setup.workdir for plan in plans}}
     for plan in plans:
@@ -280,12 +282,12 @@ def _say_plan(plans, made, say):
 
 
 def _guess(plan):
-    """Any setting of each penalty in place of what cross-validation will choose: the number of runs is the same."""
+    """Returns the first setting of each penalty in place of the future choice: the number of runs is the same."""
     return {symbol: plan.grid(symbol)[0] for symbol in plan.sweep.penalties} if plan.sweep.folds else None
 
 
 def _settings(plan, start, setting, task, recipe, fisher):
-    """What a run's result depends on; the key of the run is made of it."""
+    """Returns everything that a run's result depends on; its key is a hash of this."""
     source = start.source
     settings = {
         "source": short_name(source.name if source is not None else plan.setup.weights),

@@ -1,4 +1,4 @@
-"""One run and its record: what its result depends on, and what came of it, a divergence too."""
+"""Makes one run and its record: the settings that its result depends on, and the result or the divergence."""
 
 import hashlib
 import math
@@ -14,19 +14,19 @@ from l2sp_tf.training.trainer import finetune
 
 
 def settings_of(setting, task, recipe, anchors, fisher=None, **more):
-    """What the result of a run depends on; the key of its `records.identity_of_run` names the run.
+    """Returns everything that a run's result depends on; the key of its `records.identity_of_run` names the run.
 
     Args:
         setting: a `plans.Setting`.
-        task: the target `Task`, of a fold too.
-        recipe: whose beta and learning rate the setting's take the place of.
+        task: the target `Task`, or its fold.
+        recipe: the setting's beta and learning rate replace its own.
         anchors: an `Anchors`.
         fisher: a `Fisher` or a mapping, for the Fisher penalties.
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
     recipe = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
     if setting.frozen:
-        recipe = recipe.replace(moving_statistics="source")  # `finetune` makes none fresh then
+        recipe = recipe.replace(moving_statistics="source")  # with frozen units, `finetune` keeps the source statistics
     settings = {
         **more,
         "target_digest": task.digest,
@@ -40,26 +40,26 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         "recipe": plain(recipe.record(setting.symbol)),
         "code": RESULTS_VERSION,
     }
-    if setting.symbol not in PAPER:  # tables know the names of the paper's penalties
+    if setting.symbol not in PAPER:  # tables know the titles of the paper's penalties
         settings["penalty_title"] = setting.penalty.title
     return settings if fisher is None else {**settings, "fisher": digest_of_arrays(fisher)}
 
 
 def folder_of(workdir, setting, settings):
-    """The folder of a run, under folds/ or runs/ of a workdir."""
+    """Returns the folder of a run, under folds/ or runs/ of a workdir."""
     kind, number = ("folds", f"fold{setting.fold}") if setting.fold is not None else ("runs", f"seed{setting.seed}")
     return workdir / kind / f"{setting.symbol}-{setting.alpha:g}-{number}-{records.run_key(records.identity_of_run(settings))}"
 
 
 def run_record(pretrained, task, setting, recipe, settings, measure=None, **options):
-    """Fine-tunes, measures, and returns the record. A run that diverges has "results" that say so and nothing else.
+    """Fine-tunes, measures, and returns the record. For a diverged run, "results" holds only the reason.
 
     Args:
         pretrained, task, recipe: as in `finetune`.
         setting: a `plans.Setting`.
-        settings: of `settings_of`.
-        measure: called with the `Run`; returns its results. By default the accuracy on the test images of the task.
-        options: more of `finetune`'s; anchors among them.
+        settings: from `settings_of`.
+        measure: maps the `Run` to its results; by default the accuracy on the task's test images.
+        options: other arguments of `finetune`; must include anchors.
     """
     record = {"settings": settings, **provenance(), "anchors": {"digest": digest_of_arrays(options["anchors"])}}
 
@@ -72,7 +72,7 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         return diverged(str(error))
     last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
     endless = next((name for name, value in last.items() if not math.isfinite(value)), None)
-    if endless is not None:  # the last step, whose loss nobody computed
+    if endless is not None:  # no loss was computed after the last step
         reason = f"The {endless} is {last[endless]} after step {run.history[-1]['step']}."
         return diverged(reason, run.coverage.digest, run.seconds)
     results = evaluate(run.model, task, crops=recipe.crops) if measure is None else measure(run)
@@ -90,6 +90,6 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
 
 
 def test_digest(task):
-    """Sixteen hexadecimal digits: equal for the same test images in the same order."""
+    """Returns sixteen hexadecimal digits that are equal for the same test images in the same order."""
     sha = hashlib.sha256(repr((task.digest, task.test.skipped, len(task.test))).encode() + task.test.labels.tobytes())
     return sha.hexdigest()[:16]

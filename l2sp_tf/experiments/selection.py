@@ -1,4 +1,4 @@
-"""Choosing strengths and learning rate by cross-validation on the training images alone (section 4.2)."""
+"""Chooses strengths and learning rate by cross-validation on the training images alone (section 4.2)."""
 
 import dataclasses
 import itertools
@@ -29,12 +29,12 @@ from l2sp_tf.training.trainer import as_task, images_digest
 
 LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
 AXES = ("alpha", "beta", "learning_rate")
-MOST_EXTENSIONS = 3  # values that are tried beyond each end of what was asked for
+MOST_EXTENSIONS = 3  # values tried beyond each end of the given grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A setting and the accuracies, in [0, 1], that it reached on the held-out part of each fold, None where it diverged."""
+    """A setting and its accuracy in [0, 1] on the held-out part of each fold; None if it diverged there."""
 
     alpha: float
     beta: float
@@ -43,7 +43,7 @@ class Candidate:
 
     @property
     def mean(self):
-        """The mean accuracy over the folds; a fold on which it diverged counts 0."""
+        """The mean accuracy over the folds; a diverged fold counts as 0."""
         return statistics.fmean(accuracy or 0.0 for accuracy in self.accuracies)
 
     @property
@@ -54,13 +54,13 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What cross-validation found.
+    """The result of cross-validation.
 
     Attributes:
         penalty: the class of the penalty, such as `L2SP`.
-        recipe: the recipe without the choice.
-        candidates: every setting that was tried, in the order of the grid, then of its extensions.
-        edges: where the best lies at the end of what was tried, as no more was allowed: texts such as "alpha 1000".
+        recipe: the recipe before the choice.
+        candidates: every tried setting, in the order of the grid, then of its extensions.
+        edges: the chosen values at an end of the tried values, as texts such as "alpha 1000".
     """
 
     penalty: type
@@ -70,9 +70,9 @@ class Selection:
 
     @property
     def best(self) -> Candidate | None:
-        """The candidate with the highest mean accuracy; of equals the strongest penalty, and of those the first.
+        """The candidate with the highest mean accuracy, or None if every setting diverged.
 
-        None if every setting diverged.
+        Ties go to the larger alpha, then to the first.
         """
         alive = [candidate for candidate in self.candidates if not candidate.diverged]
         return max(alive, key=lambda candidate: (candidate.mean, candidate.alpha), default=None)
@@ -84,19 +84,19 @@ class Selection:
 
     @property
     def best_penalty(self) -> Penalty:
-        """The penalty with the chosen alpha; an InputError if every setting diverged."""
+        """The penalty with the chosen alpha; raises InputError if every setting diverged."""
         return self.penalty(self._chosen().alpha)
 
     @property
     def best_recipe(self) -> Recipe:
-        """The recipe with the chosen beta and learning rate; an InputError if every setting diverged."""
+        """The recipe with the chosen beta and learning rate; raises InputError if every setting diverged."""
         return self.recipe.replace(beta=self._chosen().beta, learning_rate=self._chosen().learning_rate)
 
     def record(self, question: dict[str, Any], folds: int) -> dict[str, Any]:
-        """The record of a selection, as `records` describes it.
+        """Returns the record of this selection, in the format of `records`.
 
         Args:
-            question: `records.question` of the settings that were chosen among.
+            question: `records.question` of the candidates' settings.
             folds: the number of folds.
         """
         candidates = [dataclasses.asdict(candidate) | {"accuracies": list(candidate.accuracies)} for candidate in self.candidates]
@@ -118,26 +118,26 @@ class Selection:
 
 
 class Search:
-    """A grid that grows until its best setting lies inside, or `MOST_EXTENSIONS` values beyond an end were tried.
+    """A grid that grows until its best setting lies inside, or until `MOST_EXTENSIONS` values beyond an end were tried.
 
-    An axis of one value stays so. Beyond an end follows the number that continues the last step between two values, as in
-    0.1, 1 and then 10, but at most ten times as much. Nothing is tried beyond 0.
+    An axis of one value does not grow. The next value repeats the last ratio, but at most a factor of ten: 0.1 and 1 give
+    10. An end at 0 does not grow.
 
     Args:
         symbol: of the penalty.
-        axes: by the names of AXES the values to begin with.
+        axes: the initial values, by the names of AXES.
         folds: the number of folds.
-        frozen: how many of the first units are frozen.
+        frozen: the number of frozen first units.
     """
 
     def __init__(self, symbol, axes, folds, frozen=0):
         self.symbol, self.folds, self.frozen = symbol, folds, frozen
         self.axes = {name: list(dict.fromkeys(axes[name])) for name in AXES}
         self._added = {}
-        self._scores = {}  # from values of the axes to the accuracies on the folds
+        self._scores = {}  # values of the axes -> accuracies on the folds
 
     def pending(self):
-        """The runs to score next, a `Setting` for each fold of what has no score; none when the search is over."""
+        """Returns the next runs to score: a `Setting` for each fold of each unscored point; [] when the search is over."""
         values = self._missing() or (self._missing() if self._extend() else [])
         settings = [Setting(self.symbol, *combination, frozen=self.frozen) for combination in values]
         return [setting.on_fold(fold) for setting in settings for fold in range(self.folds)]
@@ -146,11 +146,11 @@ class Search:
         return [values for values in itertools.product(*self.axes.values()) if values not in self._scores]
 
     def score(self, setting, accuracy):
-        """Takes the accuracy of a run on a fold, None where it diverged; folds come in order."""
+        """Adds the accuracy of a run on a fold, None if it diverged; call it in the order of the folds."""
         self._scores.setdefault((setting.alpha, setting.beta, setting.learning_rate), []).append(accuracy)
 
     def selection(self, recipe=None):
-        """The `Selection` among all settings that were scored, of a recipe."""
+        """Returns the `Selection` among all scored settings."""
         candidates = tuple(Candidate(*values, tuple(accuracies)) for values, accuracies in self._scores.items())
         made = Selection(PENALTIES[self.symbol], recipe, candidates)
         if made.best is None:
@@ -158,7 +158,7 @@ class Search:
         return dataclasses.replace(made, edges=tuple(f"{name} {value:g}" for name, value, _ in self._edges(made.best)))
 
     def _edges(self, best):
-        """The axes at an end of which the best setting lies: name, that value, and the one beyond."""
+        """Yields (name, value, next value beyond) for each axis with the best setting at an end."""
         for name, values in self.axes.items():
             value, ordered = getattr(best, name), sorted(values)
             for end, inner in ((ordered[0], ordered[1:2]), (ordered[-1], ordered[-2:-1])):
@@ -167,7 +167,7 @@ class Search:
                     yield name, value, float(f"{end * factor:.6g}")
 
     def _extend(self):
-        """Adds the values beyond the ends at which the best setting lies; returns whether there was any."""
+        """Extends the axes beyond the ends where the best setting lies; returns whether any axis grew."""
         best = self.selection().best if self._scores else None
         found = False
         for name, value, beyond in [] if best is None else list(self._edges(best)):
@@ -180,11 +180,11 @@ class Search:
 
 
 def search_all(searches, run):
-    """Runs cross-validation until every search is over. All searches go on side by side, so that `run` gets many runs at once.
+    """Runs cross-validation until every search is over; each round gathers the runs of all searches.
 
     Args:
         searches: a dict from any key to a `Search`.
-        run: of a list of pairs (key, `Setting` on a fold), returns a record for each.
+        run: maps a list of pairs (key, `Setting` on a fold) to a list of records.
     """
     while pending := [(key, setting) for key, search in searches.items() for setting in search.pending()]:
         for (key, setting), record in zip(pending, run(pending), strict=True):
@@ -192,7 +192,7 @@ def search_all(searches, run):
 
 
 def accuracy_of(record):
-    """The accuracy of a record, None where the run diverged."""
+    """Returns the accuracy of a record, or None if the run diverged."""
     return None if records.diverged(record) else record["results"]["accuracy"]
 
 
@@ -217,19 +217,20 @@ def cross_validate(
 ) -> Selection:
     """Chooses alpha, beta and the learning rate on stratified folds of the training images (section 4.2).
 
-    Each setting is fine-tuned once on the rest of each fold, and scored by its accuracy on the fold; a run that diverges is
-    a result, and never chosen. The grid grows where its best lies at an end (see `Search`). The test images are never read.
-    Refit on all training images with `finetune(pretrained, data, selection.best_penalty, selection.best_recipe)`.
+    Each setting is fine-tuned once without each fold, and scored by its accuracy on that fold. A diverged run scores 0, and
+    a setting that diverges on every fold is never chosen. If the best setting lies at an end of the grid, the grid grows
+    (see `Search`). The test images are never read. Refit on all training images with
+    `finetune(pretrained, data, selection.best_penalty, selection.best_recipe)`.
 
     Args:
         pretrained, data, recipe, pixels, anchors, fisher, frozen, verbose: as in `finetune`.
         penalty: a class, such as `L2SP`.
         alphas: strengths; by default the recipe's grid for the penalty.
-        betas: strengths on the new layer; by default the recipe's one.
+        betas: strengths on the new layer; by default the recipe's beta.
         learning_rates: initial rates.
         folds: number of folds.
-        seed: of the folds; the runs on fold i have the seed i.
-        run_dir: a folder for a record of each run and of the selection; the same call goes on where another was cut off.
+        seed: draws the folds; runs on fold i use seed i.
+        run_dir: a folder for the records of the runs and of the selection; the same call resumes an interrupted one.
         options: callbacks, checkpoint_every, strategy and jit_compile, as in `finetune`.
 
     Returns:
@@ -253,7 +254,7 @@ def cross_validate(
     options |= {"anchors": anchors if anchors is not None else Anchors.of(pretrained), "fisher": fisher, "frozen": frozen}
     folder = None if run_dir is None else pathlib.Path(run_dir)
     runs = _FoldRuns(pretrained, recipe, parts, seed, folder, options | {"verbose": verbose})
-    # a task may be any part of its data set, prepared otherwise than the recipe says, and the model apart from its anchors
+    # the caller's task may be any subset with any preprocessing, and the model may differ from its anchors
     runs.known |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "target": task.name}
     alpha, beta, rate = (values[0] for values in search.axes.values())
     first = Setting(penalty.symbol, alpha, beta, rate, frozen)
@@ -266,7 +267,7 @@ def cross_validate(
 
 
 class _FoldRuns:
-    """The runs of `cross_validate`: each is recorded once, and fine-tunes the same model on another fold or setting."""
+    """Makes the runs of `cross_validate`, and records each once in `run_dir` if there is one."""
 
     def __init__(self, pretrained, recipe, parts, seed, run_dir, options):
         self.pretrained, self.recipe, self.parts, self.seed = pretrained, recipe, parts, seed
@@ -274,11 +275,11 @@ class _FoldRuns:
         self.known = {"source": "model", "weights": "model", "backbone": pretrained.name, "start": Anchors.of(pretrained).digest}
 
     def settings(self, setting, task, recipe, **fold):
-        """What the result of a run depends on."""
+        """Returns everything that a run's result depends on."""
         return settings_of(setting, task, recipe, self.options["anchors"], self.options["fisher"], **self.known, **fold)
 
     def record(self, setting):
-        """The record of a run on a fold: that in its folder, or of a run that is made now."""
+        """Reads the record of a run on a fold, or makes the run."""
         part = self.parts[setting.fold]
         recipe = self.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
         settings = self.settings(setting, part, recipe, fold=[setting.fold, len(self.parts), self.seed])
@@ -293,7 +294,7 @@ class _FoldRuns:
 
 
 def _axis(name, values, default, above=None):
-    """The values that one of the arguments of `cross_validate` names, or the default where it names none."""
+    """Checks one list of values of `cross_validate`; None gives the default."""
     found = tuple(default) if values is None else fields.each_number(name, values, above=above)
     if not found:
         raise InputError(f"{name} is empty: give at least one number, or leave it out.")
@@ -301,15 +302,15 @@ def _axis(name, values, default, above=None):
 
 
 def write_selection(workdir, record):
-    """Writes the record of a selection in place of an earlier one that answers the same question otherwise; returns its path.
+    """Writes the record of a selection, and returns its path. It replaces a different answer to the same question.
 
-    One setting alone was not chosen among others, and does not take the place of a choice.
+    A selection of one candidate never replaces a choice among several.
     """
     question = record["question"]
     path = workdir / "selections" / f"{question['penalty']}-{records.run_key(question)}" / "selection.json"
     try:
         before = records.read_record(path) if path.exists() else {}
-    except InputError:  # it is damaged
+    except InputError:  # damaged: overwrite it
         before = {}
     if len(record["candidates"]) == 1 < len(before.get("candidates", ())):
         warnings.warn(f"One setting is no choice, so the selection among several in {path} stays.", stacklevel=2)
@@ -320,7 +321,7 @@ def write_selection(workdir, record):
 
 
 def check_folds(folds, data):
-    """Checks the number of folds against the training images of a `Task` or a `Dataset`; errors as `fold_tasks`."""
+    """Checks the number of folds against the training images of a `Task` or a `Dataset`; raises as `fold_tasks`."""
     fields.whole("folds", folds)
     smallest = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
     if smallest < 2:
@@ -333,9 +334,9 @@ def check_folds(folds, data):
 
 
 def fold_tasks(task, folds, seed=0):
-    """The training images of a task in `folds` ways: as tasks whose test images are one stratified fold each.
+    """Splits the training images of a task into `folds` tasks, each with one stratified fold as its test images.
 
-    Where the mean that is subtracted is that of the task's training images, each fold's is that of its own.
+    If the task subtracts the mean of its training images, each fold subtracts that of its own.
 
     Raises:
         InputError: fewer than two folds, or a class with fewer images than folds.

@@ -1,4 +1,4 @@
-"""What the runs of a plan start from: both tasks, the pre-trained model, its anchors and its Fisher diagonal."""
+"""Prepares the start of all runs of a plan: both tasks, the pre-trained model, its anchors and its Fisher diagonal."""
 
 import dataclasses
 import functools
@@ -37,13 +37,13 @@ from l2sp_tf.training.trainer import train_source
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Outline:
-    """What is known of a start before an image is decoded or a model trained.
+    """The facts known of a start before any decoding or training.
 
     Attributes:
         plan: the `Plan`.
         target, source: a `Dataset` each; source may be None.
-        pixels: how the network sees pixels, with the mean that given weights carry.
-        network: the pre-trained model; with weights "none" that model with random weights.
+        pixels: the network's pixel format, with the mean stored in given weights.
+        network: the pre-trained model; with weights "none", the untrained network.
         say: as in `prepare_start`.
     """
 
@@ -56,39 +56,39 @@ class Outline:
 
     @functools.cached_property
     def units(self):
-        """How many units can be frozen: 0 if the backbone's units cannot be told."""
+        """The number of units of the network; 0 if it has no recognisable units."""
         return unit_count(self.network)
 
     @property
     def backbone(self):
-        """The name of the network: that of a `.keras` file is the file's own, whatever the plan says."""
+        """The name of the network; for a `.keras` file, the name in the file."""
         return _backbone_name(self.plan, self.network)
 
     @property
     def origin(self):
-        """Where the weights come from: "scratch", "imagenet" or "file"."""
+        """The origin of the weights: "scratch", "imagenet" or "file"."""
         return {"none": "scratch", "imagenet": "imagenet"}.get(self.plan.setup.weights, "file")
 
     @functools.cached_property
     def anchors_digest(self):
-        """The digest of the anchors; None where the source model is trained first."""
+        """The digest of the anchors; None if the source model is not trained yet."""
         if self.plan.setup.weights == "none":
             return Anchors.load(self.trained_path).digest if self.is_trained else None
         return Anchors.of(self.network).digest
 
     @property
     def trains_source(self):
-        """Whether the source model is trained first, on all training images of the source."""
+        """Whether the source model must still be trained, on all training images of the source."""
         return self.plan.setup.weights == "none" and not self.is_trained
 
     @functools.cached_property
     def is_trained(self):
-        """Whether the source model of weights "none" was trained before."""
+        """Whether the weights of a source model trained from scratch exist."""
         return self.plan.devices.chief_says(self.trained_path.exists)
 
     @functools.cached_property
     def trained_path(self):
-        """Where the weights of the source model of weights "none" lie, or will lie."""
+        """The file for the weights of a source model trained from scratch."""
         plan = self.plan
         skipped = len(self.source_images.skipped)
         identity = {"data": self.source.digest, "skipped": skipped, "recipe": plain(plan.setup.source_recipe.record())}
@@ -98,13 +98,13 @@ class Outline:
 
     @functools.cached_property
     def source_mean(self):
-        """The mean to subtract from source images: three numbers, or None where images tell it, and in words whose it is."""
+        """The mean to subtract from source images, and its origin in words: three numbers, or None to compute it from images."""
         plan = self.plan
         mean = plan.setup.source_recipe.mean_for(self.source.name, self.pixels)
         if mean is not None:
             return mean, _origin_of_mean(plan.setup.source_recipe.mean, mean)
         known = zoo.stored_pixels(self.trained_path) if plan.setup.weights == "none" and self.is_trained else self.pixels
-        if not self.trains_source and known.mean is not None:  # the network was trained on images without it
+        if not self.trains_source and known.mean is not None:  # the mean that training subtracted
             return known.mean, "that of the weights"
         if self.mean_of is not None:
             return None, f"that of {len(self.mean_of)} of its {len(self.source.train)} training images, drawn at random"
@@ -112,12 +112,16 @@ class Outline:
 
     @functools.cached_property
     def mean_of(self):
-        """The positions of the source's training images whose mean is taken where nothing else tells it; None for all."""
+        """The positions of the source's training images that an otherwise unknown mean is computed from; None for all."""
         count = sample_size(len(self.source.train))
         return None if self.trains_source or count == len(self.source.train) else sample_order(self.source.train)[:count]
 
     def uses(self, with_fisher):
-        """What runs look at, with F_jj or without: a list of pairs of a `Split` and the recipe by which it is decoded."""
+        """Lists the images that runs decode, as pairs of a `Split` and its recipe.
+
+        Args:
+            with_fisher: whether F_jj is estimated.
+        """
         plan = self.plan
         uses = [(self.target.train, plan.setup.recipe), (self.target.test, plan.setup.recipe)]
         if self.source is None:
@@ -132,15 +136,15 @@ class Outline:
 
     @functools.cached_property
     def source_images(self):
-        """The training images of the source, decoded as far as they are asked for."""
+        """The training images of the source, decoded on demand."""
         preprocessing, options = _preparation(self.plan, self.plan.setup.source_recipe, self.pixels)
         return undecoded(self.source.train, preprocessing, **options)
 
     @functools.cached_property
     def tasks(self):
-        """The target and the source, or None, as a `Task` each; what the runs train and test on is decoded.
+        """The target and the source `Task`, or None; all images for training and testing are decoded here.
 
-        A bad image among them is thereby told before anything is trained.
+        A bad image thus raises before any training.
         """
         plan = self.plan
         mean = plan.setup.recipe.mean_for(self.target.name, self.pixels)
@@ -162,7 +166,7 @@ class Outline:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Start:
-    """What all runs of a plan start from.
+    """The common start of all runs of a plan.
 
     Attributes:
         plan: the `Plan`.
@@ -171,8 +175,8 @@ class Start:
         origin: "scratch", "imagenet" or "file".
         anchors, anchors_path: of the pre-trained model, and their file.
         before: the source accuracy of the pre-trained model, as `evaluate` returns it, or None.
-        mean_of: of how many training images the source's mean is, where it is not of all and nothing else told it; or None.
-        units: how many units can be frozen: 0 if the backbone's units cannot be told.
+        mean_of: the number of training images that the source's mean was computed from, if not all; or None.
+        units: the number of units of the network; 0 if it has no recognisable units.
         say, verbose, callbacks: as in `prepare_start`.
     """
 
@@ -192,12 +196,12 @@ class Start:
 
     @functools.cached_property
     def fisher(self):
-        """The Fisher diagonal of the pre-trained model on the source's training images, transformed as the plan says."""
+        """The Fisher diagonal of the pre-trained model on the source's training images, with the plan's transforms."""
         return _fisher(self.plan, self.pretrained, self.source, self.anchors, self.say, self.verbose)
 
     @property
     def anchors_origin(self):
-        """Where the anchors come from, in words for the records: the recipe of a source model, or the name of a file."""
+        """The origin of the anchors for the records: the recipe of a source model, or the name of a file."""
         if self.origin == "scratch":
             return {"recipe": plain(self.plan.setup.source_recipe.record())}
         return {"weights": short_name(self.plan.setup.weights)} if self.origin == "file" else {}
@@ -209,7 +213,7 @@ class Start:
 
 
 def outline(plan, *, say=print):
-    """Finds the data and the network of a plan, and checks that they fit; nothing is decoded or trained.
+    """Finds the data and the network of a plan, and checks that they fit; decodes and trains nothing.
 
     Raises:
         InputError: bad data or weights.
@@ -223,7 +227,7 @@ def outline(plan, *, say=print):
     source = None if plan.setup.source is None else load_dataset(plan.setup.source, **plan.setup.places)
     for dataset, recipe in ((target, plan.setup.recipe), (source, plan.setup.source_recipe)):
         if dataset is not None:
-            recipe.mean_for(dataset.name, pixels)  # raises where nobody tells it
+            recipe.mean_for(dataset.name, pixels)  # raises if the mean is unknown
             counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
             say(f"{dataset.name}: {counts}")
     network = _network(plan.setup, source)
@@ -233,13 +237,13 @@ def outline(plan, *, say=print):
 
 
 def prepare_start(plan, *, say=print, verbose=0, made=None, callbacks=()):
-    """Decodes the data of a plan, and trains or loads its pre-trained model; what was made before is read.
+    """Decodes the data of a plan, and trains or loads its pre-trained model; reuses earlier results on disk.
 
     Args:
         plan: a `Plan`.
         say: called with a line of text for each step.
         verbose: of Keras `fit`.
-        made: the plan's `Outline`, if there is one.
+        made: the plan's `Outline`, or None to make it.
         callbacks: Keras callbacks for each training.
 
     Raises:
@@ -265,25 +269,25 @@ def _backbone_name(plan, network):
 
 
 def sample_order(split):
-    """A random order of a split's images, so that any first part of it is a fair sample: int64 [n]."""
+    """Returns a random order of a split's images, int64 [n]; any first part of it is a fair sample."""
     return np.random.default_rng(0).permutation(len(split))
 
 
 def _preparation(plan, recipe, pixels):
-    """How a plan's images are prepared: a `Preprocessing`, and where and how strictly they are decoded."""
+    """Returns the `Preprocessing` of a plan's images, and the decoding options of `prepare`."""
     strictness = {"skip_bad_images": plan.setup.skip_bad_images, "cache_dir": plan.setup.workdir / "cache"}
     return recipe.images.with_pixels(pixels), strictness
 
 
 def _decode(splits, name, say):
-    """Decodes all images of some splits, and says how many were left out."""
+    """Decodes all images of the splits, and says how many were skipped."""
     skipped = [image for split in splits for image in split.images.skipped]
     if skipped:
         say(f"{name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
 
 
 def _network(setup, source):
-    """The pre-trained model, downloaded or read; with weights "none" that model with random weights."""
+    """Downloads or reads the pre-trained model; with weights "none", makes the untrained network."""
     if setup.is_whole_model:
         return zoo.load_model(setup.weights)
     classes = len(source.classes) if source is not None else zoo.head_classes(setup.weights) or 1000
@@ -293,12 +297,12 @@ def _network(setup, source):
 
 
 def _pretrained(made, source, say, verbose, callbacks):
-    """The pre-trained model: trained from scratch, downloaded or read."""
+    """Returns the pre-trained model; with weights "none", trains it or reads its earlier weights."""
     plan, model = made.plan, made.network
     if plan.setup.weights != "none":
         return model
     path, devices = made.trained_path, plan.devices
-    if devices.chief_says(path.exists):  # perhaps since a moment ago, for another plan
+    if devices.chief_says(path.exists):  # another plan may have trained it since the outline was made
         zoo.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
         return detached_copy(model)
@@ -311,15 +315,15 @@ def _pretrained(made, source, say, verbose, callbacks):
         Anchors.of(model, {"pixels": source.pixels.plain()}).save(path)
         Checkpoints(folder / "checkpoints").remove()
     devices.wait_for_chief()
-    zoo.load_weights(model, path)  # the same in every worker, to the bit
+    zoo.load_weights(model, path)  # every worker reads the same bits
     say(f"source model: trained in {run.seconds:.1f} s")
     return detached_copy(model)
 
 
 def _stored_anchors(plan, pretrained, pixels):
-    """The anchors of the pre-trained model, and the file under the workdir that all runs share.
+    """Returns the anchors of the pre-trained model, and their file under the workdir, which all runs share.
 
-    The file also says how the model sees pixels, so that it can be the weights of another fine-tuning.
+    The file stores the pixel format too, so that it can serve as weights of another fine-tuning.
     """
     anchors = Anchors.of(pretrained, {"pixels": pixels.plain()})
     seen = records.run_key(plain(pixels))
@@ -332,7 +336,7 @@ def _stored_anchors(plan, pretrained, pixels):
 
 
 def _source_accuracy(plan, pretrained, source, anchors):
-    """The accuracy of the pre-trained model on the source's test images: measured once, then read."""
+    """Returns the accuracy of the pre-trained model on the source's test images; measures it once, then reads it."""
     identity = {"anchors": anchors.digest, "data": source.digest, "skipped": len(source.test.skipped), **_seen(source)}
     key = records.run_key({**identity, "crops": plan.setup.recipe.crops, "versions": versions(), "code": RESULTS_VERSION})
     path = plan.setup.workdir / "before" / f"{key}.json"
@@ -352,20 +356,20 @@ def _is_measured(path):
 
 
 def exactness(plan):
-    """Whether operations are deterministic, as a key has it: what was made without cannot stand for what was made with."""
+    """Returns the key entry for deterministic operations: results without them are never reused for results with them."""
     return {"deterministic": True} if plan.setup.deterministic else {}
 
 
 def _seen(task):
-    """How a network sees the images of a task, as a key has it."""
+    """Returns the key entries for the preprocessing of a task's images."""
     return {"preprocessing": plain(task.preprocessing), "mean": task.mean.tolist()}
 
 
 def _doubt(before, source, origin):
-    """Warns of a source accuracy that is not clearly above chance: the table of what was kept would mean nothing.
+    """Warns if the source accuracy is not clearly above chance: retention would then mean nothing.
 
-    Clearly is at 1e-3, by the exact binomial test; above chance is above twice 1/K, or for few classes above the tenth part of
-    the way from 1/K to 1. An order of classes by name where another was meant leaves the first two of K in their places.
+    The exact binomial test at level 1e-3 compares it with 2/K, or with 1/K + (1 - 1/K)/10 for few classes. The bound is
+    twice 1/K since sorting the classes by name may leave the first two of K in place.
     """
     chance = 1 / len(source.classes)
     bound = chance + min(chance, (1 - chance) / 10)
@@ -385,7 +389,7 @@ def _doubt(before, source, origin):
 
 
 def _fisher(plan, pretrained, source, anchors, say, verbose):
-    """The Fisher diagonal of the pre-trained model on the source's training images: estimated once, then read."""
+    """Returns the Fisher diagonal of the pre-trained model on source training images; estimates it once, then reads it."""
     f, train = plan.setup.fisher, source.train
     order = sample_order(train.split)[: f.count(len(train.split))]
     skipped = len(train.sample(order).skipped) if plan.setup.skip_bad_images else 0
@@ -415,12 +419,12 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
 
 
 def _origin_of_mean(choice, mean):
-    """Where the mean of a task comes from, in words."""
+    """Describes the origin of a task's mean."""
     if mean is not None:
         return "which was given" if isinstance(choice, tuple) else f"that of the {choice}"
     return "that of its training images" + (", as the authors publish none for it" if choice == "authors" else "")
 
 
 def short_name(path):
-    """The last two parts of a path: enough to tell tasks apart in a table, and no record of a machine."""
+    """Keeps the last two parts of the path: enough for a table, nothing about the machine."""
     return "/".join(pathlib.Path(path).parts[-2:])

@@ -1,1 +1,1 @@
-"""The penalties' own steps, around the step of another Keras optimizer."""
+"""Optimizers that step the penalties apart from the loss, around another Keras optimizer."""

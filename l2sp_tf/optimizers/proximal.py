@@ -1,4 +1,4 @@
-"""Proximal steps: the penalties are minimised exactly within each step, which can leave a weight at w0 for good."""
+"""Proximal steps: each step minimises the penalty exactly, so that weights can stay at w0 for good."""
 
 import math
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from l2sp_tf.penalties.weights import keyed_weights
 class Proximal(Stepping):
     """A Keras optimizer whose every step ends with the proximal map of the penalty.
 
-    w <- argmin_x penalty(x) + sum_j (x_j - v_j)^2 / (2 s_j), where v is the weight after the step of the inner
-    optimizer on the gradient of the loss alone, and s_j the length of that step for a constant gradient of 1 (see
-    `step_sizes`). The fixed points of such steps are the minimisers of loss + penalty, whichever optimizer is inside.
-    For Eqs. (5)-(7) the map puts weights exactly, bit by bit, on w0 (see `Penalty.proximal_map`).
+    w <- argmin_x penalty(x) + sum_j (x_j - v_j)^2 / (2 s_j). v is the weight after the inner optimizer's step on the loss
+    alone, and s_j the length of that step for a constant gradient of 1 (see `step_sizes`). The fixed points are the
+    minimisers of loss + penalty for every inner optimizer. For Eqs. (5)-(7) the map puts weights on w0 bit by bit (see
+    `Penalty.proximal_map`).
 
     The inner optimizer may be SGD, with or without (Nesterov) momentum, Adam, AdamW, Nadam or Adamax.
 
     Args:
-        optimizer, name: as `l2sp_tf.optimizers.stepping.Stepping`; `Proximal.of(optimizer, model)` is how to make one.
+        optimizer, name: as in `l2sp_tf.optimizers.stepping.Stepping`. Prefer `Proximal.of(optimizer, model)`.
 
     Raises:
-        InputError: it is another optimizer, or SGD with a momentum of 1.
+        InputError: the inner optimizer is another one, or SGD with a momentum of 1.
     """
 
     needs = "pull"
@@ -52,7 +52,7 @@ class Proximal(Stepping):
 
 
 def step_sizes(optimizer, variable, learning_rate):
-    """How far `optimizer` goes on to move each entry of a weight when its gradient is constantly 1.
+    """Returns the step length of each entry of a weight under a constant gradient of 1, with momentum at its limit.
 
     SGD: lr / (1 - momentum). Adam: lr sqrt(1 - beta_2^t) / (sqrt(v) + epsilon), with its largest v so far under
     `amsgrad`; Nadam: lr / (sqrt(v / (1 - beta_2^t)) + epsilon); Adamax: lr / (u + epsilon).
@@ -60,13 +60,13 @@ def step_sizes(optimizer, variable, learning_rate):
     Args:
         optimizer: a built Keras optimizer that has just stepped the weight.
         variable: the weight.
-        learning_rate: that of the step.
+        learning_rate: the learning rate of the step.
 
     Returns:
-        A float32 tensor, a scalar for SGD and of the weight's shape for the others.
+        A float32 tensor: a scalar for SGD, of the weight's shape for the others.
 
     Raises:
-        InputError: the optimizer is of another kind.
+        InputError: the optimizer has another type.
     """
     rule = _step_rule(optimizer)
     return rule(optimizer, optimizer._get_variable_index(variable), ops.cast(learning_rate, "float32"))
@@ -116,13 +116,13 @@ STEP_RULES = {
 
 
 def frozen_share(model: keras.Model) -> dict[str, float]:
-    """The share of each layer's anchored weights that are equal to w0 bit by bit.
+    """Measures the share of each layer's anchored weights that equal w0 bit by bit.
 
     Args:
-        model: a model with bound penalties, as `attach` leaves it.
+        model: a model with bound penalties, as after `attach`.
 
     Returns:
-        A dict from layer to a number in [0, 1], under the layers' keys, and of all layers together under "all".
+        A dict from layer key to a share in [0, 1], and "all" for all layers together; {} without anchored weights.
     """
     layers: dict[str, int] = {}
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Optimizers that take the step of the penalties themselves, around the step of another Keras optimizer."""
+"""The base of optimizers that step the penalties apart from the loss, around another Keras optimizer."""
 
 import contextlib
 import functools
@@ -16,7 +16,7 @@ from l2sp_tf.penalties.weights import forget_traced_steps
 
 
 def _of_inner(name):
-    """A property that is the inner optimizer's; Keras' constructor sets it before there is one."""
+    """Makes a property of the inner optimizer; Keras' constructor sets it before the inner optimizer exists."""
 
     def set_on_inner(self, value):
         if "inner_optimizer" in vars(self):
@@ -28,20 +28,22 @@ def _of_inner(name):
 class Stepping(keras.optimizers.Optimizer):
     """An optimizer that steps the penalties of Eq. (3) apart from the gradient of the loss.
 
-    It wraps another Keras optimizer, whose learning rate, clipping, gradient accumulation, moving averages and state
-    go on as they are; only what its `update_step` does to one weight is surrounded by the step of the weight's penalty.
-    Subclasses say what that step is. Use `of`, which keeps the penalties out of the gradient in the model's `train_step`
-    while the model is compiled with the optimizer. In a training loop of your own leave `model.losses` out of the loss.
+    It wraps the `update_step` of another Keras optimizer for each weight, and adds the step of the weight's penalty.
+    Subclasses define that step. Learning rate, clipping, gradient accumulation, moving averages and state stay those of the
+    inner optimizer.
+
+    Use `of`: while the model is compiled with this optimizer, its `train_step` keeps the penalties out of the gradient. In a
+    custom training loop, leave `model.losses` out of the loss.
 
     Args:
-        optimizer: a Keras optimizer or the name of one; it belongs to this one from then on.
-        name: of this optimizer.
+        optimizer: a Keras optimizer or its name; do not use it elsewhere afterwards.
+        name: the name of this optimizer.
 
     Raises:
-        InputError: it is no optimizer, or none whose steps of single weights can be surrounded.
+        InputError: it is not an optimizer, or it does not step each weight by its `update_step`.
     """
 
-    needs = ""  # the name of the method that a penalty has if it can be stepped
+    needs = ""  # the method that a penalty must have to be stepped
 
     def __init__(self, optimizer: keras.optimizers.Optimizer | str, name: str | None = None) -> None:
         optimizer = _checked(optimizer)
@@ -51,19 +53,19 @@ class Stepping(keras.optimizers.Optimizer):
 
     @classmethod
     def of(cls, optimizer: keras.optimizers.Optimizer | str, model: keras.Model) -> keras.optimizers.Optimizer:
-        """Wraps `optimizer`, and lets `model` keep its penalties out of the gradient in each step that this optimizer takes.
+        """Wraps `optimizer`, and keeps the penalties of `model` out of the gradient in each step of this optimizer.
 
         Their values stay in the loss that Keras reports, and in `model.losses`. Compiled with another optimizer, the model
-        trains with the penalties in the gradient, as before.
+        trains with the penalties in the gradient again.
 
         Args:
-            optimizer: a Keras optimizer or the name of one. If it is of this class already, as that of a loaded model
-                is, it is returned.
-            model: the model that is compiled with the optimizer and fitted; call this after `attach`.
+            optimizer: a Keras optimizer or its name. One that is of this class already, as in a loaded model, is
+                returned as it is.
+            model: the model to compile with the optimizer and to fit; call `attach` first.
 
         Raises:
-            InputError: as the class; Keras runs on another backend than TensorFlow; or the model carries no penalty, or
-                one that cannot be stepped.
+            InputError: as the class; Keras runs on another backend than TensorFlow; the model carries no penalty, or one
+                that cannot be stepped.
         """
         if keras.backend.backend() != "tensorflow":
             raise InputError(f"{cls.__name__} needs Keras' TensorFlow backend, but this is {keras.backend.backend()}.")
@@ -79,7 +81,7 @@ class Stepping(keras.optimizers.Optimizer):
 
     @classmethod
     def check(cls, penalty: Penalty) -> None:
-        """Raises an InputError if the penalty cannot be stepped."""
+        """Raises InputError if the penalty cannot be stepped."""
         if getattr(penalty, cls.needs) is None:
             names = ", ".join(kind.__name__ for kind in PENALTIES.values() if getattr(kind, cls.needs) is not None)
             raise InputError(f"{cls.__name__} cannot step {penalty}: it can step {names}.")
@@ -88,15 +90,15 @@ class Stepping(keras.optimizers.Optimizer):
         """Takes the step of one penalised weight.
 
         Args:
-            update: called without arguments, takes the inner optimizer's step of the weight.
+            update: a function without arguments that takes the inner optimizer's step of the weight.
             penalty: the `Penalty` on the weight.
-            variable: the weight, as the backend's variable.
-            learning_rate: that of this step.
+            variable: the weight, a variable of the backend.
+            learning_rate: the learning rate of this step.
         """
         raise NotImplementedError
 
     def _update(self, update, gradient, variable, learning_rate):
-        """What stands in the place of the inner optimizer's `update_step`."""
+        """Replaces the inner optimizer's `update_step`."""
         penalty = self._penalty_on(self._trainable_variables[self._get_variable_index(variable)])
         if penalty is None:
             update(gradient, variable, learning_rate)
@@ -133,7 +135,7 @@ class Stepping(keras.optimizers.Optimizer):
             )
         for penalty in filter(None, penalties):
             effect.took_part(penalty)
-        # a weight that the loss does not reach is still pulled by its penalty
+        # the penalty also pulls weights that the loss does not reach
         missing = [g is None and p for g, p in zip(grads, penalised, strict=True)]
         grads = [ops.zeros_like(v) if m else g for g, v, m in zip(grads, variables, missing, strict=True)]
         self.inner_optimizer.apply(grads, variables)
@@ -162,7 +164,7 @@ class Stepping(keras.optimizers.Optimizer):
 
 
 def _step_apart(model):
-    """Lets the `train_step` of a model keep the penalties out of the gradient while its optimizer steps them."""
+    """Wraps a model's `train_step` to keep the penalties out of the gradient while a `Stepping` optimizer steps them."""
     take = model.train_step
     if getattr(take, "is_apart", False):
         return
@@ -174,16 +176,16 @@ def _step_apart(model):
             return take(*args, **kwargs)
 
     train_step.is_apart = True
-    object.__setattr__(model, "train_step", train_step)  # behind the back of Keras' tracking
+    object.__setattr__(model, "train_step", train_step)  # bypasses Keras' tracking
 
 
 def unscaled(optimizer):
-    """The optimizer inside Keras' LossScaleOptimizer, or the optimizer itself."""
+    """Returns the optimizer inside a LossScaleOptimizer, or the optimizer itself."""
     return optimizer.inner_optimizer if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) else optimizer
 
 
 def _checked(optimizer):
-    """The optimizer, made if it was named, that steps each weight by its `update_step`."""
+    """Returns the optimizer, made from its name if need be; raises unless it steps each weight by its `update_step`."""
     try:
         optimizer = keras.optimizers.get(optimizer)
     except ValueError:
@@ -193,7 +195,7 @@ def _checked(optimizer):
     name = type(optimizer).__name__
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise InputError(f"{name} goes outside: wrap its inner optimizer, and give the result to {name} or to compile.")
-    # these write a weight from state of their own, or leave the step to others: what is done to the weight would be lost
+    # these rewrite a weight from their state, or delegate the step: a change of the weight here would be lost
     own = isinstance(optimizer, (keras.optimizers.Ftrl, keras.optimizers.ScheduleFreeAdamW))
     if own or type(optimizer).apply is not keras.optimizers.Optimizer.apply:
         raise InputError(f"{name} cannot be wrapped, as it does not step each weight by itself: give one such as SGD or AdamW.")

@@ -1,1 +1,1 @@
-"""Section 3: the penalties, the starting point w0, and the weights that they are bound to."""
+"""Section 3: the penalties, their anchors w0, and the weights that they are bound to."""

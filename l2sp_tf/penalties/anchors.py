@@ -1,4 +1,4 @@
-"""The starting point w0: a snapshot of a model's weights by value, saved and verified."""
+"""The anchors w0: a copy of a model's weights, saved and verified."""
 
 from typing import Any, Self
 
@@ -12,29 +12,29 @@ from l2sp_tf.penalties.weights import keyed_weights
 class Anchors(Snapshot):
     """The pre-trained weights w0 of section 3, a read-only mapping from key to array.
 
-    Keys are those of `l2sp_tf.penalties.weights.keyed_weights`, such as "conv1_conv/kernel". All
-    weights are kept, trainable or not, so that the pre-trained model can be restored from
-    its anchors: the original head and the source's batch-norm statistics are in them.
+    Keys are those of `l2sp_tf.penalties.weights.keyed_weights`, such as "conv1_conv/kernel". All weights are kept,
+    trainable or not, with the original head and the source's batch-norm statistics: the anchors can restore the
+    pre-trained model.
 
     Args:
         arrays: a mapping from key to array.
-        metadata: what is known of the weights, a dict from name to what JSON can hold, or None: "pixels", the
-            `PixelFormat.plain` that they were trained on, and "provenance", where they come from.
+        metadata: a dict from name to JSON value, or None. "pixels" is the `PixelFormat.plain` of the training images;
+            "provenance" is the origin of the weights.
     """
 
     @classmethod
     def of(cls, model: keras.Model, metadata: dict[str, Any] | None = None) -> Self:
-        """Copies the weights of a built model by value; later training does not change them."""
+        """Copies the weights of a built model; later training does not change the copies."""
         return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}, metadata)
 
     def restore(self, model: keras.Model) -> None:
-        """Assigns these values to the weights of `model` that have the same key; its layers derive their state from them.
+        """Assigns these values to the matching weights of `model`; its layers then update the state derived from them.
 
         Args:
             model: a built model of the same architecture.
 
         Raises:
-            InputError: a weight of the model is missing here or has another shape, or the
-                other way round; both sides are listed, and the model is left as it was.
+            InputError: weights are missing on one side, or shapes differ. The message lists both sides; the model is
+                unchanged.
         """
         restore(model, self)

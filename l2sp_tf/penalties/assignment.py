@@ -1,4 +1,4 @@
-"""Values put into the weights of layers, and the state that layers derive from their weights."""
+"""Assigns values to weights, and updates the state that layers derive from their weights."""
 
 import re
 
@@ -9,14 +9,14 @@ from l2sp_tf.penalties.weights import keyed_weights
 
 
 def assign(model, values):
-    """Gives weights of a model new values, and lets their layers derive from them what they compute with.
+    """Assigns values to weights of a model, and updates the state that their layers derive from them.
 
     Args:
         model: a built model.
         values: a mapping from keys of `keyed_weights(model)` to arrays of the same shapes.
 
     Raises:
-        InputError: a layer cannot derive its state from the values; it is named.
+        InputError: names the layer that cannot derive its state from the values.
     """
     weights = keyed_weights(model)
     for key, value in values.items():
@@ -25,16 +25,16 @@ def assign(model, values):
 
 
 def finish(layers):
-    """Lets layers whose weights were just assigned derive again what they compute with, such as Normalization its constants.
+    """Updates the state that layers derive from newly assigned weights, such as the constants of Normalization.
 
     Raises:
-        InputError: a layer cannot; it is named.
+        InputError: names the layer that cannot derive its state.
     """
     for layer in layers:
         if own_weights(layer):
             try:
                 _finish(layer)
-            except Exception as error:  # whatever a stranger's layer raises
+            except Exception as error:  # custom layers may raise anything
                 raise InputError(
                     f"The layer {title(layer)} cannot derive its state from its weights: {said_by(error)}."
                 ) from error
@@ -50,23 +50,23 @@ def _finish(layer):
 
 
 def own_weights(layer):
-    """The weights of a layer without those of the layers inside it."""
+    """Returns the weights of a layer without those of its inner layers."""
     return [*layer._trainable_variables, *layer._non_trainable_variables]
 
 
 def is_custom(layer, method):
-    """Whether a layer has a method that is neither Keras' nor missing."""
+    """Whether a layer defines a method outside Keras."""
     found = getattr(type(layer), method, None)
     return found is not None and not found.__module__.startswith("keras.")
 
 
 def is_merged(layer):
-    """Whether what Keras saves of a layer is not its weights: it merges LoRA's and dequantizes."""
+    """Whether Keras saves other values than the layer's weights: it merges LoRA and dequantizes."""
     return getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None) is not None
 
 
 def said_by(error):
-    """The line of an error that says what happened, without what Keras puts around it."""
+    """Returns the line of an error that gives its cause, without the text that Keras adds."""
     lines = [re.sub(r"\x1b\[\d+m", "", line).strip() for line in str(error).splitlines()]
     telling = [line for line in lines if line and not line.startswith(("Exception encountered", "Error when deserializing"))]
     return (telling or [type(error).__name__])[0].split(". ")[0].rstrip(".")

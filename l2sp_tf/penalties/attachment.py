@@ -26,7 +26,7 @@ FROZEN = "frozen"  # why a weight is left out
 
 @dataclasses.dataclass(frozen=True)
 class CoveredWeight:
-    """One weight in the coverage: its group, the penalty on it or the reason for none, and ||w - w0|| where it is in S."""
+    """One weight of a coverage: its group, its penalty or the reason for none, and ||w - w0|| if it is in S."""
 
     key: str
     group: str
@@ -49,12 +49,13 @@ class CoveredWeight:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Which weights are in S, in S-bar or left out (frozen ones too), and why; prints as a table.
+    """The weights in S, in S-bar or left out (frozen ones too), with the reasons; prints as a table.
 
     Attributes:
         weights: a tuple of `CoveredWeight`, in the model's order.
         anchors_digest: the digest of the anchors, or None.
-        is_saved: whether a `.keras` file of the model keeps penalties, and so refuses to train until `attach` is called.
+        is_saved: whether a `.keras` file of the model keeps penalties. If so, the loaded model refuses to train until
+            `attach` is called.
     """
 
     weights: tuple
@@ -63,21 +64,21 @@ class Coverage:
 
     @property
     def distance(self) -> float:
-        """||w - w0|| over S when the penalty was attached; 0 at a fresh start."""
+        """||w - w0|| over S at the call of `attach`; 0 at a fresh start."""
         return math.sqrt(sum((weight.distance or 0.0) ** 2 for weight in self.group(SHARED)))
 
     def group(self, name: str) -> list[CoveredWeight]:
-        """The weights of one group: "S", "S-bar" or "left out"."""
+        """Returns the weights of one group: "S", "S-bar" or "left out"."""
         return [weight for weight in self.weights if weight.group == name]
 
     @property
     def counts(self) -> dict[str, tuple[int, int]]:
-        """For each group the number of weight tensors and of numbers in them."""
+        """The number of weight tensors and of their entries, by group."""
         return {name: (len(self.group(name)), sum(w.size for w in self.group(name))) for name in (SHARED, NEW, LEFT_OUT)}
 
     @property
     def digest(self) -> str:
-        """The sha256 of the whole coverage: equal digests mean the same penalties on the same weights."""
+        """The SHA-256 of the whole coverage: equal digests mean the same penalties on the same weights."""
         rows = [[w.key, w.group, w.shape, w.penalty, w.reason] for w in self.weights]
         return hashlib.sha256(json.dumps([rows, self.anchors_digest], sort_keys=True).encode()).hexdigest()
 
@@ -106,29 +107,28 @@ def attach(
 ) -> Coverage:
     """Eq. (3): puts `penalty` on the shared weights S and L2 of strength beta on the new ones S-bar.
 
-    A trainable weight is in S if the anchors hold its starting point, and in S-bar otherwise (`l2sp_tf.penalties.matching` says
-    how they are matched; the anchors of a nested backbone count). Frozen weights are left out: call this again when they
-    are unfrozen. All penalties that this package has put on the model before are taken off, and nothing is changed if
-    an error is raised.
+    A trainable weight is in S if the anchors hold its starting point, and in S-bar otherwise. `l2sp_tf.penalties.matching`
+    defines the match; anchors of a nested backbone match too. Frozen weights are left out: call `attach` again after
+    unfreezing them. The call replaces all earlier penalties of this package. If it raises, the model is unchanged.
 
     Args:
         model: a built Keras model of any kind, compiled or not.
-        penalty: a penalty with its strength, such as `L2SP(0.1)`; a template that is copied.
-        anchors: the pre-trained weights, an `Anchors`. May be None for `L2`: then nothing is
-            shared and beta is on everything.
+        penalty: a penalty with its strength, such as `L2SP(0.1)`; each weight gets its own copy.
+        anchors: the pre-trained weights, an `Anchors`. May be None for `L2`: then S is empty, and beta applies to all
+            weights.
         beta: strength of L2 on S-bar, finite and at least 0.
-        params: "all" penalises every trainable weight, as the paper says; "kernels" weight matrices and convolution
-            kernels alone, as the authors' code does: biases, gammas and betas of normalisation are then free.
-        fisher: for the Fisher penalties a mapping from key to F_jj (such as a `Fisher`).
-        new: names of layers that are new although the anchors hold weights of their name.
+        params: "all" penalises every trainable weight, as in the paper. "kernels" penalises only weight matrices and
+            convolution kernels, as in the authors' code: biases, gammas and betas of normalisation stay free.
+        fisher: a mapping from key to F_jj, such as a `Fisher`; for the Fisher penalties.
+        new: names of layers to treat as new although the anchors hold weights of these names.
 
     Returns:
         The `Coverage`.
 
     Raises:
-        InputError: a bad argument; no weight matches the anchors; a layer is LoRA-enabled or
-            quantized; the model was attached to other anchors before; Fisher values missing, or
-            estimated at other weights than the anchors.
+        InputError: a bad argument; no weight matches the anchors; a layer is LoRA-enabled or quantized; the model was
+            attached to other anchors before; Fisher values are missing, or were estimated at other weights than the
+            anchors.
     """
     beta = check_strength(beta, "beta")
     _check_arguments(penalty, anchors, params, fisher)
@@ -161,8 +161,8 @@ def attach(
 
 
 def _trainable(model, weights):
-    """Yields each weight that was made to be trained, and whether the model trains it: (key, weight, bool)."""
-    trained = {id(variable) for variable in model.trainable_variables}  # less than v.trainable says, under a frozen parent
+    """Yields (key, weight, whether the model trains it) for each weight that its layer created as trainable."""
+    trained = {id(variable) for variable in model.trainable_variables}  # v.trainable ignores frozen parents
     for key, weight in weights.items():
         is_trained = id(weight.variable) in trained
         if is_trained or any(variable is weight.variable for variable in weight.layer._trainable_variables):
@@ -171,7 +171,7 @@ def _trainable(model, weights):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What `attach` was asked for, checked."""
+    """The checked arguments of `attach`."""
 
     penalty: Penalty
     anchors: Anchors | None
@@ -181,7 +181,7 @@ class _Plan:
     other_shape: dict
 
     def cover(self, key, weight, anchor, is_trained):
-        """The row of one weight and the penalty that goes on it, or None; `anchor` is the key of its anchor, or None."""
+        """Returns the row of one weight and its penalty, or None; `anchor` is the key of its anchor, or None."""
         group, reason, regularizer = NEW, "", None
         if not is_trained:
             group, reason = LEFT_OUT, FROZEN
@@ -209,7 +209,7 @@ class _FisherValues:
     """The Fisher diagonal by the keys of the model's weights.
 
     Raises:
-        InputError: it was estimated at other weights than the anchors; it is not clear which weight a value is of.
+        InputError: it was estimated at other weights than the anchors, or its keys match the weights ambiguously.
     """
 
     def __init__(self, fisher, anchors, matches):
@@ -222,7 +222,7 @@ class _FisherValues:
         known = {key: np.shape(value) for key, value in fisher.items()}
         found = match({key: anchors[other].shape for key, other in matches.items()} if anchors else {}, known, values=False)
         found.refuse()
-        self._matches = found.pairs | found.other_shape  # of another shape, the penalty says so
+        self._matches = found.pairs | found.other_shape  # the penalty itself refuses another shape
 
     def __getitem__(self, key):
         if key not in self._matches:
@@ -231,20 +231,20 @@ class _FisherValues:
 
 
 def _by_hash(fisher, provenance, anchors, matches):
-    """For each key the Fisher diagonal's entry that was estimated at the anchor's values, whatever its name."""
+    """Maps each key to the name of the Fisher entry that was estimated at the anchor's values, whatever that name."""
     estimated_at = provenance.get("weights")
     if provenance["model"] == anchors.digest:
         return {key: other for key, other in matches.items() if other in fisher}
-    if estimated_at is None:  # a file from before these were recorded
+    if estimated_at is None:  # an older file without hashes
         raise InputError(
             f"This Fisher diagonal was estimated on a model of digest {str(provenance['model'])[:12]}, but the anchors have "
             f"{anchors.digest[:12]}: estimate it on the model that the anchors were taken from."
         )
-    # other names or another head make another digest, of which the weights that count know nothing
+    # other names or another head change the digest, but not the relevant weights: compare weight by weight
     hashes, entries = {entry["name"]: entry["sha256"] for entry in anchors.manifest}, {}
     in_both = set(hashes.values()) & set(estimated_at.values())
-    for key in sorted(hashes.keys() & estimated_at.keys()):  # statistics too, since F depends on them
-        if hashes[key] != estimated_at[key] and not {hashes[key], estimated_at[key]} <= in_both:  # not just another name
+    for key in sorted(hashes.keys() & estimated_at.keys()):  # statistics too: F depends on them
+        if hashes[key] != estimated_at[key] and not {hashes[key], estimated_at[key]} <= in_both:  # and not just renamed
             raise _estimated_elsewhere(key, key)
     for name in fisher:
         entries.setdefault(estimated_at[name], []).append(name)
@@ -254,12 +254,12 @@ def _by_hash(fisher, provenance, anchors, matches):
     for key, other in matches.items():
         candidates = entries.get(hashes[other], [])
         by_name = names.pairs.get(key) or names.other_shape.get(key)
-        if by_name in candidates or len(candidates) == 1:  # constant weights, such as gammas, have many
+        if by_name in candidates or len(candidates) == 1:  # constant weights, such as gammas, share one hash
             found[key] = by_name if by_name in candidates else candidates[0]
         elif by_name is not None:
             raise _estimated_elsewhere(by_name, other)
     layers = {_parted(key)[0]: _parted(name)[0] for key, name in found.items()}
-    for key in matches.keys() - found.keys():  # a bias of zeros is that of the layer whose kernel was found
+    for key in matches.keys() - found.keys():  # constants, such as zero biases, follow the kernel of their layer
         layer, variable = _parted(key)
         name = f"{layers.get(layer)}/{variable}"
         if name in entries.get(hashes[matches[key]], []):
@@ -268,7 +268,7 @@ def _by_hash(fisher, provenance, anchors, matches):
 
 
 def _parted(key):
-    """A key's layer and the name of the variable in it."""
+    """Splits a key into its layer and the name of the variable."""
     layer, _, variable = key.rpartition("/")
     return layer, variable
 
@@ -286,36 +286,39 @@ def _distance(variable, anchor):
 
 
 def _is_saved(model, bound):
-    """Whether a `.keras` file of the model keeps one of the penalties at least."""
+    """Whether a `.keras` file of the model keeps at least one of the penalties."""
     if not any(bound.values()):
         return True
     names = {keras.saving.get_registered_name(type(penalty)) for penalty in filter(None, bound.values())}
     try:
         text = json.dumps(model.get_config(), default=str)
         return any(f'"{name}"' in text for name in names)
-    except Exception:  # whatever the model's own method raises, its file does not have the layers
+    except Exception:  # without a config, the file has no layers to keep penalties in
         return False
 
 
 def detach(model: keras.Model) -> int:
-    """Takes the penalties of this package off all weights of `model`, and returns how many there were."""
+    """Removes the penalties of this package from all weights of `model`; returns their number."""
     count = drop_penalties(keyed_weights(model))
     forget_traced_steps(model)
     return count
 
 
 class AnchorGuard(keras.callbacks.Callback):
-    """Stops a training in which a penalty of a coverage would take no part.
+    """Stops a training that would ignore a penalty of a coverage.
 
-    Give it to `fit` among the callbacks. When training starts it compares what `attach` bound with what the model's
-    weights carry now, and raises if a weight has lost its penalty, was frozen or unfrozen after `attach`, or sits in a layer
-    made LoRA-enabled or quantized since. After the first step it raises, and puts the weights back, if the step did not ask
-    for the gradient of each penalty, or leave it to `Proximal` or `Decoupled`: a `train_step` may ignore `model.losses`. A
-    step that may have been traced before the penalties came is traced again. On Keras' other backends than TensorFlow the
-    step itself is not looked at. It warns of an optimizer whose own weight decay pulls to zero.
+    Pass it to `fit` as a callback. At the start of training it compares the model's weights with the coverage. It raises if
+    a weight has lost its penalty, or was frozen or unfrozen after `attach`. It raises too if a layer is now LoRA-enabled or
+    quantized.
+
+    After the first step it raises and restores the weights if a penalty took no part: a `train_step` may ignore
+    `model.losses`. A penalty takes part if the step takes its gradient, or `Proximal` or `Decoupled` steps it. A step that
+    may have been traced before `attach` is retraced. Only TensorFlow steps are checked, not those of other Keras backends.
+
+    It warns about an optimizer with weight decay, which pulls to zero.
 
     Args:
-        coverage: what `attach` returned for the model, or for a part of it such as a nested backbone.
+        coverage: the result of `attach` for the model, or for a part of it such as a nested backbone.
     """
 
     def __init__(self, coverage: Coverage) -> None:
@@ -342,9 +345,9 @@ class AnchorGuard(keras.callbacks.Callback):
 
 
 class _FirstStep:
-    """Watches which penalties take part in the next step of a model; a traced step that is known to have them passes."""
+    """Checks that the penalties take part in the next step of a model; skips a traced step that passed before."""
 
-    _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # from a traced step to the penalties that were seen in it
+    _known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # traced step -> penalties seen in it
 
     def __init__(self, model, penalties):
         self._model, self._penalties, self._before = model, penalties, []
@@ -358,14 +361,14 @@ class _FirstStep:
         self._watch = effect.Watch(self._missing)
 
     def check(self):
-        """Whether the watch is over.
+        """Returns whether the check is done; False asks for another step.
 
         Raises:
-            UnboundPenaltyError: a penalty took no part; the weights are then as before the step.
+            UnboundPenaltyError: a penalty took no part; the weights are restored to those before the step.
         """
         missing = [penalty for penalty in self._missing if penalty not in self._watch.seen]
         if missing and self._model.run_eagerly and isinstance(self._model.optimizer, keras.optimizers.LossScaleOptimizer):
-            return False  # which leaves out eager steps whose gradients are not finite
+            return False  # it skips eager steps with non-finite gradients
         self._watch.close()
         if missing:
             for variable, value in zip(self._model.variables, self._before, strict=True):
@@ -381,10 +384,10 @@ class _FirstStep:
 
 
 def check_bound(model, coverage):
-    """Compares the penalties that a model carries with a coverage, and returns them.
+    """Compares the penalties on a model's weights with a coverage, and returns them.
 
     Raises:
-        UnboundPenaltyError: the two differ; the message names the first weight that does.
+        UnboundPenaltyError: names the first weight that differs.
     """
     weights = keyed_weights(model)
     try:
@@ -395,7 +398,7 @@ def check_bound(model, coverage):
     rows, penalties = {place + row.key: row for row in coverage.weights}, []
     for key, weight, is_trained in _trainable(model, weights):
         if not key.startswith(place):
-            continue  # outside of the part that was attached
+            continue  # outside the attached part
         found = weight.variable.regularizer
         if problem := _problem(rows.get(key), found, is_trained):
             raise UnboundPenaltyError(
@@ -407,10 +410,10 @@ def check_bound(model, coverage):
 
 
 def _place(weights, coverage):
-    """Where in a model the attached part lies: "" for the whole, else the path of a nested model, with a "/" at its end.
+    """Finds the attached part of a model: "" for the whole, else the path of a nested model, ending with "/".
 
     Raises:
-        UnboundPenaltyError: nowhere.
+        UnboundPenaltyError: the model does not contain it.
     """
     keys = [row.key for row in coverage.weights]
     for place in ["", *(key.removesuffix(keys[0]) for key in weights if keys and key.endswith(f"/{keys[0]}"))]:
@@ -424,7 +427,7 @@ def _place(weights, coverage):
 
 
 def _problem(row, found, is_trained):
-    """What is wrong with a weight, given its row in the coverage and the regularizer that it carries; "" if nothing is."""
+    """Describes how a weight's regularizer contradicts its row in the coverage; "" if it does not."""
     if row is None:
         return "is trainable now, but was not there when the penalty was attached" if is_trained else ""
     is_frozen = row.reason.startswith(FROZEN)
@@ -458,7 +461,7 @@ def _check_arguments(penalty, anchors, params, fisher):
 
 
 def _row(key, group, reason, variable, penalty, distance):
-    """The coverage of one weight; says so where another library's regularizer is replaced or kept."""
+    """Makes the coverage row of one weight; its reason notes another library's regularizer, replaced or kept."""
     other = variable.regularizer
     if other is not None and not isinstance(other, Penalty):
         verb = "keeps" if penalty is None else "replaces"
@@ -468,7 +471,7 @@ def _row(key, group, reason, variable, penalty, distance):
 
 
 def _shared(weights, found, new):
-    """The keys that have an anchor, with the anchor's key, except in layers called new."""
+    """Maps each key in S to its anchor's key; layers named in `new`, and exchanged layers, are left out."""
     layers = {part for key in weights for part in key.split("/")[:-1]}
     if unknown := [name for name in new if name not in layers]:
         raise InputError(f"new names the layer {unknown[0]!r}, which the model does not have: name one of its layers.")
@@ -477,10 +480,10 @@ def _shared(weights, found, new):
 
 
 def _exchanged(weights, found):
-    """The layers that stand in the place of another one in the order of numbers, but have nothing of its values.
+    """Returns the layers that match another name by number only, with unrelated values: new layers.
 
-    Such is a new head that Keras, or `with_new_head`, has numbered after the old one. Where most of the model has nothing of
-    its anchors, its weights were never loaded, and no layer is taken for new.
+    An example is a new head that Keras, or `with_new_head`, numbered after the old one. If most of the model is unrelated to
+    its anchors, the weights were never loaded, and the result is empty.
     """
     names = {key: (key.split("/")[-2:-1], found.pairs[key].split("/")[-2:-1]) for key in found.doubts}
     sizes = {key: math.prod(weights[key].variable.shape) for key in found.pairs}
@@ -490,18 +493,18 @@ def _exchanged(weights, found):
 
 
 def _is_in(key, layers):
-    """Whether a key names a weight within one of the layers."""
+    """Whether a key names a weight inside one of the layers."""
     return bool(set(layers) & set(key.split("/")[:-1]))
 
 
 def _is_kernel(variable):
-    """Whether a weight multiplies its input: a matrix or a convolution kernel, and no offset or scale."""
+    """Whether a weight is a matrix or a convolution kernel, not an offset or scale."""
     name = variable.name.lower()
     return len(variable.shape) >= 2 and not any(word in name for word in ("bias", "beta", "gamma", "scale"))
 
 
 def _group_axes(weight):
-    """The axes of the fan-in of one output channel (p_g = h * w * d), or None for all but the last."""
+    """Returns the fan-in axes of one output channel (p_g = h * w * d), or None for all axes but the last."""
     layer, rank = weight.layer, len(weight.variable.shape)
     depthwise = isinstance(layer, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D))
     if rank > 2 and (depthwise or weight.variable.name == "depthwise_kernel"):
@@ -516,7 +519,7 @@ def _group_axes(weight):
 
 
 def _refuse_unfaithful_layers(weights):
-    """LoRA freezes the base kernel and trains another; quantization replaces it: neither can be anchored."""
+    """Raises for LoRA and quantized layers: LoRA freezes the anchored kernel and trains another, quantization replaces it."""
     for weight in weights:
         if getattr(weight.layer, "lora_enabled", False):
             raise InputError(f"The layer {weight.layer.name!r} is LoRA-enabled and cannot be anchored: attach without LoRA.")
@@ -525,7 +528,7 @@ def _refuse_unfaithful_layers(weights):
 
 
 def _refuse_other_anchors(weights, anchors):
-    """A model bound to anchors before, in this process or in the one that saved it, keeps to the same ones."""
+    """Raises if the model was attached to other anchors before, in this process or before saving."""
     regularizers = [weight.variable.regularizer for weight in weights]
     known = {r.digest for r in regularizers if isinstance(r, AnchoredPenalty) and r.digest}
     if anchors is not None and (others := known - {anchors.digest}):

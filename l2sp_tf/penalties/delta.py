@@ -1,4 +1,4 @@
-"""Delta checkpoints: what a fine-tuned model differs in from its anchors, exact to the bit."""
+"""Delta checkpoints: the difference of a fine-tuned model from its anchors, exact to the bit."""
 
 import collections
 import dataclasses
@@ -22,12 +22,12 @@ FORMAT = "l2sp_tf.delta.v1"
 
 @dataclasses.dataclass(frozen=True)
 class DeltaSize:
-    """How large a delta file is.
+    """The size of a delta file.
 
     Attributes:
-        bytes: of the file.
-        full_bytes: of all weights of the model, stored whole.
-        encodings: how many weights are stored in each way: "equal", "changed" or "whole".
+        bytes: size of the file.
+        full_bytes: size of all weights of the model, stored whole.
+        encodings: number of weights for each encoding: "equal", "changed" or "whole".
     """
 
     bytes: int
@@ -40,19 +40,17 @@ class DeltaSize:
 
 
 def save_delta(model: keras.Model, anchors: Anchors, path: Path) -> DeltaSize:
-    """Writes what a model differs in from its anchors, atomically; `load_delta` gives it back to the bit.
+    """Writes the difference of a model from its anchors atomically; `load_delta` restores the model to the bit.
 
-    Each weight is stored in one of three ways, all exact for any dtype:
-    - "equal": its bits are the anchor's, and nothing is stored;
-    - "changed": a bit for each number that tells whether it differs, and the differences of those
-      that do, deflated;
-    - "whole": new weights, such as a head, those of another shape or dtype than the anchor, and
-      those of which this is smaller.
+    Each weight has one of three encodings, all exact for any dtype:
+    - "equal": its bits are the anchor's; nothing is stored;
+    - "changed": a bit mask of the changed numbers and their differences, deflated;
+    - "whole": for new weights such as a head, for another shape or dtype than the anchor's, and wherever it is smaller.
 
     Args:
         model: a built Keras model.
         anchors: the `Anchors` that it started from.
-        path: of the safetensors file.
+        path: the safetensors file.
 
     Returns:
         A `DeltaSize`.
@@ -82,16 +80,16 @@ def save_delta(model: keras.Model, anchors: Anchors, path: Path) -> DeltaSize:
 
 
 def load_delta(model: keras.Model, anchors: Anchors, path: Path) -> None:
-    """Gives a model the weights that `save_delta` wrote, to the bit.
+    """Restores the weights that `save_delta` wrote, to the bit.
 
     Args:
         model: a built Keras model of the same architecture and dtypes.
         anchors: the same `Anchors`.
-        path: of the file.
+        path: the delta file.
 
     Raises:
-        InputError: the file is missing, damaged or no delta; the anchors are others; or the
-            model is of another architecture or dtype (both sides are listed). The model then keeps its weights.
+        InputError: the file is missing, damaged or not a delta; the anchors differ; or the model has another
+            architecture or dtype (the message lists both sides). The model then keeps its weights.
     """
     stored, metadata = load_arrays(path, FORMAT, "no delta", "save_delta")
     if metadata.get("anchors") != anchors.digest:
@@ -109,7 +107,7 @@ def load_delta(model: keras.Model, anchors: Anchors, path: Path) -> None:
 
 
 def _check_dtypes(model, weights):
-    """A value that is cast is not the one that was saved."""
+    """Raises if the model has another dtype: a cast would change the saved values."""
     own = keyed_weights(model)
     for key, other in match(own, weights, values=False).pairs.items():
         if own[key].variable.dtype != weights[other].dtype.name:
@@ -124,7 +122,7 @@ def _alike(a, b):
 
 
 def _encoded(array, anchor):
-    """The encoding of an array that has an anchor, and what is stored of it."""
+    """Returns the encoding of an array with an anchor, and the array to store, or None."""
     bits, base = _bits(array), _bits(anchor)
     if np.array_equal(bits, base):
         return "equal", None
@@ -133,7 +131,7 @@ def _encoded(array, anchor):
 
 
 def _decoded(entry, stored, anchors):
-    """One weight from what is stored of it; errors of many kinds where the two do not fit."""
+    """Decodes one weight; a mismatch raises errors of many kinds."""
     name, encoding = entry["name"], entry["encoding"]
     if encoding == "whole":
         return stored[name]
@@ -146,15 +144,15 @@ def _decoded(entry, stored, anchors):
 
 
 def _bits(array):
-    """The numbers of an array as unsigned integers of the same bits, in one dimension."""
+    """Returns the bits of an array's numbers as unsigned integers, in one dimension."""
     return np.asarray(array, order="C").reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
 def _packed(bits, base):
-    """Which numbers differ, and the differences of their bits, deflated to bytes.
+    """Deflates the mask of differing numbers and the differences of their bits.
 
-    A difference d of the bits modulo 2^n is folded to 2d or -2d - 1, so that a small step either way
-    has zeros in its high bytes; bytes of equal significance stand together.
+    A difference d modulo 2^n is folded to 2d or -2d - 1 (zigzag), so that small steps in either direction have zero high
+    bytes. Bytes of equal significance are stored together.
     """
     differs = bits != base
     difference = bits[differs] - base[differs]
@@ -164,9 +162,9 @@ def _packed(bits, base):
 
 
 def _unpacked(packed, base):
-    """The bits that `_packed` was given."""
+    """Inverts `_packed`."""
     marks = -(-base.size // 8)
-    content = zlib.decompressobj().decompress(packed.tobytes(), marks + base.nbytes)  # never more than that
+    content = zlib.decompressobj().decompress(packed.tobytes(), marks + base.nbytes)  # the limit stops decompression bombs
     differs = np.unpackbits(np.frombuffer(content[:marks], "u1"), count=base.size).astype(bool)
     planes = np.frombuffer(content[marks:], "u1").reshape(base.itemsize, -1)
     folded = planes.T.copy().view(base.dtype).reshape(-1)

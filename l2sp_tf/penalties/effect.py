@@ -1,8 +1,8 @@
-"""What becomes of a penalty in a step: its gradient is taken, or an optimizer steps it, or neither.
+"""Detects which penalties take part in a training step: by their gradient, or by the step of an optimizer.
 
-Each penalty's value goes through an identity operation of TensorFlow. Whoever asks for the gradient of the loss asks that
-operation too, if the value is part of the loss: so it is known, for any `train_step`, which penalties took part. On Keras'
-other backends nothing is known.
+Each penalty's value passes through an identity operation of TensorFlow. If the value is part of the loss, the gradient of
+the loss calls the gradient of that operation, which records the penalty. This works for any `train_step`. On other Keras
+backends nothing is recorded.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ import weakref
 
 import keras
 
-_apart = contextvars.ContextVar("apart", default=False)  # for each thread: each replica has its own
-# from a graph to the penalties whose gradient was taken while it was traced
+_apart = contextvars.ContextVar("apart", default=False)  # per thread: each replica has its own
+# graph -> penalties whose gradient was taken while it was traced
 _in_gradient: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _watches: weakref.WeakSet = weakref.WeakSet()
 
 
 def passed_on(penalty, value):
-    """Returns the value of a penalty, whose gradient tells from then on that it was asked for."""
+    """Returns the value of a penalty through an identity whose gradient records the penalty."""
     if keras.backend.backend() != "tensorflow":
         return value
     import tensorflow as tf
@@ -32,7 +32,7 @@ def passed_on(penalty, value):
 
 @functools.cache
 def _register_gradient():
-    """Snapshot is an identity that TensorFlow itself never differentiates; a custom gradient would never be freed."""
+    """Registers a gradient for Snapshot, an identity without one in TensorFlow; a custom gradient would never be freed."""
     import tensorflow as tf
 
     @tf.RegisterGradient("Snapshot")
@@ -49,8 +49,8 @@ def _register_gradient():
 
 @contextlib.contextmanager
 def apart():
-    """Keeps the penalties out of the gradients that are taken within the block; their values stay in the loss."""
-    pop_in_gradient()  # those of eager steps before, under another optimizer
+    """Keeps the penalties out of all gradients inside the block; their values stay in the loss."""
+    pop_in_gradient()  # drops records of earlier eager steps with another optimizer
     token = _apart.set(True)
     try:
         yield
@@ -59,25 +59,25 @@ def apart():
 
 
 def pop_in_gradient():
-    """Returns the penalties whose gradient was taken in the step that is traced, or run, now, and forgets them."""
+    """Returns and forgets the penalties whose gradient the current step took, traced or eager."""
     import tensorflow as tf
 
     graph, found = tf.compat.v1.get_default_graph(), set()
     while graph is not None:
         found.update(_in_gradient.pop(graph, ()))
         outer = getattr(graph, "outer_graph", None)
-        graph = outer if hasattr(outer, "outer_graph") else None  # eager gradients are not those of a traced step
+        graph = outer if hasattr(outer, "outer_graph") else None  # a traced step stops below the eager context
     return found
 
 
 def took_part(penalty):
-    """Tells those who watch that a penalty is part of the step that is traced, or run, now."""
+    """Notifies all watches that a penalty takes part in the current step."""
     for watch in list(_watches):
         watch.seen.add(penalty)
 
 
 class Watch:
-    """Notes in `seen` which penalties take part in steps, until it is closed or forgotten; nothing if `wanted` is empty."""
+    """Collects in `seen` the penalties that take part in steps, until closed or freed; inactive if `wanted` is empty."""
 
     def __init__(self, wanted):
         self.seen = weakref.WeakSet()

@@ -1,8 +1,7 @@
 """The penalties of section 3 as Keras regularizers, one class for each equation.
 
-Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength,
-`fisher` the diagonal of the Fisher information, `g` a group of weights and `p_g` its size. Each penalty is one class, which
-`register_penalty` makes known to all else.
+Symbols: `w` the weight, `w0` its anchor (the pre-trained value), `alpha` the strength, `fisher` the diagonal of the Fisher
+information, `g` a group of weights and `p_g` its size. `register_penalty` registers each class.
 """
 
 import copy
@@ -24,14 +23,14 @@ from l2sp_tf.penalties import effect, maps
 
 
 class UnboundPenaltyError(RuntimeError):
-    """A penalty that is not bound to its weight (as after loading a model), or that takes no part in a step."""
+    """Raised for a penalty that is not bound to its weight (as after loading a model), or that a step ignores."""
 
 
 def check_strength(value: Any, name: str) -> float:
     """Returns a strength as a float.
 
     Raises:
-        InputError: it is not a finite number that is at least 0.
+        InputError: it is not a finite number of at least 0.
     """
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:
@@ -43,22 +42,22 @@ PENALTIES: dict[str, type["Penalty"]] = {}  # the registered classes by symbol
 
 
 def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable[[type["Penalty"]], type["Penalty"]]:
-    """Makes a penalty known by its symbol: to Keras' files, train.py, cross-validation, records, tables and figures.
+    """Registers a penalty under its symbol for Keras' files, train.py, cross-validation, records, tables and figures.
 
-    A penalty of your own is a subclass of `Penalty`, `AnchoredPenalty` or `FisherPenalty` with a method `value`; `gradient`
-    and `pull` let `Decoupled` and `Proximal` step it. An installed package that names the module of such a class as an entry
-    point of the group "l2sp_tf.penalties" makes it known to train.py.
+    To add a penalty, subclass `Penalty`, `AnchoredPenalty` or `FisherPenalty` and define `value`. Define `gradient` for
+    `Decoupled`, and `pull` for `Proximal`. For train.py, install a package that names the module of the class as an entry
+    point of the group "l2sp_tf.penalties".
 
     Args:
-        symbol: what train.py and records call it, such as "l2_sp": lower case letters, digits and underscores.
-        title: what tables and figures call it, such as "L2-SP".
-        grid: the strengths that cross-validation tries by default.
+        symbol: its name in train.py and records, such as "l2_sp": lower case letters, digits and underscores.
+        title: its name in tables and figures, such as "L2-SP".
+        grid: the default strengths of cross-validation.
 
     Returns:
-        A decorator of the class.
+        A class decorator.
 
     Raises:
-        InputError: the symbol is no such word or another class has it, the class is no `Penalty`, or the grid is empty.
+        InputError: the symbol is malformed or taken, the class is not a `Penalty`, or the grid is empty.
     """
 
     def register(cls):
@@ -80,38 +79,37 @@ def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable
 
 
 def load_registered() -> None:
-    """Imports the modules of installed packages that register penalties: entry points of the group "l2sp_tf.penalties".
+    """Imports the installed modules that register penalties: entry points of the group "l2sp_tf.penalties".
 
     Raises:
-        InputError: one cannot be imported; it is named.
+        InputError: names a module that cannot be imported.
     """
     for entry in importlib.metadata.entry_points(group="l2sp_tf.penalties"):
         try:
             entry.load()
-        except Exception as error:  # whatever a stranger's module raises
+        except Exception as error:  # third-party modules may raise anything
             raise InputError(
                 f"The penalties of {entry.value} cannot be imported ({error}): mend or remove its package."
             ) from error
 
 
 class Penalty(keras.regularizers.Regularizer):
-    """What the penalties share: a strength alpha, and the key of the weight they are bound to.
+    """The base class of the penalties: a strength alpha, and the key of the bound weight.
 
-    A penalty that comes back from a file has a key but is not bound: not all penalties of a model can be saved, so
-    that those that came back alone would train another objective. `attach` binds them all again.
+    A penalty from a file has a key but is not bound. Files cannot keep all penalties of a model, and the loaded ones alone
+    would train another objective. `attach` binds them all again.
 
     Args:
         alpha: strength, finite and not negative.
         key: the key of the weight, set by `attach`.
 
     Raises:
-        InputError: the strength is not a finite number that is at least 0.
+        InputError: the strength is not a finite number of at least 0.
     """
 
     symbol, title, grid = "", "", ()  # see `register_penalty`
-    is_penalty = True  # by which `drop_penalties` knows it
-    # A subclass that `Decoupled` can step has a method gradient(w), and one that `Proximal` can step a method pull(d, step):
-    # see `L2`.
+    is_penalty = True  # `drop_penalties` looks for it
+    # Optional methods: gradient(w) for `Decoupled`, pull(d, step) for `Proximal`; see `L2`.
     gradient: Any = None
     pull: Any = None
 
@@ -121,21 +119,21 @@ class Penalty(keras.regularizers.Regularizer):
         self._is_attached = False
 
     def __call__(self, w: Tensor) -> Tensor:
-        """The value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
+        """Returns the value of the penalty, a scalar in float32 at least; w is a tensor or variable of the weight's shape.
 
         Raises:
-            UnboundPenaltyError: it is not bound.
+            UnboundPenaltyError: the penalty is not bound.
         """
         if not self.is_bound:
             raise UnboundPenaltyError(self._unbound())
         return effect.passed_on(self, self.value(w))
 
     def value(self, w: Tensor) -> Tensor:
-        """The value for a weight w, a scalar tensor in float32 at least; each subclass has its formula here."""
+        """Returns the value at w, a scalar tensor in float32 at least; each subclass defines its formula here."""
         raise NotImplementedError
 
     def displacement(self, w: Tensor) -> Tensor:
-        """What the penalty pulls to 0: w itself, or w - w0 for those with an anchor; in float32 at least."""
+        """Returns the tensor that the penalty pulls to 0, in float32 at least: w, or w - w0 with an anchor."""
         return self._weight(w)
 
     def proximal_map(self, w: Tensor, step: Tensor) -> Tensor:
@@ -146,24 +144,24 @@ class Penalty(keras.regularizers.Regularizer):
             step: at least 0, a scalar or a tensor of that shape.
 
         Returns:
-            A tensor of the type of `w`, but float32 at least; entries on w0 are equal to it bit by bit.
+            A tensor of the dtype of `w`, but float32 at least; entries that the map puts on w0 equal it bit by bit.
         """
         d = self.displacement(w)
         w = self._weight(w)
         pull, stays = self.pull(d, ops.cast(step, d.dtype))
-        return ops.where(stays, self._origin(w), w - pull)  # w0 itself, as w0 + 0 would be wrong by a rounding or a sign
+        return ops.where(stays, self._origin(w), w - pull)  # w0 itself: w - pull may differ by a rounding or a sign
 
     def _origin(self, w):
-        """What the penalty pulls w to."""
+        """Returns the point that the penalty pulls w to."""
         return ops.zeros_like(w)
 
     @property
     def is_bound(self) -> bool:
-        """Whether the penalty has all it needs to be computed."""
+        """Whether the value can be computed."""
         return self._is_attached or self.key is None
 
     def _unbound(self):
-        """The sentence for a penalty that is not bound."""
+        """Returns the error message of a penalty that is not bound."""
         return (
             f"{type(self).__name__} on {self.key or 'a weight'} came from a file or a clone and is not bound again: call "
             "l2sp_tf.attach(model, ...) before training or evaluating the loss, or l2sp_tf.detach(model) to drop the penalty."
@@ -180,7 +178,7 @@ class Penalty(keras.regularizers.Regularizer):
         return {"alpha": self.alpha, "key": self.key}
 
     def _weight(self, w):
-        """w in float32 at least."""
+        """Casts w to float32 at least."""
         return ops.cast(w, keras.backend.result_type(keras.backend.standardize_dtype(w.dtype), "float32"))
 
     def __repr__(self):
@@ -192,12 +190,12 @@ class AnchoredPenalty(Penalty):
 
     Args:
         alpha: strength, finite and not negative.
-        anchor: w0, an array of the weight's shape, copied by value. Without it the penalty
-            is a template for `attach`, and raises when its value is asked for.
+        anchor: w0, an array of the weight's shape, copied. Without it the penalty is a template for `attach`, and a call
+            raises.
         key, digest: the weight's key and the digest of its anchors, set by `attach`.
 
     Raises:
-        InputError: a bad strength, or an anchor that is not finite.
+        InputError: the strength is not a finite number of at least 0, or the anchor is not finite.
     """
 
     def __init__(self, alpha: float, anchor: Tensor | None = None, *, key: str | None = None, digest: str | None = None) -> None:
@@ -215,7 +213,7 @@ class AnchoredPenalty(Penalty):
         return self._anchor
 
     def bind(self, key: str, *, anchor: Tensor = None, digest: str | None = None, **_: Any) -> Any:
-        """Returns a copy of this penalty for one weight, bound to its anchor, whose memory it shares where that is read-only."""
+        """Returns a copy of this penalty for one weight, bound to its anchor; shares the memory of a read-only anchor."""
         bound = super().bind(key)
         bound.digest, bound._anchor = digest, _constant(anchor, bound._name_of("anchor"), share=True)
         return bound
@@ -235,7 +233,7 @@ class AnchoredPenalty(Penalty):
         return {**super().get_config(), "digest": self.digest}
 
     def displacement(self, w: Tensor) -> Tensor:
-        """w - w0, in float32 at least."""
+        """Returns w - w0, in float32 at least."""
         _check_shapes(self, weight=w.shape, anchor=self._anchor.shape)
         w = self._weight(w)
         return ops.subtract(w, self._origin(w))
@@ -252,8 +250,7 @@ class FisherPenalty(AnchoredPenalty):
         fisher_digest: the digest of the Fisher diagonal, set by `attach`.
 
     Raises:
-        InputError: an entry of `fisher` is negative or not finite, or its shape is not the
-            anchor's.
+        InputError: an entry of `fisher` is negative or not finite, or its shape differs from the anchor's.
     """
 
     def __init__(
@@ -300,7 +297,7 @@ class FisherPenalty(AnchoredPenalty):
             _check_shapes(self, anchor=self._anchor.shape, fisher=self._root_fisher.shape)
 
     def _weighted_displacement(self, w):
-        """F_jj^(1/2) (w_j - w0_j) for each j, whose squares are what Eqs. (4) and (7) sum."""
+        """F_jj^(1/2) (w_j - w0_j) for each j; Eqs. (4) and (7) sum its squares."""
         d = self.displacement(w)
         return ops.multiply(ops.cast(self._root_fisher, d.dtype), d)
 
@@ -311,9 +308,8 @@ class FisherPenalty(AnchoredPenalty):
 class _Grouped:
     """Groups of weights: the fan-in of each output channel (section 3, Group-Lasso-SP).
 
-    `group_axes` are the axes summed inside a group; the default is every axis but the last,
-    and `attach` sets those of depthwise and other kernels. `epsilon` is added inside the
-    root, which smooths the kink at w0 (the authors' code has 1e-16).
+    `group_axes` are the axes summed inside a group, by default all but the last; `attach` sets them for depthwise and other
+    kernels. `epsilon` is added inside the root and smooths the kink at w0 (1e-16 in the authors' code).
     """
 
     def __init__(self, *args: Any, group_axes: Iterable[int] | None = None, epsilon: float = 0.0, **kwargs: Any) -> None:
@@ -358,7 +354,7 @@ class L2(Penalty):
         return self.alpha * self.displacement(w)
 
     def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """What the proximal map takes away from w: s alpha d / (1 + s alpha), and where w becomes 0: nowhere."""
+        """Returns the part that the proximal map subtracts, s alpha d / (1 + s alpha), and False: it puts no entry on 0."""
         return maps.quadratic(d, step * self.alpha)
 
 
@@ -374,7 +370,7 @@ class L2SP(AnchoredPenalty):
         return self.alpha * self.displacement(w)
 
     def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """As of L2, with d = w - w0."""
+        """As L2, with d = w - w0."""
         return maps.quadratic(d, step * self.alpha)
 
 
@@ -400,8 +396,7 @@ class L1SP(AnchoredPenalty):
     """Eq. (5): L1-SP. alpha * sum_j |w_j - w0_j|, with the subgradient 0 at w0.
 
     Args:
-        epsilon: replaces |x| by sqrt(x^2 + epsilon), which smooths the kink at w0 (the
-            authors' code has 1e-16); 0 by default.
+        epsilon: replaces |x| by sqrt(x^2 + epsilon), which smooths the kink at w0 (1e-16 in the authors' code).
     """
 
     def __init__(self, alpha: float, anchor: Tensor | None = None, *, epsilon: float = 0.0, **kwargs: Any) -> None:
@@ -430,7 +425,7 @@ class GroupLassoSP(_Grouped, AnchoredPenalty):
         return self._group_norms(self.displacement(w))
 
     def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """d min(1, s alpha sqrt(p_g) / ||d_g||) for one s; see `maps.weighted_group` for an s for each weight."""
+        """d min(1, s alpha sqrt(p_g) / ||d_g||) for a scalar s; for an s per weight see `maps.weighted_group`."""
         axes, strength = self._axes(d), self.alpha * math.sqrt(self._group_size(d))
         if len(step.shape) == 0:
             return maps.group(d, strength * step, axes)
@@ -454,10 +449,12 @@ PAPER = tuple(PENALTIES)  # the symbols of Eqs. (1), (2) and (4)-(7), in this or
 
 
 def smoothed(penalty: Penalty, epsilon: float) -> Penalty:
-    """A penalty with epsilon inside its roots, Eqs. (5)-(7); as it is where it has none, or an epsilon of its own.
+    """Returns a copy of a penalty with epsilon inside its roots, Eqs. (5)-(7).
+
+    A penalty without roots, or with a nonzero epsilon, is returned unchanged.
 
     Raises:
-        InputError: epsilon is not a finite number that is at least 0.
+        InputError: epsilon is not a finite number of at least 0.
     """
     epsilon = check_strength(epsilon, "epsilon")
     if not epsilon or getattr(penalty, "epsilon", None) != 0:
@@ -472,12 +469,12 @@ def _half_square_sum(x):
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        return tf.nn.l2_loss(x)  # one pass over x, and its gradient is one more; by square and sum they are six
+        return tf.nn.l2_loss(x)  # two passes over x with its gradient; square and sum take six
     return ops.multiply(0.5, ops.sum(ops.square(x)))
 
 
 def _sum_over(x, axes):
-    """The sum over some axes; all but the last, the usual case, is a bias's gradient, which TensorFlow adds up faster."""
+    """Sums over some axes; for all but the last, the usual case, the gradient of a bias is TensorFlow's faster sum."""
     if not axes:
         return x
     if keras.backend.backend() == "tensorflow" and axes == tuple(range(len(x.shape) - 1)):
@@ -488,10 +485,10 @@ def _sum_over(x, axes):
 
 
 def _root(x, epsilon):
-    """sqrt(x + epsilon) as x / sqrt(x), of sums of squares x.
+    """sqrt(x + epsilon) for sums of squares x, computed as x / sqrt(x).
 
-    Where x is 0, or so small that its root may be rounded to 0, it is x / 1: the gradient is 1 instead of infinite there, and
-    that of the square behind it makes it 0.
+    If x is 0 or so small that its root may round to 0, it is x / 1. The gradient there is 1 instead of infinite, and the
+    chain rule through the square makes it 0.
     """
     x = ops.add(x, epsilon) if epsilon else x
     is_zero = ops.cast(ops.less(x, np.finfo(keras.backend.standardize_dtype(x.dtype)).tiny), x.dtype)
@@ -499,19 +496,19 @@ def _root(x, epsilon):
 
 
 def _constant(value, what, share=False):
-    """A tensor that is captured, not embedded, by a traced function.
+    """Makes a tensor that a traced function captures instead of embedding.
 
-    It holds a copy of `value`, or its memory if that may be shared, is read-only and lies where the model computes.
+    It copies `value`. If `share` is set, it shares the memory of a read-only array, except on a GPU.
     """
     array = value if isinstance(value, np.ndarray) else ops.convert_to_numpy(value)
     if not np.all(np.isfinite(array.astype("float32", copy=False))):
         raise InputError(f"T{what[1:]} has entries that are not finite: give finite numbers.")
     if keras.backend.backend() != "tensorflow":
-        return ops.convert_to_tensor(np.array(array))  # a copy, since the conversions may share memory
+        return ops.convert_to_tensor(np.array(array))  # a copy: the conversion may share memory
     import tensorflow as tf
 
     is_shared = share and not array.flags.writeable and not tf.config.list_logical_devices("GPU")
-    # Without the scope, a penalty made while a function is traced would hold a symbolic tensor.
+    # without the scope, a penalty made during tracing would hold a symbolic tensor
     with tf.init_scope():
         return shared_tensor(array) if is_shared else ops.convert_to_tensor(np.array(array))
 

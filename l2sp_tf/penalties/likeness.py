@@ -1,21 +1,21 @@
-"""Whether the values of two arrays say that one descends from the other."""
+"""Decides from the values of two arrays whether one descends from the other."""
 
 import math
 
 import ml_dtypes
 import numpy as np
 
-SAMPLE = 1024  # numbers of an array that correlations are taken over
-LOOKED_UP = 32  # of them, those that equal arrays are looked up by
-EQUAL = 2  # how related bit-equal arrays are; others have their correlation
-QUIET = np.errstate(all="ignore")  # numbers that are not finite, or not in half precision, are like no others
+SAMPLE = 1024  # numbers per array for correlations
+LOOKED_UP = 32  # numbers of a sample that index equal arrays
+EQUAL = 2  # strength of bit-equal arrays; for others, their correlation
+QUIET = np.errstate(all="ignore")  # numbers that are not finite, or overflow half precision, match nothing
 
 
 @QUIET
 def related(weights, known):
-    """How related arrays of the same name and shape are: {key: {known key: EQUAL, or the correlation where it is plain}}.
+    """Relates arrays of the same name and shape: {key: {known key: EQUAL, or a significant correlation}}.
 
-    Every key whose array can tell is in it; constants and arrays of few numbers cannot. Correlations are taken over a sample.
+    Constants, and arrays of fewer than four numbers, carry no evidence: their keys are missing. Correlations use a sample.
     """
     arrays = [{key: np.asarray(array) for key, array in side.items()} for side in (weights, known)]
     floats = [a.dtype for side in arrays for a in side.values() if _is_float(a.dtype)]
@@ -34,7 +34,7 @@ def related(weights, known):
 
 
 def _relate(own, others, places, coarse, related):
-    """Enters the relations between arrays of one name and shape."""
+    """Adds the relations between arrays of one name and shape to `related`."""
     samples, known_samples = ({key: array.reshape(-1)[places] for key, array in side.items()} for side in (own, others))
     looked_up = {}
     for key, sample in known_samples.items():
@@ -51,12 +51,12 @@ def _relate(own, others, places, coarse, related):
 
 
 def _places(size):
-    """Where the sample of an array is taken: everywhere in a small one, else at random places, always the same."""
+    """Returns the sampled positions of an array: all of a small one, else fixed random ones."""
     return np.arange(size) if size <= SAMPLE else np.random.default_rng(size).choice(size, SAMPLE, replace=False, shuffle=False)
 
 
 def _standardized(samples):
-    """Samples of mean 0 and norm 1 as rows; zeros for one that is constant or not finite."""
+    """Returns the samples as rows of mean 0 and norm 1; zeros for a sample that is constant or not finite."""
     rows = np.stack([sample.astype("float64") for sample in samples])
     rows /= np.abs(rows).max(axis=1, keepdims=True)
     rows -= rows.mean(axis=1, keepdims=True)
@@ -70,7 +70,7 @@ def _is_constant(array):
 
 
 def _is_float(dtype):
-    return dtype.kind in "fV"  # NumPy takes bfloat16 for raw memory
+    return dtype.kind in "fV"  # bfloat16 has the kind V in NumPy
 
 
 def _precision(dtype):
@@ -84,7 +84,7 @@ def _bytes(array, dtype):
 
 @QUIET
 def are_equal(a, b):
-    """Whether two arrays are equal to the bit, in the lower of their precisions."""
+    """Whether two arrays are equal to the bit in the lower of their precisions."""
     if a.dtype != b.dtype and _is_float(a.dtype) and _is_float(b.dtype):
         lower = min(a.dtype, b.dtype, key=_precision)
         a, b = a.astype(lower), b.astype(lower)
@@ -95,10 +95,10 @@ def are_equal(a, b):
 
 @QUIET
 def doubts(pairs):
-    """The pairs (w, w0) that have nothing to do with each other, with ||w - w0|| / ||w0||.
+    """Finds the unrelated pairs (w, w0); returns ||w - w0|| / ||w0|| by key.
 
-    Of a kernel of n >= 64 numbers that is so if |cos(w, w0)| < 4 / sqrt(n) and ||w - w0|| >= ||w0||. At a fresh start, where
-    most is bit-equal, it is so of any pair with ||w - w0|| > ||w0|| / 2. A constant w0 tells nothing.
+    A kernel of n >= 64 numbers is unrelated if |cos(w, w0)| < 4 / sqrt(n) and ||w - w0|| >= ||w0||. At a fresh start, with
+    most numbers bit-equal, any pair with ||w - w0|| > ||w0|| / 2 is unrelated. A constant w0 is no evidence.
     """
     equal, kept, moved, unrelated = [], 0, {}, {}
     for key, (w, w0) in pairs.items():
@@ -120,9 +120,9 @@ def doubts(pairs):
 
 
 def _distance(w, w0):
-    """||w - w0|| / ||w0||, and the cosine between the two (0 where w is 0)."""
+    """Returns ||w - w0|| / ||w0||, and the cosine between the two (0 if either is 0)."""
     w, w0 = (array.reshape(-1).astype("float64" if array.dtype == "float64" else "float32") for array in (w, w0))
-    scale = max(np.abs(w0).max(), np.abs(w).max())  # squares stay in range
+    scale = max(np.abs(w0).max(), np.abs(w).max())  # keeps squares in range
     w, w0 = w / scale, w0 / scale
     norm, norm0 = float(np.linalg.norm(w)), float(np.linalg.norm(w0))
     cosine = float(np.dot(w, w0)) / (norm * norm0) if norm and norm0 else 0.0

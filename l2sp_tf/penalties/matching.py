@@ -1,4 +1,4 @@
-"""Which weight of a model is which known one: names are a hint, values and shapes are evidence."""
+"""Matches the weights of a model to known ones: names are a hint, values and shapes are evidence."""
 
 import dataclasses
 import math
@@ -11,21 +11,21 @@ from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.likeness import EQUAL, are_equal, doubts, related
 from l2sp_tf.penalties.weights import keyed_weights
 
-ANYTHING = ("functional", "sequential")  # names that Keras gives to any model: they say nothing about what is in it
+ANYTHING = ("functional", "sequential")  # Keras' default names of models: no evidence of their content
 
-DEEPEST = 64  # levels of layers that are told apart
+DEEPEST = 64  # deeper layers are merged into one name
 
 
 @dataclasses.dataclass(frozen=True)
 class Matching:
-    """Which weights are which known ones, and what speaks against it.
+    """The matches of weights with known ones, and the evidence against them.
 
     Attributes:
-        pairs: a dict from key to known key; the two have the same shape. A known key may serve several weights.
-        other_shape: a dict from key to the known key of the same name, where that has another shape.
-        conflicts: a dict from key to the known key that it has the values of, where its name says another of that shape.
-        ambiguous: a dict from key to the known keys that it may be, which differ; no such key is in `pairs`.
-        doubts: a dict from key to ||w - w0|| / ||w0||, for pairs whose values have nothing to do with each other.
+        pairs: a dict from key to known key of the same shape. A known key may serve several weights.
+        other_shape: a dict from key to the known key of the same name but another shape.
+        conflicts: a dict from key to the known key with its values, if its name matches another one of that shape.
+        ambiguous: a dict from key to several candidates with different values; these keys are not in `pairs`.
+        doubts: a dict from key to ||w - w0|| / ||w0||, for pairs with unrelated values.
     """
 
     pairs: dict
@@ -35,7 +35,7 @@ class Matching:
     doubts: dict
 
     def refuse(self, keys=None):
-        """Raises InputError if one of the keys (by default any) is in conflict or ambiguous."""
+        """Raises InputError if one of the keys (by default all) is in conflict or ambiguous."""
         for key in self.conflicts if keys is None else [key for key in keys if key in self.conflicts]:
             raise InputError(
                 f"{key} has the values of {self.conflicts[key]}, but the name of {self.pairs[key]}, which has the same shape: "
@@ -50,7 +50,7 @@ class Matching:
             )
 
     def warning(self, keys=None):
-        """One sentence that names the doubtful pairs among the keys (by default all), or None."""
+        """Returns one sentence that names the doubtful pairs among the keys (by default all), or None."""
         doubtful = [key for key in self.doubts if keys is None or key in keys]
         if not doubtful:
             return None
@@ -63,21 +63,21 @@ class Matching:
 
 
 def match(weights, known, *, values=True):
-    """Finds for each weight of a model the known one that it is.
+    """Finds the known weight of each weight of a model.
 
-    Evidence counts in this order:
-    - Values. A layer whose arrays are bit-equal to those of one known layer, or plainly descend from them, is that layer,
-      unless its name, and that is no counter, says another one of the same shape: that is a conflict.
-    - Names. Layers of the same path are the same. So are those of which one path ends with the other: the anchors of a
-      backbone fit a model in which it is nested, once or several times, and the other way round.
-    - Order. Names that end with a number ("conv2d_7", "functional_3") may be counters. They are matched as they are, by a
-      shift of all numbers, or by rank: by what gives most numbers in arrays of related values, then of the same shape. A
-      tie goes to the names as they are.
+    Evidence in order of precedence:
+    - Values. A layer matches the known layer whose arrays are bit-equal to its own, or clearly related to them. If its name
+      is no counter and matches another known layer of the same shape, that is a conflict.
+    - Names. Layers match if their paths are equal, or if one path ends with the other. The anchors of a backbone thus match
+      a model that nests it, once or several times, and vice versa.
+    - Order. Names that end with a number ("conv2d_7", "functional_3") may be counters. They match by equal numbers, by a
+      shift of all numbers, or by rank. The way with the most numbers in related arrays wins, then with the most in arrays
+      of equal shape. Equal numbers win ties.
 
     Args:
         weights: a mapping from key to array, to shape or to `Weight`, such as `keyed_weights` returns.
-        known: the same of the anchors, or of another model.
-        values: whether values are evidence; False uses names and shapes alone, as for a model that is to be restored.
+        known: the same for the anchors, or for another model.
+        values: whether values are evidence; False uses names and shapes alone, as for a model to be restored.
 
     Returns:
         A `Matching`.
@@ -105,18 +105,18 @@ class _Layer:
         self.path, self.weights, self.children, self.groups = path, {}, {}, {}
 
     def counters(self):
-        """The stems of names of children that may be counters: those with a number somewhere."""
+        """Returns the stems of children's names that may be counters: those with a number somewhere."""
         return [stem for stem, numbered in self.groups.items() if len(numbered) > 1 or max(numbered) > 0]
 
     def walk(self):
-        """This layer and all below it."""
+        """Yields this layer and all below it."""
         yield self
         for child in self.children.values():
             yield from child.walk()
 
 
 def _tree(keys):
-    """The root of a tree of the layers that keys name, whatever the order of the keys."""
+    """Returns the root of the tree of layers that the keys name, independent of their order."""
     root = _Layer(())
     for key in sorted(keys, key=_natural):
         *path, name = key.split("/")
@@ -132,24 +132,24 @@ def _tree(keys):
         for name, child in layer.children.items():
             stem, number = _split(name)
             numbered = layer.groups.setdefault(stem, {})
-            # "x" stands before "x_1"; and before "x_0" where there is one
+            # "x" counts as "x_0"; if "x_0" exists too, "x" comes before it
             numbered[-1 if number is None and f"{name}_0" in layer.children else number or 0] = child
     return root
 
 
 def _split(name):
-    """The stem of a name and the number behind it, or None: "conv2d_7" is ("conv2d", 7)."""
-    match = re.fullmatch(r"(.*?)(?:_(0|[1-9][0-9]{0,17}))?(#[0-9]+)?", name, re.DOTALL)  # names may come from a stranger's file
+    """Splits a name into its stem and number, or None: "conv2d_7" gives ("conv2d", 7)."""
+    match = re.fullmatch(r"(.*?)(?:_(0|[1-9][0-9]{0,17}))?(#[0-9]+)?", name, re.DOTALL)  # untrusted files may hold any name
     return match[1] + (match[3] or ""), None if match[2] is None else int(match[2])
 
 
 def _natural(key):
-    """Sorts numbers within names as numbers."""
+    """Returns a sort key that orders numbers inside names by value."""
     return [(bool(n), int(n or 0), text) for text, n in re.findall(r"([^0-9]+)|([0-9]{1,18})", key)]
 
 
 class _Names:
-    """What names, order and shapes say about two trees of layers; related values decide where they leave a choice."""
+    """Matches two trees of layers by names, order and shapes; related values decide between equal choices."""
 
     def __init__(self, weights, known, related):
         self.shapes, self.known_shapes = ({key: _shape(value) for key, value in side.items()} for side in (weights, known))
@@ -163,7 +163,7 @@ class _Names:
         self._rename()
 
     def of(self, layer):
-        """The known layer that has the name of a layer, or None, and others that have it as well."""
+        """Returns the known layer that matches by name, or None, and a list of its rivals."""
         candidates = self._candidates.get(id(layer), [])
         if not candidates:
             return None, []
@@ -180,19 +180,19 @@ class _Names:
         return named, [other for _, other in equals if other is not named]
 
     def is_explicit(self, layer, other):
-        """Whether two layers have the same name, and no part of it is a counter."""
+        """Whether two layers have the same name without counters in it."""
         parts = list(zip(reversed(layer.path), reversed(other.path), strict=False))
         return bool(parts) and all(a == b and _split(a)[0] not in self._counters for a, b in parts)
 
     def own(self, layer, other):
-        """How related the own weights of two layers are, and how many numbers have the same name and shape."""
+        """Returns the score of two layers' own weights: their relation, and the size of those with equal name and shape."""
         shapes = self._shapes[id(layer)], self._shapes[id(other)]
         if shapes not in self._numbers:
             self._numbers[shapes] = sum(math.prod(shape) for _, shape in shapes[0] & shapes[1])
         return self._ties[id(layer)].get(id(other), 0), self._numbers[shapes]
 
     def _measure(self):
-        """Notes of each layer the names and shapes of its weights, and how related it is to known layers."""
+        """Stores the names and shapes of each layer's weights, and its relation to known layers."""
         for root, shapes in ((self.root, self.shapes), (self.known_root, self.known_shapes)):
             for layer in root.walk():
                 self._shapes[id(layer)] = frozenset((name, shapes[key]) for name, key in layer.weights.items())
@@ -209,7 +209,7 @@ class _Names:
         return round(1000 * size * min(strength, 1)), size
 
     def _align(self, layer, other):
-        """The score of two layers with all below them, and for each group of children the ways to pair them that have it."""
+        """Returns the score of two subtrees and, for each group of children, the pairings that reach it."""
         if not layer.children or not other.children:
             return self.own(layer, other), []
         pair = id(layer), id(other)
@@ -223,7 +223,7 @@ class _Names:
         return self._aligned[pair]
 
     def _by_number(self, numbered, others):
-        """The best score of two groups of numbered siblings, and the ways to pair them that have it, the preferred one first."""
+        """Returns the best score of two groups of numbered siblings, and the pairings that reach it, the preferred one first."""
 
         def score(n, m):
             return self._align(numbered[n], others[m])[0]
@@ -246,27 +246,27 @@ class _Names:
         best = max(totals)
         ways = [way for way, total in zip(ways, totals, strict=True) if total == best]
         if total == best or len(ways[0]) == len(numbers) == len(known_numbers):
-            ways = [same if total == best else ways[0]]  # exact names win ties, and so does the order of all
+            ways = [same if total == best else ways[0]]  # ties go to equal names, or to a complete pairing in order
         return best, [[(numbered[n], others[m]) for n, m in way] for way in ways]
 
     def _best_below(self, layer):
-        """The best score that a layer with all below it can have."""
+        """Returns the highest score that a subtree can have."""
         if id(layer) not in self._most:
             own = [self._score(key, max(self.related.get(key, {}).values(), default=0)) for key in layer.weights.values()]
             self._most[id(layer)] = _sum([*own, *(self._best_below(child) for child in layer.children.values())])
         return self._most[id(layer)]
 
     def _nest(self):
-        """Collects what two models say of which one is the other, or is nested in it."""
+        """Collects candidates from the two models, and from each nested in the other."""
         self._collect(self.root, self.known_root)
-        if self.root.children and self.known_root.children:  # a layer is no model
+        if self.root.children and self.known_root.children:  # a single layer is no model to be nested
             for layer in _nested(self.root):
                 self._collect(layer, self.known_root)
             for other in _nested(self.known_root):
                 self._collect(self.root, other)
 
     def _rename(self):
-        """Collects what nested models of other names say of layers that have no name yet: by values, or where Keras named one."""
+        """Collects candidates for unmatched layers from renamed nested models: related by values, or named by Keras."""
         named = {key for key, candidates in self._candidates.items() if any(not rank[0] for rank, _, _ in candidates)}
         nameless = {id(layer) for layer in self.root.walk() if layer.weights} - named
         for layer in _nested(self.root):
@@ -286,7 +286,7 @@ class _Names:
                 self._candidates.setdefault(id(below), []).append(((misfit, *rank), is_rival, candidate))
 
     def _pairs_below(self, layer, other):
-        """All pairs of layers under an aligned pair, and whether another way to pair them comes first."""
+        """Yields all pairs of layers in two aligned subtrees, and whether another pairing is preferred."""
         yield layer, other, False
         for ways in self._align(layer, other)[1]:
             for number, way in enumerate(ways):
@@ -296,7 +296,7 @@ class _Names:
 
 
 def _nested(root):
-    """The layers below the root that have layers below them."""
+    """Returns the nested models: layers below the root that have children."""
     return [layer for layer in root.walk() if layer is not root and layer.children]
 
 
@@ -308,7 +308,7 @@ def _sum(scores):
 
 
 def _decide(layer, names, found, differ):
-    """Enters the weights of one layer into what was found."""
+    """Adds the weights of one layer to the matching `found`."""
     other, rivals = names.of(layer)
     related, numbers = (0, 0) if other is None else names.own(layer, other)
     same, is_equal = _descent(layer, names)
@@ -333,16 +333,16 @@ def _decide(layer, names, found, differ):
 
 
 def _paired(layer, other, names):
-    """The weights of two layers that have the same name: dicts from key to known key, of the same shape and of another."""
+    """Pairs equally named weights of two layers: dicts from key to known key, of equal shape and of another shape."""
     both = [(key, other.weights[name]) for name, key in layer.weights.items() if name in other.weights]
     same = {key: known for key, known in both if names.shapes[key] == names.known_shapes[known]}
     return same, {key: known for key, known in both if key not in same}
 
 
 def _descent(layer, names):
-    """The known layers that have the values of a layer, and whether they are bit-equal; most of its numbers must say so.
+    """Returns the known layers with a layer's values, and whether they are bit-equal. Most of its numbers must agree.
 
-    Of those that are not equal kernels alone tell: statistics of layers in a row are alike.
+    Without bit-equality only kernels are evidence: statistics of consecutive layers are alike.
     """
     for is_equal in (True, False):
         total, scores = 0, {}
@@ -356,7 +356,7 @@ def _descent(layer, names):
                         scores[other] = scores.get(other, 0) + size * min(strength, 1)
         best = max(scores.values(), default=0)
         if best and 2 * best >= total:
-            worst = best if is_equal else best - (total - best)  # twice as far as the nearest is another one
+            worst = best if is_equal else best - (total - best)  # a layer twice as far as the nearest is another one
             near = [other for other, score in scores.items() if score >= worst]
             return sorted(near, key=lambda other: (-scores[other], _natural("/".join(other.path)))), is_equal
     return [], False
@@ -372,18 +372,18 @@ def _array(value):
 
 
 def restore(model, arrays):
-    """Assigns arrays to the weights of a model that have the same key; its layers derive their state from them.
+    """Assigns arrays to the matching weights of a model; its layers then update the state derived from them.
 
     Args:
         model: a built model.
         arrays: a mapping from the key of each weight to its array.
 
     Raises:
-        InputError: a weight of the model is missing in `arrays` or has another shape, or the other way round; both sides
-            are listed, and the model is left as it was.
+        InputError: weights are missing on one side, or shapes differ. The message lists both sides; the model is
+            unchanged.
     """
     weights = keyed_weights(model)
-    found = match(weights, arrays, values=False)  # the model holds other values
+    found = match(weights, arrays, values=False)  # the model still holds other values
     wrong = [
         f"{key} {tuple(weight.variable.shape)} / {_partner(key, found, arrays)}"
         for key, weight in weights.items()
@@ -402,7 +402,7 @@ def restore(model, arrays):
 
 
 def _partner(key, found, arrays):
-    """What is said of a weight of a model that has no partner of its shape among the arrays."""
+    """Describes the counterpart of a weight without a partner of its shape."""
     if key in found.ambiguous:
         return f"any of {', '.join(found.ambiguous[key])}"
     return arrays[found.other_shape[key]].shape if key in found.other_shape else "missing"

@@ -21,10 +21,9 @@ class Weight:
 def keyed_weights(model):
     """Lists each weight of a model once, under the key "<layer>/.../<weight>".
 
-    A key joins the names of the layers from the model's children down to the owner of the
-    weight, and the weight's own name; the model's name is not part of it, so that a model and
-    its clone agree. A shared layer is listed once, under the first place it is met. Seeds of
-    random layers are state, not weights, and are not listed.
+    A key joins the names of the layers from the model's children down to the weight's owner, and the weight's name. It omits
+    the model's name, so that a model and its clone agree. A shared layer is listed once, at its first place. Seeds of random
+    layers are state, not weights, and are not listed.
 
     Args:
         model: a built Keras model or layer.
@@ -33,7 +32,7 @@ def keyed_weights(model):
         A dict from key to `Weight`, in the order in which Keras tracks the layers.
 
     Raises:
-        ValueError: the model has no weights yet, because it was never built or called.
+        ValueError: the model has no weights, as it was never built or called.
     """
     found, seen = {}, set()
 
@@ -56,9 +55,9 @@ def keyed_weights(model):
 
 
 def _name_of(variable, layer):
-    """The name of a weight, or that of the layer's attribute where Keras made the name up.
+    """Returns the name of a weight, or of its attribute in the layer if Keras generated the name.
 
-    Such names ("variable_4") are numbered through the process: a copy or a loaded model has others.
+    Keras numbers generated names ("variable_4") through the process: a copy or a loaded model has others.
     """
     if not re.fullmatch(r"variable(_\d+)?", variable.name):
         return variable.name
@@ -66,20 +65,20 @@ def _name_of(variable, layer):
 
 
 def first_not_finite(model):
-    """The key of the first weight that holds a number that is not finite, or None.
+    """Returns the key of the first weight with a number that is not finite, or None.
 
-    Statistics of normalisation come first: a forward pass writes them, so they tell in which layer
-    the numbers left the range, where a backward pass spreads them to all weights at once.
+    Normalisation statistics come first: a forward pass writes them, so they locate the layer that left the range. A backward
+    pass spreads such numbers to all weights at once.
 
     Args:
         model: a built Keras model.
     """
-    weights = sorted(keyed_weights(model).values(), key=lambda weight: weight.variable.trainable)  # stable
+    weights = sorted(keyed_weights(model).values(), key=lambda weight: weight.variable.trainable)  # a stable sort
     return next((w.key for w in weights if not np.isfinite(w.variable.numpy().astype("float32")).all()), None)
 
 
 def set_regularizer(weight, regularizer):
-    """Sets a regularizer, or None, on the variable of a `Weight`, which Keras reads, and on its layer, which Keras saves."""
+    """Sets a regularizer or None on a `Weight`: on its variable, which Keras reads, and on its layer, which Keras saves."""
     weight.variable.regularizer = regularizer
     name = weight.variable.name
     for attribute in (f"{name}_regularizer", f"{name.removesuffix('_kernel')}_regularizer", "depthwise_regularizer"):
@@ -89,13 +88,13 @@ def set_regularizer(weight, regularizer):
 
 
 def drop_penalties(weights):
-    """Takes the penalties of this package off weights, and leaves other regularizers.
+    """Removes the penalties of this package from weights; keeps other regularizers.
 
     Args:
         weights: a dict as `keyed_weights` returns it.
 
     Returns:
-        How many weights had one.
+        The number of removed penalties.
     """
     found = [weight for weight in weights.values() if getattr(weight.variable.regularizer, "is_penalty", False)]
     for weight in found:
@@ -104,25 +103,25 @@ def drop_penalties(weights):
 
 
 def forget_traced_steps(model):
-    """Makes a model, and those it is part of, trace their steps again: traced ones keep what the layers were before."""
-    # A layer does not know which models it is part of, so that all models are asked. Of other objects only the type is read:
-    # some are half made, and gc.get_referrers, which looks into them, was seen to crash.
+    """Makes a model, and all models that contain it, retrace their steps: traced steps keep the old state of the layers."""
+    # A layer does not know the models that contain it, so all models are searched. Of other objects only the type is read:
+    # some are half constructed, and gc.get_referrers, which inspects them, can crash.
     kinds, changed = _with_subclasses(keras.Model), {id(variable) for variable in model.variables}
     objects = gc.get_objects()
     for other in list(itertools.compress(objects, map(kinds.__contains__, map(type, objects)))):
         steps = [name for name in ("train", "test") if vars(other).get(f"{name}_function") is not None]
         if steps and any(id(variable) in changed for variable in other.variables):
-            for name in steps:  # made anew, not removed: the model may be in `fit`
+            for name in steps:  # remade, not removed: the model may be in `fit`
                 getattr(other, f"make_{name}_function")(force=True)
 
 
 def _with_subclasses(kind):
-    """A class and all classes made from it."""
+    """Returns a class and all its subclasses."""
     return {kind}.union(*(_with_subclasses(child) for child in kind.__subclasses__()))
 
 
 def _unused(key, taken):
-    """The key itself, or with "#2", "#3", ... behind it where layers share a name."""
+    """Returns the key, with "#2", "#3", ... appended if it is taken."""
     number, candidate = 1, key
     while candidate in taken:
         number += 1

@@ -1,4 +1,4 @@
-"""What is told before anything is trained, and what a command that was stopped leaves."""
+"""Mistakes reported before any training, and the report after an interruption."""
 
 import os
 import pathlib

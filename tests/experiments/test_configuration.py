@@ -1,4 +1,4 @@
-"""The settings of a command: the plans they describe, what is said to have no effect, and the file that repeats a run."""
+"""Flags of a command: the plans they make, the flags without effect, and the file that repeats a run."""
 
 import dataclasses
 import pathlib
@@ -129,7 +129,7 @@ def test_the_crop_is_the_size_that_a_keras_file_takes(tmp_path):
     weights, task = [model_file(tmp_path / "m.keras", (128, 128, 3))], {"target": ["t"]}
     made = only(weights=weights, **task)
     assert (made.setup.recipe.images.crop, made.setup.recipe.images.resize) == (128, 146)  # 256/224 of it
-    assert only(weights=weights, crop=96, **task).setup.recipe.images.crop == 96  # which is refused before anything runs
+    assert only(weights=weights, crop=96, **task).setup.recipe.images.crop == 96  # `check_plans` refuses it
     images = only(weights=weights, resize=128, **task).setup.recipe.images
     assert (images.crop, images.resize) == (
         128,

@@ -13,7 +13,7 @@ from l2sp_tf.experiments import starts
 from l2sp_tf.models import zoo
 from l2sp_tf.models.pixels import PixelFormat
 
-CASES = [  # classes, correct, total, whether it is doubted
+CASES = [  # classes, correct, total, whether a warning is expected
     (10, 30, 300, True),  # chance
     (10, 45, 300, True),  # above chance, but typical of classes sorted by name (10, 100, ...)
     (10, 120, 300, False),

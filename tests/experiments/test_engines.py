@@ -23,7 +23,7 @@ def fail_on_two(job):
 
 
 def die_once(job):
-    """Kills its own process the first time that it sees the job."""
+    """Kills its own process on the first attempt at the job."""
     folder, number, deaths = job
     with (pathlib.Path(folder) / f"tried-{number}").open("a") as file:
         file.write("x")

@@ -1,4 +1,4 @@
-"""What a model's file carries: the same images and answers again as in the record of its run, to the last image."""
+"""A model's file reproduces the images and predictions in the record of its run, to the last image."""
 
 import json
 import math
@@ -23,7 +23,7 @@ BGR = PixelFormat("bgr", scale=(0.01, 0.02, 0.03), mean=(90.0, 60.0, 120.0))
 
 
 def photographs(folder, classes, count, seed):
-    """Writes PNG files of all shapes <split>/<class>/<number>.png, whose colours tell little of their class."""
+    """Writes PNG files of many shapes <split>/<class>/<number>.png, whose colours correlate weakly with their class."""
     rng = np.random.default_rng(seed)
     for split in ("train", "test"):
         for label, name in enumerate(classes):
@@ -36,7 +36,7 @@ def photographs(folder, classes, count, seed):
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder with two tasks; the names of their folders are those of sets for which the authors publish a mean."""
+    """A folder with two tasks, named after sets for which the authors publish a mean."""
     folder = tmp_path_factory.mktemp("tasks")
     photographs(folder / "imagenet2012", CLASSES["source"], 9, seed=0)
     photographs(folder / "stanford_dogs", CLASSES["target"], 9, seed=1)
@@ -50,7 +50,7 @@ WAYS = [  # mean, resize_mode, resize_filter, weights, crops
     ("training", "shorter_side", "bilinear", "none", 1),
     ("authors", "squash", "bilinear", "bgr.safetensors", 1),
     ("weights", "shorter_side", "area", "torch.keras", 1),
-    ((130.0, 20.5, 60.1), "squash", "area", "anchors", 10),  # those of the first run
+    ((130.0, 20.5, 60.1), "squash", "area", "anchors", 10),  # the mean of the first run
 ]
 
 
@@ -83,7 +83,7 @@ def test_the_record_comes_again_from_the_files_to_the_last_image(way, tasks, fin
     monkeypatch.chdir(tasks)
     record, folder = finished if way == WAYS[0] else run(tmp_path, way, finished[1] / "anchors.safetensors")
     assert record["classes"] == ["no", "yes"]
-    # a .keras file is of its own network, which the flag does not know
+    # a .keras file brings its own network, which the backbone flag does not name
     assert record["settings"]["backbone"] == ("small_resnet" if way[3].endswith(".keras") else "small")
     assert (record["settings"]["anchors"] == finished[0]["settings"]["anchors"]) == (way in (WAYS[0], WAYS[3]))
     predictions = l2sp.predict_images(folder, "stanford_dogs/test")
@@ -93,7 +93,7 @@ def test_the_record_comes_again_from_the_files_to_the_last_image(way, tasks, fin
     files = (str(folder / name) for name in ("model.keras", "anchors.safetensors"))
     report = report_of_files(*files, source="imagenet2012")
     assert report.accuracies == record["results"]["source"]
-    # a file of an earlier version says nothing of this, but the record beside it does
+    # a file of an earlier version lacks the interface, but the record beside it has it
     old = shutil.copytree(folder, tmp_path / "old")
     strip(old / "model.keras")
     again = l2sp.predict_images(old / "model.keras", "stanford_dogs/test")
@@ -102,7 +102,7 @@ def test_the_record_comes_again_from_the_files_to_the_last_image(way, tasks, fin
 
 
 def strip(path):
-    """Takes what is said of images and classes out of a model's file."""
+    """Removes the interface from a model's file."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist() if name != zoo.INTERFACE_MEMBER}
     with zipfile.ZipFile(path, "w") as archive:
@@ -116,7 +116,7 @@ def test_a_run_says_how_its_images_are_made_and_which_output_is_which_class(fini
     assert (found.resize, found.crop, found.resize_mode, found.resize_filter) == (8, 6, "shorter_side", "bilinear")
     assert (found.classes, found.mean, found.crops) == (("no", "yes"), "training", 1)
     assert found.pixels == zoo.stored_pixels(folder / "model.keras") and found.pixels.mean is not None
-    assert keras.models.load_model(folder / "model.keras").output_shape == (None, 2)  # Keras passes over it
+    assert keras.models.load_model(folder / "model.keras").output_shape == (None, 2)  # Keras ignores the extra entry
 
 
 def test_what_is_given_must_agree_with_the_file(finished):

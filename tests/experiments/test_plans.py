@@ -1,4 +1,4 @@
-"""Plans: which runs they ask for, and what each table and figure needs."""
+"""Plans: their runs, and the plans of each table and figure."""
 
 import pathlib
 

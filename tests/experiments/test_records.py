@@ -1,4 +1,4 @@
-"""Records: written whole, read with suspicion."""
+"""Records: written atomically, checked when read."""
 
 import json
 

@@ -43,7 +43,7 @@ def _no_more_values_than_given():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A workdir in which cross-validation has chosen between two strengths, what was run, and what was said."""
+    """A workdir after cross-validation between two strengths, with its records and its messages."""
     workdir = tmp_path_factory.mktemp("experiment")
     made = tiny(workdir, folds=2, alphas=(1000.0, 0.1), frozen=(0, 1))
     return made, *run([made], estimate=True)
@@ -123,7 +123,7 @@ def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier
     first, _ = run([grid])
     assert not records.selections_of(first) and len(tables.table_2(first).rows) == 2
     found, said = run([made])
-    assert sum("already finished" in line for line in said) == 1  # the chosen one, as it was a point of the grid
+    assert sum("already finished" in line for line in said) == 1  # the chosen setting is a point of the grid
     chosen = records.selections_of(found)[0]["chosen"]["alpha"]
     (line,) = tables.table_2(records.read_records(tmp_path)).rows
     assert line[1].endswith("(2)")
@@ -148,7 +148,7 @@ def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, t
 def test_plans_that_share_runs_run_them_once(tmp_path):
     made = tiny(tmp_path)
     found, said = run([made, made.replace(alphas=(0.1, 1.0))])
-    assert [r["settings"]["alpha"] for r in found] == [1.0, 0.1]  # 1 is the digits' own
+    assert [r["settings"]["alpha"] for r in found] == [1.0, 0.1]  # 1 is the digits recipe's alpha
     assert sum("source model: training" in line for line in said) == 1
 
 
@@ -195,7 +195,7 @@ def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path)
 
 
 def kill_one_worker(workdir, killed):
-    """Kills a Ray worker that is busy, once the first record is there."""
+    """Kills a busy Ray worker once the first record exists."""
     for _ in range(1200):
         if list(workdir.glob("folds/*/run.json")):
             for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):

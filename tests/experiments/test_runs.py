@@ -1,4 +1,4 @@
-"""One run's record, where the run itself is made up."""
+"""The record of one run, with a stub for the run."""
 
 import dataclasses
 import pathlib
@@ -16,7 +16,7 @@ SETTING = Setting("l2_sp", 0.1, 0.01, 0.01)
 
 
 class Images:
-    """Test images, as far as their digest needs them."""
+    """A stub of test images with the attributes that their digest reads."""
 
     def __init__(self, labels, skipped):
         self.labels, self.skipped = np.int32(labels), skipped
@@ -30,7 +30,7 @@ def task(digest="d" * 64, labels=(0, 1, 1), skipped=()):
 
 
 def record(history=None, error=None, stopped_at=None, **measured):
-    """The record of a run that ended with a row of the log, or in an error, and what was measured of it."""
+    """The record of a stubbed run that ended with a log row or an error, with given measurements."""
 
     def finetune(*args, **options):
         if error is not None:
@@ -96,7 +96,7 @@ def test_what_changes_no_result_changes_no_folder():
         assert folder(l2sp.Recipe(**off)) == folder(l2sp.Recipe(**off, **number)) != plain != folder(l2sp.Recipe(**number))
     frozen, fresh = dataclasses.replace(SETTING, frozen=1), l2sp.Recipe(moving_statistics="fresh")
     assert folder(fresh, frozen) == folder(l2sp.Recipe(), frozen) and folder(fresh) != plain
-    assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's count
+    assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's beta and rate replace them
     others = [l2sp.Recipe(momentum=0.5), l2sp.Recipe(crops=10), l2sp.Recipe(mean=(1, 2, 3))]
     settings = [dataclasses.replace(SETTING, **change) for change in ({"seed": 1}, {"frozen": 2}, {"beta": 0.1})]
     found = [folder(recipe) for recipe in others] + [folder(l2sp.Recipe(), setting) for setting in settings]

@@ -1,4 +1,4 @@
-"""Cross-validation: what it is scored on, and that it never sees a test image."""
+"""Cross-validation: its scores, and that it never sees a test image."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def test_more_folds_than_images_of_a_class_are_refused():
 
 @pytest.fixture
 def as_given(monkeypatch):
-    """Nothing is tried beyond the grid."""
+    """Keeps searches within the given grid."""
     monkeypatch.setattr(selection_module, "MOST_EXTENSIONS", 0)
 
 
@@ -94,7 +94,7 @@ def test_the_best_of_equals_is_the_strongest_penalty_and_grids_have_defaults():
 
 
 def searched(axes, score):
-    """A search whose settings have the score that a function gives them; also the settings in the order of their rounds."""
+    """Runs a search scored by a function; returns it and its settings in the order of the rounds."""
     search, rounds = Search("l2_sp", axes, folds=1), []
 
     def run(pairs):
@@ -120,7 +120,7 @@ def test_a_grid_grows_until_the_best_lies_inside_or_the_limit_is_met(power):
     assert selection.best.alpha == pytest.approx(nearest)
     if -5 < power < 3:
         assert selection.edges == () and tried[0] < selection.best.alpha < tried[-1]
-        assert len(tried) == 3 + max(0, power + 1, -power - 1)  # and not one more than it needs
+        assert len(tried) == 3 + max(0, power + 1, -power - 1)  # no more than needed
     else:
         assert selection.edges == (f"alpha {nearest:g}",) and len(tried) == 3 + MOST_EXTENSIONS
         assert "at the edge" in str(selection)
@@ -128,7 +128,7 @@ def test_a_grid_grows_until_the_best_lies_inside_or_the_limit_is_met(power):
 
 
 def test_alpha_and_rate_grow_together_as_a_grid():
-    # an anchor allows rates that are too large without it: the best is in a corner outside of the grid
+    # an anchor allows higher rates: the best setting is in a corner outside the grid
     score = lambda alpha, beta, rate: -abs(np.log2(rate / 0.08)) - abs(np.log10(alpha / 10)) + 0.6 * np.log10(alpha)  # noqa: E731
     selection, _ = searched(axes((0.1, 1.0), rates=(0.01, 0.02)), score)
     assert (selection.best.alpha, selection.best.learning_rate) == (10, 0.08)
@@ -193,7 +193,7 @@ def test_a_search_goes_on_where_it_was_cut_off_and_leaves_its_record(pretrained,
     assert record["chosen"]["alpha"] == selection.best.alpha and len(record["candidates"]) == len(selection.candidates)
     again = l2sp.cross_validate(pretrained, made, l2sp.L2SP, recipe, **options)
     assert again == selection and len(calls) == 2 * len(selection.candidates) + 1
-    assert records.read_record(path) == record  # and its time
+    assert records.read_record(path) == record  # its time too
     other = l2sp.cross_validate(pretrained, made, l2sp.L2SP, recipe, **(options | {"alphas": (0.01,)}))
     (path,) = tmp_path.glob("selections/*/selection.json")
     assert records.read_record(path)["chosen"]["alpha"] == other.best.alpha == 0.01
@@ -221,7 +221,7 @@ def test_runs_on_other_images_preparations_and_models_are_not_taken_for_one_anot
     for again in range(2):
         for number, each in enumerate([*tasks, made]):
             l2sp.cross_validate(other if number == len(tasks) else pretrained, each, l2sp.L2SP, RECIPE, **options)
-        assert len(count) == 2 * (len(tasks) + 1), again  # and a second call takes up the first's
+        assert len(count) == 2 * (len(tasks) + 1), again  # a second call reads the first's records
 
 
 @pytest.mark.usefixtures("as_given")
@@ -233,7 +233,7 @@ def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, tmp_
     for alphas, rates in forms:
         found = l2sp.cross_validate(pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=alphas, learning_rates=rates, **options)
         assert found.candidates == first.candidates
-    assert len(list(tmp_path.glob("folds/*/run.json"))) == 4  # each form took up the runs of the first
+    assert len(list(tmp_path.glob("folds/*/run.json"))) == 4  # every form reuses the runs of the first
     kernels = {key: value * 2 for key, value in kernels.items()}
     l2sp.cross_validate(
         pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=0.1, learning_rates=0.01, **options | {"fisher": kernels}

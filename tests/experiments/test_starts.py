@@ -1,4 +1,4 @@
-"""Starts: what is decoded is what is used, and what was measured before is read."""
+"""Starts: they decode only the images they use, and read earlier measurements."""
 
 import dataclasses
 import json
@@ -22,13 +22,13 @@ from l2sp_tf.training.recipe import Recipe
 
 RECIPE = Recipe.digits().replace(iterations=12, batch_size=8)
 SHAPE = {"widths": (4, 8), "depths": (1, 1)}
-TRAIN, TEST = 12, 3  # images a class
+TRAIN, TEST = 12, 3  # images per class
 MEAN = (10.0, 20.0, 30.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sets of two classes, with images that are all different, and a weights file with a mean and one without."""
+    """Two sets of two classes with distinct images, and two weights files: one with a mean, one without."""
     root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
     for name in ("source", "target"):
         for split, count in (("train", TRAIN), ("test", TEST)):
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def large(monkeypatch):
-    """A source of more than 20 images is large, 5 of them are looked at, and pixels lie in the store."""
+    """Treats a source of more than 20 images as large, samples 5 of them, and keeps pixels in the store."""
     monkeypatch.setattr(plans, "LARGE", 20)
     monkeypatch.setattr(plans, "LARGE_SAMPLE", 5)
     store_all(monkeypatch)
@@ -62,7 +62,7 @@ def made(folder, workdir, weights="with_mean", **changes):
     recipe = changes.get("recipe", RECIPE)
     options = {"source": str(folder / "source"), "target": str(folder / "target"), "recipe": recipe, "penalties": ("l2_sp",)}
     options |= {"source_recipe": Recipe.source(recipe).replace(iterations=4), "alphas": (0.1,), "seeds": (0,)}
-    options |= {"fisher": FisherPlan(transforms=())}  # the random network is so sure that its F_jj are 0
+    options |= {"fisher": FisherPlan(transforms=())}  # the random network is so confident that every F_jj is 0
     weights = weights if weights == "none" else str(folder / f"{weights}.safetensors")
     return plan(workdir=workdir, weights=weights, **{"save_models": False, **options, **SHAPE, **changes})
 
@@ -73,7 +73,7 @@ def run(plan, **options):
 
 
 def used(folder, *, train=0):
-    """The images that runs look at, where `train` of the source's training images are among them."""
+    """The images that runs use, with `train` of the source's training images."""
     everything = lambda part: {str(path) for path in (folder / part).rglob("*.png")}  # noqa: E731
     order = starts.sample_order(range(2 * TRAIN))[:train]
     listed = [str(folder / f"source/train/{c}/{i}.png") for c in "ab" for i in sorted(map(str, range(TRAIN)))]
@@ -201,7 +201,7 @@ def test_starts_are_prepared_once_and_held_no_longer_than_needed(folder, tmp_pat
     assert held == [list(range(n, 7)) for n in (2, 3, 4, 5, 6) for _ in range(2)]
     monkeypatch.setattr(runner, "prepare_start", lambda plan, **o: plan.setup.per_class)
     kept = []
-    for n in (0, 0, 1, 0):  # as in a Ray worker, which knows of no jobs to come
+    for n in (0, 0, 1, 0):  # as in a Ray worker, which has no pending jobs
         runner._start_of(asked[n], print, 0)
         kept.append(list(runner._STARTS.values()))
     runner._STARTS.clear()

@@ -1,4 +1,4 @@
-"""The decoupled pull: the penalty's own step under SGD, and a formula written out under adaptive optimizers."""
+"""The decoupled pull: the penalty's gradient step under SGD, an explicit formula under adaptive optimizers."""
 
 import keras
 import numpy as np
@@ -13,7 +13,7 @@ QUADRATIC = ["l2", "l2_sp", "l2_sp_fisher"]
 
 
 def attached(name, alpha=0.3, beta=0.1):
-    """A network and its coverage, with anchors off its weights."""
+    """A network and its coverage; its anchors differ from its weights."""
     keras.utils.set_random_seed(1)
     layers = [keras.Input((4,)), keras.layers.Dense(8, "relu", name="a"), keras.layers.Dense(2, name="b", dtype="float32")]
     model = keras.Sequential(layers)
@@ -43,7 +43,7 @@ def test_under_sgd_it_is_the_penalty_with_a_schedule_too(name):
 
 
 def adam(w, gradients, w0, rate, alpha, fisher):
-    """Adam by its formula in float64, with the pull before each step."""
+    """Adam's formula in float64, with the pull before each step."""
     m = v = np.zeros_like(w)
     for t, gradient in enumerate(gradients(), start=1):
         g = gradient(w)
@@ -75,12 +75,12 @@ def test_adam_divides_the_penalty_in_the_gradient_by_its_size_but_not_the_decoup
         variable.regularizer = l2sp.L2SP(0.1, w0)
         optimizer = keras.optimizers.Adam(0.01)
         optimizer = l2sp.Decoupled(optimizer) if decoupled else optimizer
-        for sign in (1, -1) * 50:  # gradients without a direction, large on the first weight
+        for sign in (1, -1) * 50:  # gradients of mean 0, large on the first weight
             noise = sign * np.float32([10.0, 0.1])
             optimizer.apply([noise if decoupled else noise + 0.1 * variable.numpy()], [variable])
         moved[decoupled] = 1 - variable.numpy()
     expected = 1 - (1 - 0.01 * 0.1) ** 100
-    assert moved[False][1] > 10 * moved[False][0]  # the pull depends on the noise of each weight
+    assert moved[False][1] > 10 * moved[False][0]  # Adam's pull depends on each weight's noise
     np.testing.assert_allclose(moved[True], expected, atol=0.03)
 
 

@@ -71,8 +71,8 @@ def test_special_cases_agree():
     plain = proximal_map(make("gl_sp", 0.4, w0, None), w, 0.3)
     for one, other in (
         (proximal_map(make("gl_sp_fisher", 0.4, w0, ones), w, 0.3), plain),
-        (proximal_map(make("gl_sp", 0.4, w0, None), w, 0.3 * ones), plain),  # the general path, where s is constant
-        # a constant F counts as its root in the strength
+        (proximal_map(make("gl_sp", 0.4, w0, None), w, 0.3 * ones), plain),  # an s per weight, all equal
+        # a constant F multiplies the strength by its root
         (proximal_map(make("gl_sp_fisher", 0.2, w0, 4 * ones), w, 0.3), plain),
         (proximal_map(make("l2_sp_fisher", 0.4, w0, ones), w, step), proximal_map(make("l2_sp", 0.4, w0, None), w, step)),
     ):
@@ -107,7 +107,7 @@ def test_hostile_groups_satisfy_the_condition_of_a_minimum(size):
 
 
 def _check_minimum(strength, f, s, d, x):
-    """Where the group moves, its stationarity; where it stays, that the force is inside the dual ball; in float64."""
+    """Asserts stationarity if x is not 0, else that the force lies in the dual ball; in float64."""
     norm = np.sqrt(np.sum(f * x * x))
     if norm == 0:
         positive = f > 1e-19 * f.max()
@@ -138,7 +138,7 @@ def test_a_strength_or_step_of_zero_leaves_the_weight_as_it_is(name):
 
 
 def optimise(optimizer, penalty, w0, curvature, target, steps, start=None):
-    """Steps curvature / 2 (w - target)^2 and the penalty; returns the weights after each step."""
+    """Minimises curvature / 2 (w - target)^2 + penalty; returns the weights after each step."""
     w = keras.Variable(w0 if start is None else start)
     w.regularizer = penalty
     step = tf.function(lambda: optimizer.apply([curvature * (w.value - target)], [w]))
@@ -169,7 +169,7 @@ def test_under_momentum_the_path_off_the_kink_is_that_of_heavy_ball_on_loss_and_
     rate, momentum, alpha, w = 0.02, 0.9, 0.5, np.full((6,), 2.0)
     optimizer = l2sp.Proximal(keras.optimizers.SGD(rate, momentum=momentum))
     found = optimise(optimizer, make("l1_sp", alpha, w0, None), w0, 0.7, target, 25, start=w.astype("float32"))
-    velocity = np.full((6,), -rate * alpha / (1 - momentum))  # that of a penalty that has always pulled
+    velocity = np.full((6,), -rate * alpha / (1 - momentum))  # the stationary velocity of the penalty's constant pull
     for x in found:
         velocity = momentum * velocity - rate * (0.7 * (w - target) + alpha)
         w = w + velocity
@@ -293,7 +293,7 @@ def test_detached_it_stops():
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_compiled_otherwise_the_penalty_is_in_the_gradient_again(run_eagerly):
-    """The steps after a proximal run are those of a model that never had one."""
+    """Plain steps after a proximal run equal those of a model without one."""
     models = [network(), network()]
     anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(models[0]).items()})
     coverages = [l2sp.attach(model, l2sp.L2SP(0.7), anchors, 0.1, new=("b",)) for model in models]
@@ -309,7 +309,7 @@ def test_compiled_otherwise_the_penalty_is_in_the_gradient_again(run_eagerly):
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_a_plain_run_before_does_not_count_as_the_same_step(run_eagerly):
-    """Plain steps, then proximal ones: the latter are those of a model that had no plain ones."""
+    """Proximal steps after a plain run equal those of a model without one."""
     models = [network(), network()]
     anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(models[0]).items()})
     coverages = [l2sp.attach(model, l2sp.L1SP(0.1), anchors, 0.1, new=("b",)) for model in models]
@@ -325,7 +325,7 @@ def test_a_plain_run_before_does_not_count_as_the_same_step(run_eagerly):
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
 def test_what_would_count_twice_is_refused(run_eagerly):
-    """A stepping optimizer in a model that was not told of it, and one around the model that was."""
+    """A stepping optimizer without `of`, in the attached model and in a model around it."""
     part = network()
     l2sp.attach(part, l2sp.L1SP(0.1), l2sp.Anchors.of(part), new=("b",))
     whole = keras.Sequential([keras.Input((4,)), part])

@@ -1,4 +1,4 @@
-"""Anchors: by value, keyed by layer and weight, verified when read."""
+"""Anchors: copies, keyed by layer and weight, verified when read."""
 
 import json
 

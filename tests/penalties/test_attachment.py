@@ -1,4 +1,4 @@
-"""Eq. (3): who is in S and in S-bar, and that no training runs un-anchored, on every kind of model."""
+"""Eq. (3): the weights in S and in S-bar, and that no training runs un-anchored, on every kind of model."""
 
 import inspect
 import warnings
@@ -61,7 +61,7 @@ KINDS = {f.__name__: f for f in (subclassed, sequential, nested, shared, mixed)}
 
 
 def anchors_and_key(model):
-    """Anchors that know all but the layer called new, moved off the weights; and the key of the kernel in S."""
+    """Anchors off the weights, without the layer called new; and the key of the kernel in S."""
     rng = np.random.default_rng(0)
     weights = l2sp.Anchors.of(model)
     known = {key: (a + rng.normal(size=a.shape)).astype(a.dtype) for key, a in weights.items() if "new" not in key}
@@ -107,7 +107,7 @@ def test_every_kind_trains_towards_its_anchors(kind):
 
 @pytest.mark.parametrize("name", list(PENALTIES))
 def test_one_step_of_sgd_is_the_step_of_the_reference(name):
-    """Against a model without penalty: the difference of the steps is -rate * gradient of the penalty."""
+    """The step differs from that of a model without penalty by -rate * gradient of the penalty."""
     rng = np.random.default_rng(2)
     model = sequential()
     start = model.get_weights()
@@ -163,7 +163,7 @@ def test_an_anchor_of_another_shape_is_new_and_says_so(small_network):
 
 
 def test_all_trainable_weights_are_penalised_unless_kernels_are_asked_for(small_network):
-    """As `Recipe()` does, and the paper: the default of a function is that of the recipe that calls it."""
+    """The default of `attach` agrees with `Recipe()` and the paper."""
     for options, expected in (({}, 8), ({"params": "all"}, 8), ({"params": "kernels"}, 3)):
         model = small_network()
         assert len(l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), **options).group("S")) == expected
@@ -188,7 +188,7 @@ def test_frozen_weights_are_left_out_and_said_to_be_frozen(small_network):
 
 
 def test_a_frozen_backbone_has_l2_on_its_head_and_one_call_when_it_is_unfrozen(small_network):
-    """The usual recipe: the head alone first, then all weights."""
+    """A common schedule: the head alone first, then all weights."""
     pretrained = small_network()
     anchors = l2sp.Anchors.of(pretrained)
     model = l2sp.with_new_head(pretrained, 3)
@@ -215,7 +215,7 @@ def test_a_frozen_backbone_has_l2_on_its_head_and_one_call_when_it_is_unfrozen(s
 def test_what_keras_does_not_train_is_frozen_whatever_its_own_flag_says():
     model = nested()
     model.trainable = False
-    model.layers[1].get_layer("a").trainable = True  # under a model that is not trained
+    model.layers[1].get_layer("a").trainable = True  # inside a frozen model
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["new"])
     assert not model.trainable_variables and {w.reason for w in coverage.weights} == {"frozen"}
 
@@ -339,7 +339,7 @@ def test_the_guard_stops_training_that_would_run_un_anchored(harm):
 
 
 class Stepper(keras.Sequential):
-    """Trains by one of several train steps of its own; `losses_of` picks the penalties that it adds."""
+    """A model with several custom train steps; `losses_of` picks the penalties that they add."""
 
     def __init__(self, layers, losses_of, style):
         super().__init__(layers)
@@ -388,7 +388,7 @@ def test_the_guard_stops_a_train_step_that_ignores_a_penalty(added, how, style):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_guard_of_a_part_watches_the_model_around_it(kind):
-    """The step of the outer model was traced before the penalties came."""
+    """The outer model traced its step before `attach`."""
     part = KINDS[kind]()
     inputs = keras.Input((6, 6, 3))
     outer = keras.Model(inputs, keras.layers.Dense(3, name="outer_head", dtype="float32")(part(inputs)))
@@ -486,7 +486,7 @@ def test_anchors_that_could_change_are_copied(small_network):
 
 
 def head_of_the_old_name(pretrained):
-    """A model with the pre-trained backbone and a new, random head of the old one's name and shape."""
+    """A model with the pre-trained backbone and a random head that has the old head's name and shape."""
     model = keras.models.clone_model(pretrained)
     for layer in model.layers:
         if layer.weights and layer.name != "predictions":
@@ -506,14 +506,14 @@ def test_a_new_head_of_the_old_name_and_weights_never_loaded_are_told(small_netw
         model = head_of_the_old_name(pretrained)
         assert l2sp.attach(model, l2sp.L2SP(0.1), anchors, new=["predictions"]).distance == 0
         l2sp.attach(pretrained, l2sp.L2SP(0.1), anchors)
-        for weight in keyed_weights(pretrained).values():  # a model that was trained on
+        for weight in keyed_weights(pretrained).values():  # further training
             value = weight.variable.numpy()
             weight.variable.assign(value + 0.2 * np.std(value) * np.random.default_rng(0).normal(size=value.shape))
         l2sp.attach(pretrained, l2sp.L2SP(0.1), anchors)
 
 
 def test_layers_numbered_by_keras_match_those_of_an_earlier_model():
-    """The second network of a process has the names of other layers of the first: 94 of 95 kernels were taken for new."""
+    """In a second network Keras gives layers the names of others: by name alone, 94 of 95 kernels would count as new."""
 
     def numbered():
         layers = [keras.layers.Dense(6) for _ in range(4)]
@@ -528,7 +528,7 @@ def test_layers_numbered_by_keras_match_those_of_an_earlier_model():
     assert {w.name for w in first.layers} & {w.name for w in second.layers} == {"head"}
     keras.backend.clear_session()
     keras.layers.Dense(1), keras.layers.Dense(1)
-    third = numbered()  # dense_2 here is dense there
+    third = numbered()  # its dense_2 is dense in the first
     third.set_weights(first.get_weights())
     assert len({w.name for w in first.layers} & {w.name for w in third.layers}) == 3
     for model in (second, third):
@@ -564,7 +564,7 @@ def test_the_fisher_diagonal_belongs_to_the_coverage():
 
 @pytest.mark.parametrize("change", ["none", "names", "head", "kernel", "statistics"])
 def test_a_fisher_diagonal_of_other_weights_is_refused(change):
-    """Other names or another head make another digest, but the weights that count may be the same."""
+    """Other names or another head change the digest, but not the relevant weights."""
 
     def network(a="a", b="new", units=3):
         layers = [keras.layers.Flatten(), dense(4, a), keras.layers.BatchNormalization(name="bn"), dense(units, b)]
@@ -578,7 +578,7 @@ def test_a_fisher_diagonal_of_other_weights_is_refused(change):
             one.set_weights(two.get_weights())
     if change == "kernel":
         other.layers[1].kernel.assign(1.01 * other.layers[1].kernel)
-    if change == "statistics":  # which F depends on, though no penalty is on them
+    if change == "statistics":  # F depends on them, though they carry no penalty
         other.layers[2].moving_mean.assign(np.arange(4.0))
     anchors, fisher = l2sp.Anchors.of(model), fisher_of(other)
     if change in ("kernel", "statistics"):

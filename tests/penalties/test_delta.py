@@ -1,4 +1,4 @@
-"""Delta checkpoints: exact to the bit for every dtype, the smallest encoding, and one sentence for a mistake."""
+"""Delta checkpoints: exact to the bit for every dtype, in the smallest encoding, with one sentence for each mistake."""
 
 import json
 import zlib
@@ -61,9 +61,9 @@ def test_the_round_trip_is_exact_to_the_bit(dtype, share, tmp_path):
             bits[3, 4] ^= 1
         elif share == "channel":
             bits[:, 5] += 7
-        elif share == "all":  # a small step of every number, up or down, that wraps around at 0
+        elif share == "all":  # every number one bit up or down, with wrap-around at 0
             bits += rng.integers(0, 2, bits.shape).astype(bits.dtype) * bits.dtype.type(2) - bits.dtype.type(1)
-        elif share == "random":  # every pattern may occur: NaN payloads, infinities, -0.0, subnormals
+        elif share == "random":  # any pattern: NaN payloads, infinities, -0.0, subnormals
             bits[...] = np.frombuffer(rng.bytes(bits.nbytes), bits.dtype).reshape(bits.shape)
 
     if share != "none":
@@ -100,7 +100,7 @@ def test_differences_are_folded_and_packed_as_by_a_loop():
         if a == b:
             continue
         marks[i // 8] |= 128 >> (i % 8)
-        d = (a - b + 2**15) % 2**16 - 2**15  # the shorter way round
+        d = (a - b + 2**15) % 2**16 - 2**15  # the signed difference modulo 2^16
         folded = 2 * d if d >= 0 else -2 * d - 1
         low, high = low + bytes([folded % 256]), high + bytes([folded // 256])
     packed = delta._packed(bits, base)
@@ -215,6 +215,6 @@ def test_a_header_that_does_not_fit_is_refused(change, words, tmp_path):
 def test_unpacking_takes_no_more_memory_than_the_weight():
     base = np.zeros(10, "u4")
     bomb = np.frombuffer(zlib.compress(b"\xff" * 10**7), "u1")
-    assert delta._unpacked(bomb, base).nbytes == 40  # and the digest refuses it
+    assert delta._unpacked(bomb, base).nbytes == 40  # `load_delta` then rejects the digest
     with pytest.raises(ValueError):
         delta._unpacked(np.frombuffer(zlib.compress(b"\xff\xff" + bytes(20)), "u1"), base)

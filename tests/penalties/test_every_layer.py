@@ -1,4 +1,4 @@
-"""Invariant: the traced step adds what the coverage says, to each weight of every layer of Keras, before and after a file."""
+"""Invariant: the traced step applies the coverage to each weight of every Keras layer, before and after saving."""
 
 import keras
 import numpy as np
@@ -12,24 +12,24 @@ from l2sp_tf.penalties.weights import keyed_weights
 
 RATE, ALPHA, BETA = 0.1, 0.3, 0.05
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-REFUSED = ("LoRA", "int8", "float8")  # by name, which tests/penalties/test_attachment.py shows
-REFUSED += ("SpectralNormalization", "renormalised")  # write their kernels themselves, so that a step is no sum
-REFUSED += ("a stateful LSTM",)  # each step goes on from the state of the one before
-NOT_SAFE = ("a function for an activation", "a lambda for an activation")  # Keras does not load their files
+REFUSED = ("LoRA", "int8", "float8")  # `attach` refuses them: see tests/penalties/test_attachment.py
+REFUSED += ("SpectralNormalization", "renormalised")  # overwrite their kernels: a step is not a sum of gradients
+REFUSED += ("a stateful LSTM",)  # each step depends on the state after the last one
+NOT_SAFE = ("a function for an activation", "a lambda for an activation")  # Keras refuses to load their files
 SLOW = ("Bidirectional", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "GRU", "LSTM", "RNN", "SimpleRNN")
 SLOW += ("Conv3DTranspose", "Conv1DTranspose", "SeparableConv1D", "DepthwiseConv1D", "Conv1D", "Conv3D", "Pipeline")
 SYMBOLS = {cls.__name__: symbol for symbol, cls in PENALTIES.items()}
 
 
 def with_top(name):
-    """A model of one layer and a Dense one on top, or None if the layer has nothing to train."""
+    """A model of one layer with a Dense layer on top, or None if the layer has no trainable weights."""
     make, shape = maker(name) if name in ARGUMENTS else STATES[name]
     keras.utils.set_random_seed(0)
     core = around(make, shape)
     if not core.trainable_variables:
         return None
     for layer in core._flatten_layers():
-        layer.trainable = True  # a file does not keep which of a layer's inner layers are frozen
+        layer.trainable = True  # a file does not store which inner layers are frozen
     output = keras.tree.flatten(core.output)[0]
     flat = keras.ops.mean(output, axis=1) if None in output.shape[1:] else keras.layers.Flatten()(output)
     return keras.Model(core.inputs, keras.layers.Dense(3, name="top")(flat))

@@ -65,7 +65,7 @@ def test_at_the_anchor_value_and_gradient_are_zero_and_finite(name, shape):
 
 
 @pytest.mark.parametrize("xla", [False, True])
-@pytest.mark.parametrize("step", [1e-30, 1e-20, 3e-20, 1e-8])  # squares that are 0, subnormal, nearly normal and normal
+@pytest.mark.parametrize("step", [1e-30, 1e-20, 3e-20, 1e-8])  # squares: 0, subnormal, almost normal, normal
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "l2"])
 def test_near_the_anchor_the_gradient_stays_bounded(name, step, xla):
     _, _, fisher = arrays((4, 3))
@@ -211,7 +211,7 @@ def test_a_traced_step_captures_the_anchor_instead_of_embedding_it():
 
 
 def second_derivative_product(penalty, w, v):
-    """The Hessian of a penalty times v, by differentiating the gradient."""
+    """The Hessian of a penalty times v, by automatic differentiation of the gradient."""
     variable = keras.Variable(w)
     with tf.GradientTape() as outer:
         with tf.GradientTape() as inner:
@@ -236,7 +236,7 @@ def test_second_derivatives_are_those_of_the_loops(name, shape):
     ("name", "most"), [("l2", 1), ("l2_sp", 2), ("l2_sp_fisher", 4), ("l1_sp", 5), ("gl_sp", 5), ("gl_sp_fisher", 7)]
 )
 def test_few_tensors_of_the_size_of_the_weight_are_made(name, most):
-    """Each is a pass over memory: w - w0, what is squared and summed, and their gradients."""
+    """Each such tensor costs a pass over memory: w - w0, its square, and their gradients."""
     w0 = np.zeros((3, 3, 4, 5), "float32")
     penalty, variable = make(name, 0.1, w0, np.ones_like(w0)), keras.Variable(w0)
 
@@ -246,7 +246,7 @@ def test_few_tensors_of_the_size_of_the_weight_are_made(name, most):
         return tape.gradient(value, variable.value)
 
     needed = {tensor.op for tensor in tf.function(step).get_concrete_function().graph.outputs}
-    for _ in range(50):  # deeper than these graphs
+    for _ in range(50):  # exceeds the depth of these graphs
         needed |= {tensor.op for op in needed for tensor in op.inputs}
     made = [op.outputs[0] for op in needed if op.type not in ("Identity", "Placeholder", "ReadVariableOp")]
     assert sum(tensor.dtype == "float32" and tensor.shape == w0.shape for tensor in made) <= most
@@ -254,7 +254,7 @@ def test_few_tensors_of_the_size_of_the_weight_are_made(name, most):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_traced_step_and_its_anchor_are_freed(name):
-    """`tf.custom_gradient` keeps both for as long as the process lives."""
+    """`tf.custom_gradient` would keep both until the process ends."""
 
     def references():
         w0 = np.ones((4, 3), "float32")

@@ -1,4 +1,4 @@
-"""Matching weights: over every network of keras.applications and every way in which names change, the truth or a named doubt."""
+"""Matching weights, for every network of keras.applications and every renaming: the true match or a reported doubt."""
 
 import functools
 import inspect
@@ -23,7 +23,7 @@ from l2sp_tf.penalties.delta import FORMAT
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
 
-# One small member of each family, and all others; two families have none that is built quickly.
+# One small member of each family, then all others; two families have no member that builds quickly.
 FAMILIES = ["ResNet50", "ResNet50V2", "MobileNet", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "EfficientNetV2B0"]
 FAMILIES += ["DenseNet121", "VGG16", "ConvNeXtTiny", "InceptionV3", "Xception"]
 ALL = [name for name, value in vars(keras.applications).items() if inspect.isfunction(value)]
@@ -43,7 +43,7 @@ def build(name):
 
 @functools.cache
 def shapes(name):
-    """The keys of a network with shapes in which equal sizes stay equal, and other ones differ, but all are small."""
+    """The keys and shapes of a network; sizes are mapped one-to-one to small ones."""
     found = {key: tuple(weight.variable.shape) for key, weight in keyed_weights(build(name)).items()}
     keras.backend.clear_session()
     sizes = sorted({size for shape in found.values() for size in shape if size > 7})
@@ -52,7 +52,7 @@ def shapes(name):
 
 
 def tagged(shapes, seed=0, constant=False):
-    """An array of its own for each weight, such as Keras might have trained or, with `constant`, might have initialised."""
+    """A distinct random array for each weight; with `constant`, vectors have Keras' initial values."""
     rng = np.random.default_rng(seed)
     return {
         key: np.full(shape, float("gamma" in key or "variance" in key), "float32")
@@ -63,7 +63,7 @@ def tagged(shapes, seed=0, constant=False):
 
 
 def trained(arrays, seed=1, amount=0.1):
-    """Moves each number by noise of a share of the array's size."""
+    """Adds noise to each number, of `amount` times the array's root mean square."""
     rng = np.random.default_rng(seed)
     return {
         key: (a + rng.normal(0.0, amount, a.shape) * (np.sqrt(np.mean(np.square(a))) or 0.1)).astype(a.dtype)
@@ -76,14 +76,14 @@ def half(arrays):
 
 
 def renamed(keys, change):
-    """A dict from new key to key, where `change` gives each part of a path a new name."""
+    """A dict from new key to key; `change` renames each part of a path."""
     new = {"/".join([*map(change, key.split("/")[:-1]), key.split("/")[-1]]): key for key in keys}
     assert len(new) == len(list(keys))
     return new
 
 
 def shifted(keys, amount, stems=AUTOMATIC):
-    """The keys as Keras gives them to a network that is built later: each counter goes on by an amount of its own."""
+    """The keys that Keras would give to a network built later: each counter has advanced by its own amount."""
 
     def change(part):
         stem, number = re.fullmatch(r"(.+?)(?:_(\d+))?", part).groups()
@@ -96,7 +96,7 @@ def shifted(keys, amount, stems=AUTOMATIC):
 
 
 def later_part(keys, amount):
-    """The keys of a part of a network, as a cut at a layer inside a block leaves them, with gaps in their numbers."""
+    """The keys of a network cut inside a block, with gaps in their numbers."""
     layers = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
     rng = random.Random(3)
     kept = {layer for layer in layers[: len(layers) // 2] if rng.random() < 0.9}
@@ -117,7 +117,7 @@ RENAMINGS = {
 
 
 def check(found, truth):
-    """Every weight has its true partner, and nothing is said against it."""
+    """Asserts that every weight has its true partner, without conflict or ambiguity."""
     assert {key: other for key, other in found.pairs.items() if truth[key] != other} == {}
     assert (found.conflicts, found.ambiguous, found.other_shape) == ({}, {}, {})
     assert len(found.pairs) == len(truth)
@@ -125,7 +125,7 @@ def check(found, truth):
 
 
 def check_honest(found, truth):
-    """Every weight has its true partner, or is said to be ambiguous, or new."""
+    """Asserts that every weight has its true partner, is reported as doubtful, or is not paired."""
     assert {key: other for key, other in found.pairs.items() if truth.get(key) != other and key not in found.doubts} == {}
     assert not found.conflicts
 
@@ -165,7 +165,7 @@ def test_values_tell_every_layer_whatever_its_name(network):
     truth = renamed(keys, lambda part: names.setdefault(part, f"x{rng.getrandbits(64):x}y"))
     weights = {key: known[other] for key, other in truth.items()}
     found = match(weights, known)
-    # a layer of fewer than four numbers in each array has none that tells
+    # a layer with fewer than four numbers in each array carries no evidence
     assert {key for key in truth if key not in found.pairs} == {k for k in truth if _is_tiny(k, keys, truth)}
     assert all(truth[key] == other for key, other in found.pairs.items())
     found = match(trained(weights), known)
@@ -181,7 +181,7 @@ def _is_tiny(key, keys, truth):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_names_that_went_astray_are_conflicts_or_followed_but_never_lost(network):
-    """The layers change their names among each other, while their values stay."""
+    """Layers of equal shapes swap their names but keep their values."""
     keys = shapes(network)
     known = tagged(keys)
     layers = list(dict.fromkeys(key.rpartition("/")[0] for key in keys))
@@ -213,7 +213,7 @@ def test_a_new_head_and_weights_that_were_never_loaded_are_noticed(network):
         assert found.pairs.get(heads[0], truth[heads[0]]) == truth[heads[0]]
         found = match(fresh, known)
         kernels = {key for key, other in truth.items() if np.prod(keys[other]) >= 64 and len(keys[other]) > 1}
-        assert len(kernels - set(found.doubts)) <= 1 and not set(found.doubts) - kernels  # a chance of 6e-5 each
+        assert len(kernels - set(found.doubts)) <= 1 and not set(found.doubts) - kernels  # each is missed with probability 6e-5
         assert "have nothing to do with their anchors" in found.warning()
         check(found, truth)
 
@@ -222,7 +222,7 @@ def test_a_new_head_and_weights_that_were_never_loaded_are_noticed(network):
 
 
 def automatic(image=12, classes=3, **options):
-    """A small network whose layers have the names that Keras gives them; some of like shape."""
+    """A small network with Keras' generated layer names; some layers have equal shapes."""
     inputs = keras.Input((image, image, 3), **options)
     x = keras.layers.Conv2D(8, 3)(inputs)
     for _ in range(3):
@@ -235,7 +235,7 @@ def automatic(image=12, classes=3, **options):
 
 
 def by_place(model, known):
-    """The truth for a model whose weights stand in the order of another's."""
+    """The true pairs of two models with their weights in the same order."""
     return dict(zip(keyed_weights(model), keyed_weights(known), strict=True))
 
 
@@ -248,7 +248,7 @@ def filled(model, seed=0):
 
 
 def variants(pretrained, path):
-    """Models with the values of one, by each way in which Keras gives names; each with the part that is it."""
+    """Yields models with one model's values and names from each of Keras' naming paths, each with the matching part."""
     for _ in range(2):
         later = automatic()
         later.set_weights(pretrained.get_weights())
@@ -309,7 +309,7 @@ def test_a_model_cut_at_any_layer_and_built_at_any_time_keeps_its_anchors():
 
 @pytest.mark.parametrize("classes", [3, 5])
 def test_a_new_head_that_keras_names_is_new_or_doubtful(classes):
-    for _ in range(3):  # the names meet those of the old head, or go beyond them
+    for _ in range(3):  # the new names equal those of the old head, or exceed them
         pretrained = filled(automatic())
         anchors = l2sp.Anchors.of(pretrained)
         features = keras.Model(pretrained.inputs[0], pretrained.layers[-2].output)
@@ -337,7 +337,7 @@ def test_inception_built_again_has_the_anchors_of_its_own_layers():
     assert all(np.array_equal(keyed_weights(later)[key].variable.numpy(), anchors[other]) for key, other in found.pairs.items())
 
 
-# What uses it
+# Callers of `match`
 
 
 def test_restore_delta_transplant_and_report_find_the_layers_that_keras_renamed(tmp_path):
@@ -365,7 +365,7 @@ def test_restore_delta_transplant_and_report_find_the_layers_that_keras_renamed(
 
 
 def with_head_of(one, other):
-    """A copy of a model with the last layer of another."""
+    """A copy of `other` with the last layer of `one`."""
     copy = detached_copy(other)
     copy.layers[-1].set_weights(one.layers[-1].get_weights())
     return copy
@@ -393,11 +393,11 @@ def test_what_is_ambiguous_stops_restore_and_the_report():
         distances(one, l2sp.Anchors.of(two))
     with pytest.raises(l2sp.InputError, match="which differ"):
         transplant(two, one)
-    l2sp.Anchors.of(one).restore(two)  # one known weight serves two
+    l2sp.Anchors.of(one).restore(two)  # one known weight matches two
     assert all(np.array_equal(tower.get_weights()[0], one.get_weights()[0]) for tower in two.layers[1:])
 
 
-# Each rule, by hand
+# Each rule, on hand-made examples
 
 
 def arrays(*keys, shape=(9, 8), seed=0):
@@ -418,7 +418,7 @@ def test_names_fit_at_every_depth():
         (["x/kernel"], ["y/kernel"], {}),
         (["c/kernel"], ["c/bias"], {}),
         (["a/x/kernel"], ["b/x/kernel"], {}),
-        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a layer's own weights are not a model's
+        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a bare layer is no model of layers
         (["kernel"], ["kernel"], {"kernel": "kernel"}),
     ]:
         assert match(dict.fromkeys(weights, (9, 8)), dict.fromkeys(known, (9, 8)), values=False).pairs == pairs
@@ -465,7 +465,7 @@ def test_equal_layers_are_told_by_name_then_by_order():
     for weights in ({"c/kernel": a}, {"other/kernel": a}):
         found = match(weights, known)
         assert found.pairs == dict.fromkeys(weights, "left/c/kernel") and found.ambiguous == {}
-    moved = trained(known)  # both, each its own way
+    moved = trained(known)  # both change, by different noise
     assert match(moved, known).pairs == {key: key for key in known}
     assert match(dict.fromkeys(known, 0 * a) | {"c/kernel": a + 1}, known).pairs["left/c/kernel"] == "left/c/kernel"
 
@@ -477,7 +477,7 @@ def test_candidates_that_differ_are_ambiguous_and_named():
         with pytest.raises(l2sp.InputError, match="c/kernel may be any of a/c/kernel, b/c/kernel, d/c/kernel and 1 more"):
             found.refuse()
     assert match(trained({"c/kernel": known["d/c/kernel"]}), known).pairs == {"c/kernel": "d/c/kernel"}
-    # more layers than there were: by order they may be any of several
+    # numbers beyond the known ones: by order they may be any of several
     known = arrays(*(f"dense_{n}/kernel" for n in range(1, 6)))
     found = match({"dense_8/kernel": (9, 8), "dense_9/kernel": (9, 8)}, known, values=False)
     assert set(found.ambiguous) == {"dense_8/kernel", "dense_9/kernel"}
@@ -485,18 +485,18 @@ def test_candidates_that_differ_are_ambiguous_and_named():
 
 def test_numbers_are_read_as_they_are_unless_the_evidence_says_otherwise():
     known = arrays(*(f"block_{n}/conv/kernel" for n in range(1, 9)))
-    cut = {key: known[key] for key in list(known)[2:6]}  # out of the middle
+    cut = {key: known[key] for key in list(known)[2:6]}  # a part from the middle
     for values in (cut, trained(cut), arrays(*cut, seed=8)):
         assert match(values, known).pairs == {key: key for key in cut}
     assert match(cut, known, values=False).pairs == {key: key for key in cut}
-    numbered = {f"block_{n}/conv/kernel": a for n, a in enumerate(cut.values(), 1)}  # the same, numbered anew
+    numbered = {f"block_{n}/conv/kernel": a for n, a in enumerate(cut.values(), 1)}  # the same part, renumbered from 1
     for values in (numbered, trained(numbered)):
         assert match(values, known).pairs == dict(zip(numbered, cut, strict=True))
     assert match(numbered, known, values=False).pairs == {key: key for key in numbered}
 
 
 def test_statistics_that_are_like_those_of_the_next_layer_are_those_of_their_own():
-    """Along a residual stream they are, and data of another task moves them all."""
+    """Statistics along a residual stream are alike, and data of another task moves them all."""
     rng = np.random.default_rng(0)
     stream = rng.normal(size=256)
     for stem in ("bn{}/moving_mean", "batch_normalization_{}/moving_mean"):
@@ -519,7 +519,7 @@ def test_towers_that_were_built_by_turns_are_told_by_rank():
 def test_doubts_name_what_has_nothing_to_do_with_its_anchor():
     known = arrays("a/kernel", "b/kernel", "c/kernel") | {"head/kernel": np.float32([[0.1, -0.2], [0.3, 0.1]])}
     random_start = arrays(*known, seed=5) | {"head/kernel": np.float32([[0.3, 0.2], [-0.1, 0.1]])}
-    assert set(match(random_start, known).doubts) == {"a/kernel", "b/kernel", "c/kernel"}  # a small one may be chance
+    assert set(match(random_start, known).doubts) == {"a/kernel", "b/kernel", "c/kernel"}  # a small array may agree by chance
     assert set(match({**known, "head/kernel": random_start["head/kernel"]}, known).doubts) == {"head/kernel"}
     found = match({**known, "a/kernel": random_start["a/kernel"]}, known)
     assert found.doubts == {"a/kernel": pytest.approx(1.4, abs=0.2)}

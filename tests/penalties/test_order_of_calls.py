@@ -1,7 +1,7 @@
-"""Invariant: what a step adds is what the last coverage says, whatever was called before it, or one clear error says so.
+"""Invariant: after any calls, a step applies the last coverage, or one clear error is raised.
 
-Each test runs calls in some order, then takes one step of `fit`, and compares the change of every weight with the formulas,
-in float64: -rate (gradient of the cross-entropy + gradient of the penalty that the coverage names).
+Each test runs calls in some order, takes one step of `fit`, and compares the change of every weight with the formulas in
+float64: -rate (gradient of the cross-entropy + gradient of the penalty in the coverage).
 """
 
 import itertools
@@ -24,7 +24,7 @@ SYMBOLS = {cls.__name__: symbol for symbol, cls in PENALTIES.items()}
 
 
 class Bench:
-    """A small model, the anchors that know its first two layers, and what has been called on it."""
+    """A small model, the anchors of its first two layers, and the state after the calls so far."""
 
     def __init__(self, folder):
         keras.utils.set_random_seed(1)
@@ -131,7 +131,7 @@ ORDERS = [(first, *pair) for first in ("kernels", "all_weights") for pair in ite
 
 
 def refused(calls, guarded):
-    """The place of the first call that has to be refused, the last step being one more call; None if there is none."""
+    """The position of the first call that must raise, the last step included; None if none must."""
     bound, frozen, covered, proximal = "yes", False, False, False
     for number, call in enumerate((*calls, "last")):
         if call in ("kernels", "all_weights", "weight_decay"):
@@ -151,7 +151,7 @@ def refused(calls, guarded):
 
 
 def check(calls, folder, guarded):
-    """Runs the calls and one step more; what is refused must be so by a sentence of ours, at its place."""
+    """Runs the calls and one more step; only the expected call may raise, and only an error of this package."""
     bench, found = Bench(folder), None
     for number, call in enumerate((*calls, "last")):
         try:

@@ -1,4 +1,4 @@
-"""A penalty that is defined outside the package: trained, recorded, searched, stepped, saved, and shown like the paper's."""
+"""A penalty from outside the package trains, searches, steps, saves and reports like the paper's."""
 
 import importlib.metadata
 
@@ -27,7 +27,7 @@ def _only_the_papers():
 
 
 def huber(**methods):
-    """Registers a penalty with the value alpha sum_j (sqrt(1 + (w - w0)^2) - 1), and perhaps more methods."""
+    """Registers a penalty with the value alpha sum_j (sqrt(1 + (w - w0)^2) - 1), and the given methods."""
 
     class Huber(AnchoredPenalty):
         """A smooth penalty that grows like |w - w0| far from w0."""
@@ -51,7 +51,7 @@ def test_its_runs_are_recorded_searched_and_shown_under_its_title(tmp_path):
     made = plan(penalties=("huber_sp", "l2"), strengths={"l2": (1e-4,)}, folds=2, workdir=tmp_path, seeds=(0, 1), **options)
     assert [setting.alpha for setting in made.grid("huber_sp")] == [0.01, 1.0]
     found = run_plans([made], say=lambda line: None)
-    PENALTIES.pop("huber_sp")  # tables are drawn from records alone, in another process perhaps
+    PENALTIES.pop("huber_sp")  # tables must work from records alone, as in another process
     assert {r["settings"]["penalty"] for r in records.runs_of(records.read_records(tmp_path))} == {"huber_sp", "l2"}
     for text in (tables.overview(found).markdown(), tables.table_2(found).markdown(), tables.table_csv(found)):
         assert "Huber-SP" in text and "L2" in text
