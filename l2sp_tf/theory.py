@@ -4,10 +4,9 @@ Symbols: `hessian` H, of the unregularized objective J at its minimum; `w_star` 
 anchor; `alpha` the strength. With w0 = 0 the formulas describe L2. All computations are in float64.
 """
 
-import numbers
-
 import numpy as np
 
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 
 
@@ -111,9 +110,7 @@ def _finite(value, name, rank):
 
 
 def _strength(alpha):
-    if not isinstance(alpha, numbers.Real) or not np.isfinite(alpha) or alpha < 0:
-        raise InputError(f"alpha is {alpha!r}: give a finite number that is at least 0.")
-    return float(alpha)
+    return fields.number("alpha", alpha)
 
 
 def _fisher(fisher, n):

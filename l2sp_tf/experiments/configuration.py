@@ -254,7 +254,9 @@ def unused(values, given, plans):
         reasons |= dict.fromkeys(
             ("source_iterations", "source_learning_rate"), "no source model is trained, as weights are given"
         )
-    reasons |= plans[0].setup.recipe.idle(tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.sweep.penalties)))
+    symbols = tuple(dict.fromkeys(symbol for plan in plans for symbol in plan.sweep.penalties))
+    idle, *others = [plan.setup.recipe.idle(symbols) for plan in plans]
+    reasons |= {name: reason for name, reason in idle.items() if all(name in other for other in others)}
     if plans[0].setup.fisher.mode == "exact":
         reasons.setdefault("fisher_samples", "the mode exact draws nothing")
     if all(plan.sweep.penalties and set(plan.sweep.penalties) <= set(plan.sweep.strengths) for plan in plans):
@@ -282,6 +284,8 @@ def _fixed(values):
         fixed["folds"] = "the experiment figure_1 runs its whole grid"
         if len(values.get("learning_rate") or []) > 1:
             fixed["learning_rate"] = "the experiment figure_1 has one rate, and takes the recipe's"
+        if len(values.get("seeds") or []) > 1:
+            fixed["seeds"] = "the experiment figure_1 has one seed, and takes the first"
     return fixed
 
 

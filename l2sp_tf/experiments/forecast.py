@@ -243,7 +243,7 @@ class Recorded:
         count = f.count(len(self._made.source.train))
         same = [found.get("mode") == f.mode, transforms == list(f.transforms), found.get("images", 0) <= count]
         same.append(f.mode == "exact" or found.get("samples") == f.samples)
-        return all(same) and (f.tolerance is not None or self._plan.setup.skip_bad_images or found["images"] == count)
+        return all(same) and (f.tolerance is not None or self._plan.setup.skip_bad_images or found.get("images") == count)
 
 
 def _with_strengths(setting, settings):

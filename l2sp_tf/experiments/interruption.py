@@ -1,5 +1,7 @@
 """Reports what an interrupted command left on disk."""
 
+import contextlib
+
 from l2sp_tf.training.checkpoints import Checkpoints
 
 CLOCK = 1.0  # seconds by which a disk's clock may lag
@@ -32,7 +34,10 @@ def kept(plans, since):
 
 def _touched(folder):
     """Returns the time of the last write to a folder or its entries."""
-    return max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    times = [folder.stat().st_mtime]
+    with contextlib.suppress(FileNotFoundError):  # a worker may still be removing checkpoints
+        times += [path.stat().st_mtime for path in folder.iterdir()]
+    return max(times)
 
 
 def _state(folder, lengths):

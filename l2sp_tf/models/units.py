@@ -73,7 +73,8 @@ def freeze_first(model: keras.Model, n: int) -> int:
     parents = _parents(model)
     found = _units(model, parents)
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 <= n <= len(found):
-        raise InputError(f"n is {n!r}, but the model {model.name!r} has {len(found)} units: give a number from 0 to {len(found)}.")
+        last = len(found)
+        raise InputError(f"n is {n!r}, but the model {model.name!r} has {last} units: give a number from 0 to {last}.")
     unfreeze(model)
     for layer in _upstream(found, n, parents) if n else ():
         layer.trainable = False

@@ -174,6 +174,9 @@ def test_paths_with_commas_are_put_together_again_or_refused(tmp_path, monkeypat
         ({"widths": ["4"], "depths": ["1"], "backbone": "resnet50"}, {"widths", "depths"}),
         ({"experiment": "figure_1", "folds": 3, "frozen": ["1"]}, {"folds", "frozen"}),
         ({"experiment": "figure_1", "learning_rate": ["0.1", "0.2"]}, {"learning_rate"}),
+        ({"experiment": "figure_1", "seeds": ["0", "1"]}, {"seeds"}),
+        ({"experiment": "figure_1", "seeds": ["1"]}, set()),
+        ({"target": ["digits/target", "t"], "source": ["s"], "blur_kernel": 3}, set()),  # the other target has a blur
         ({"experiment": "figure_3", "frozen": ["1"]}, set()),
         ({"experiment": "table_2", "penalty": ["l2"]}, {"penalty"}),
         ({"experiment": "table_2", "penalty": ["l2:0.1"]}, set()),
