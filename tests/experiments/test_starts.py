@@ -102,7 +102,7 @@ def test_what_is_decoded_is_what_is_used_and_what_was_told_and_never_again(folde
     assert forecast.images == len(expected) and forecast.pixels_bytes == len(expected) * RECIPE.images.resize**2 * 3
     for again in range(2):
         start = starts.prepare_start(asked, say=lambda line: None)
-        if "l2_sp_fisher" in asked.penalties:
+        if "l2_sp_fisher" in asked.sweep.penalties:
             assert start.fisher.provenance["images"] == train
         assert sorted(decoded) == ([] if again else sorted(expected))
         assert start.mean_of == (5 if case == "nobody tells the mean" else None)
@@ -173,8 +173,8 @@ def test_only_this_plans_records_count(folder, tmp_path, monkeypatch):
     assert left(seeds=(0, 1)) == ["plan: 0 runs on folds, then 4 runs; 2 are left"]
     for changes in (
         {"alphas": (0.2,)},
-        {"recipe": asked.recipe.replace(blur="authors")},
-        {"recipe": asked.recipe.replace(mean=MEAN)},
+        {"recipe": asked.setup.recipe.replace(blur="authors")},
+        {"recipe": asked.setup.recipe.replace(mean=MEAN)},
         {"per_class": 3},
         {"target": str(folder / "source")},
         {"weights": "none"},

@@ -291,10 +291,10 @@ def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_pat
     options = {"run_dir": tmp_path, "checkpoint_every": 3, "verbose": 0}
     save, calls = module.save_arrays, []
 
-    def failing(path, arrays, metadata):
+    def failing(path, arrays, format, metadata):
         calls.append(path)
         if len(calls) == 1:
-            return save(path, arrays, metadata)
+            return save(path, arrays, format, metadata)
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC if fault == "full disk" else errno.EACCES, fault)
 
