@@ -1,6 +1,5 @@
 """Experiments on the embedded digits: folds, choice, records, resumption, and Ray."""
 
-import dataclasses
 import os
 import pathlib
 import shutil
@@ -117,7 +116,7 @@ def test_an_interrupted_experiment_goes_on(finished):
 
 @pytest.mark.slow
 def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
-    made = dataclasses.replace(finished[0], workdir=tmp_path, frozen=(0,))
+    made = finished[0].replace(workdir=tmp_path, frozen=(0,))
     shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
     grid = made.replace(folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
     first, _ = run([grid])
@@ -213,7 +212,7 @@ def kill_one_worker(workdir, killed):
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="finds workers in /proc")
 def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
-    made = dataclasses.replace(finished[0], workdir=tmp_path)
+    made = finished[0].replace(workdir=tmp_path)
     killed = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
@@ -231,7 +230,7 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
 def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
     made, *_ = finished
     whole = made.replace(folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
-    cut = dataclasses.replace(whole, workdir=tmp_path / "b")
+    cut = whole.replace(workdir=tmp_path / "b")
     for part in (whole, cut):
         shutil.copytree(made.setup.workdir / "sources", part.setup.workdir / "sources")
     (expected,), _ = run([whole])

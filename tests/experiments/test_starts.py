@@ -1,6 +1,5 @@
 """Starts: they decode only the images they use, and read earlier measurements."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -142,7 +141,7 @@ def test_a_bad_image_that_nobody_uses_is_no_matter_and_others_are_told_first(fol
         content = pathlib.Path(bad).read_bytes()
         pathlib.Path(bad).write_bytes(b"")
         with pytest.raises(l2sp.InputError, match=bad):
-            run(dataclasses.replace(fisher, workdir=tmp_path / "x"))
+            run(fisher.replace(workdir=tmp_path / "x"))
         assert not (tmp_path / "x/runs").exists() and not (tmp_path / "x/fisher").exists()
         pathlib.Path(bad).write_bytes(content)
 
@@ -152,11 +151,11 @@ def test_the_source_accuracy_is_measured_once(folder, tmp_path, monkeypatch):
     (record,), _ = run(asked)
     with monkeypatch.context() as patched:
         patched.setattr(starts, "evaluate", lambda *args, **kwargs: 1 / 0)
-        ((again, _), _) = run(dataclasses.replace(asked, seeds=(0, 1)))
+        ((again, _), _) = run(asked.replace(seeds=(0, 1)))
     assert again == record
     (path,) = (tmp_path / "before").glob("*.json")
     path.write_text("{")
-    run(dataclasses.replace(asked, seeds=(2,)))
+    run(asked.replace(seeds=(2,)))
     assert json.loads(path.read_text()) == record["results"]["source"]["before"]
 
 
@@ -166,7 +165,7 @@ def test_only_this_plans_records_count(folder, tmp_path, monkeypatch):
     run(asked)
 
     def left(**changes):
-        _, said = run(dataclasses.replace(asked, **changes), dry_run=True)
+        _, said = run(asked.replace(**changes), dry_run=True)
         return [line for line in said if line.startswith("plan: ")]
 
     assert left() == ["plan: 0 runs on folds, then 2 runs; 0 are left"]
