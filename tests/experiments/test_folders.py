@@ -57,7 +57,7 @@ WAYS = [  # mean, resize_mode, resize_filter, weights, crops
 def run(workdir, way, anchors=None):
     mean, mode, filter, weights, crops = way
     images = {"resize": 8, "crop": 6, "resize_mode": mode, "resize_filter": filter, "blur": "none"}
-    recipe = l2sp.Recipe(iterations=8, batch_size=6, crops=crops, mean=mean, **images)
+    recipe = l2sp.Recipe(iterations=8, batch_size=6, crops=crops, mean=mean).replace(**images)
     options = {"recipe": recipe, "source_recipe": l2sp.Recipe.source(recipe), "widths": (4,), "depths": (1,)}
     options |= {"source": "imagenet2012", "target": "stanford_dogs", "weights": str(anchors) if weights == "anchors" else weights}
     options |= {"backbone": "resnet50" if weights.endswith(".keras") else "small"}

@@ -69,7 +69,7 @@ def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(fin
     candidates = {c["alpha"]: np.mean(c["accuracies"]) for c in made["candidates"]}
     assert candidates == pytest.approx(scores) and list(candidates) == [1000, 0.1]
     assert [row["selected"] for row in summary(found)] == [True, True]
-    assert records.read_records(finished[0].workdir)[-1] == made
+    assert records.read_records(finished[0].setup.workdir)[-1] == made
     assert all(r["results"]["total"] == 10 and r["settings"]["fold"][1] == 2 for r in folds)  # of 20 training images
 
 
@@ -117,7 +117,7 @@ def test_an_interrupted_experiment_goes_on(finished):
 @pytest.mark.slow
 def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
     made = finished[0].replace(workdir=tmp_path, frozen=(0,))
-    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    shutil.copytree(finished[0].setup.workdir / "sources", tmp_path / "sources")
     grid = made.replace(folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
     first, _ = run([grid])
     assert not records.selections_of(first) and len(tables.table_2(first).rows) == 2
@@ -138,7 +138,7 @@ def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier
 
 def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, tmp_path):
     recipe = RECIPE.replace(beta={"l2_sp": 0.02, "l2": 0.001})
-    shutil.copytree(finished[0].workdir / "sources", tmp_path / "sources")
+    shutil.copytree(finished[0].setup.workdir / "sources", tmp_path / "sources")
     found, _ = run([tiny(tmp_path, folds=2, penalties=("l2", "l2_sp"), alphas=(0.1,), recipe=recipe.replace(iterations=2))])
     rows = {(row["penalty"], row["beta"]): row["selected"] for row in summary(found)}
     assert rows == {("l2", 0.001): True, ("l2_sp", 0.02): True}
@@ -219,7 +219,7 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
     found, _ = run([made], engine="ray")
     killer.join()
     assert len(killed) == 1
-    local = [records.read_record(path) for path in finished[0].workdir.glob("folds/*/run.json")]
+    local = [records.read_record(path) for path in finished[0].setup.workdir.glob("folds/*/run.json")]
     remote = [records.read_record(path) for path in tmp_path.glob("folds/*/run.json")]
     keys = ("alpha", "beta", "frozen", "seed", "fold", "target_digest", "penalty")
     where = lambda record: [record["settings"].get(key) for key in keys]  # noqa: E731

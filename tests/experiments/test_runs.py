@@ -86,14 +86,16 @@ def test_what_changes_no_result_changes_no_folder():
     root = dataclasses.replace(SETTING, symbol="gl_sp")
     assert folder(l2sp.Recipe(smoothing=1e-16), root) != folder(l2sp.Recipe(), root)
     step = {"smoothing": 1e-16, "penalty_step": "proximal"}
-    assert folder(l2sp.Recipe(**step), root) == folder(l2sp.Recipe(penalty_step="proximal"), root)
+    assert folder(l2sp.Recipe().replace(**step), root) == folder(l2sp.Recipe(penalty_step="proximal"), root)
     idle = [
         ({"blur": "none"}, {"blur_kernel": 3}),
         ({"blur": "authors"}, {"blur_sigma": (1, 2)}),
         ({"solver": "adam"}, {"momentum": 0.5}),
     ]
     for off, number in idle:
-        assert folder(l2sp.Recipe(**off)) == folder(l2sp.Recipe(**off, **number)) != plain != folder(l2sp.Recipe(**number))
+        r = l2sp.Recipe()
+        without = folder(r.replace(**off))
+        assert without == folder(r.replace(**off, **number)) != plain != folder(r.replace(**number))
     frozen, fresh = dataclasses.replace(SETTING, frozen=1), l2sp.Recipe(moving_statistics="fresh")
     assert folder(fresh, frozen) == folder(l2sp.Recipe(), frozen) and folder(fresh) != plain
     assert folder(l2sp.Recipe(beta=0.5, learning_rate=0.3)) == plain  # the setting's beta and rate replace them
