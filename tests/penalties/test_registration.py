@@ -16,7 +16,7 @@ from l2sp_tf.penalties.formulas import PAPER, PENALTIES, AnchoredPenalty, load_r
 from l2sp_tf.reports import figures, tables
 from l2sp_tf.training.recipe import Recipe
 
-RECIPE = Recipe.digits().replace(iterations=6, batch_size=8, alpha={})
+RECIPE = Recipe.digits().replace(iterations=2, batch_size=8, alpha={})
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +26,7 @@ def _only_the_papers():
         del PENALTIES[symbol]
 
 
-def huber(**methods):
+def huber(grid=(0.01, 1.0), **methods):
     """Registers a penalty with the value alpha sum_j (sqrt(1 + (w - w0)^2) - 1), and the given methods."""
 
     class Huber(AnchoredPenalty):
@@ -37,7 +37,7 @@ def huber(**methods):
 
     for name, method in methods.items():
         setattr(Huber, name, method)
-    return register_penalty("huber_sp", "Huber-SP", (0.01, 1.0))(Huber)
+    return register_penalty("huber_sp", "Huber-SP", grid)(Huber)
 
 
 def small():
@@ -46,10 +46,11 @@ def small():
 
 
 def test_its_runs_are_recorded_searched_and_shown_under_its_title(tmp_path):
-    huber()
-    options = {"widths": (4, 4, 4), "recipe": RECIPE, "source_recipe": RECIPE.replace(alpha={"l2": 1e-4}), "per_class": 4}
-    made = plan(penalties=("huber_sp", "l2"), strengths={"l2": (1e-4,)}, folds=2, workdir=tmp_path, seeds=(0, 1), **options)
-    assert [setting.alpha for setting in made.grid("huber_sp")] == [0.01, 1.0]
+    huber(grid=(0.5,))  # one strength, which is not extended
+    options = {"widths": (2,), "depths": (1,), "per_class": 4, "recipe": RECIPE}
+    options["source_recipe"] = RECIPE.replace(alpha={"l2": 1e-4})
+    made = plan(penalties=("huber_sp", "l2"), strengths={"l2": (1e-4,)}, folds=2, workdir=tmp_path, seeds=(0,), **options)
+    assert [setting.alpha for setting in made.grid("huber_sp")] == [0.5]
     found = run_plans([made], say=lambda line: None)
     PENALTIES.pop("huber_sp")  # tables must work from records alone, as in another process
     assert {r["settings"]["penalty"] for r in records.runs_of(records.read_records(tmp_path))} == {"huber_sp", "l2"}
