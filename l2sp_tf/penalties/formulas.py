@@ -342,36 +342,29 @@ class _Grouped:
         return math.prod(x.shape[axis] for axis in self._axes(x))
 
 
-@register_penalty("l2", "L2", (1e-5, 1e-4, 1e-3, 1e-2))
-class L2(Penalty):
-    """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
+class _Square(Penalty):
+    """alpha / 2 * sum_j d_j^2 of the displacement d: w for Eq. (1), w - w0 for Eq. (2)."""
 
     def value(self, w: Tensor) -> Tensor:
         return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
 
     def gradient(self, w: Tensor) -> Tensor:
-        """alpha w."""
+        """alpha d."""
         return self.alpha * self.displacement(w)
 
     def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the part that the proximal map subtracts, s alpha d / (1 + s alpha), and False: it puts no entry on 0."""
+        """Returns the part that the proximal map subtracts, s alpha d / (1 + s alpha), and False: no entry becomes exactly 0."""
         return maps.quadratic(d, step * self.alpha)
+
+
+@register_penalty("l2", "L2", (1e-5, 1e-4, 1e-3, 1e-2))
+class L2(_Square):
+    """Eq. (1): L2, weight decay. alpha / 2 * sum_j w_j^2, which is `keras.regularizers.L2(alpha / 2)`."""
 
 
 @register_penalty("l2_sp", "L2-SP", (1e-3, 1e-2, 1e-1, 1.0))
-class L2SP(AnchoredPenalty):
+class L2SP(_Square, AnchoredPenalty):
     """Eq. (2): L2-SP. alpha / 2 * sum_j (w_j - w0_j)^2."""
-
-    def value(self, w: Tensor) -> Tensor:
-        return ops.multiply(self.alpha, _half_square_sum(self.displacement(w)))
-
-    def gradient(self, w: Tensor) -> Tensor:
-        """alpha (w - w0)."""
-        return self.alpha * self.displacement(w)
-
-    def pull(self, d: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """As L2, with d = w - w0."""
-        return maps.quadratic(d, step * self.alpha)
 
 
 @register_penalty("l2_sp_fisher", "L2-SP-Fisher", (1e-3, 1e-2, 1e-1, 1.0))
