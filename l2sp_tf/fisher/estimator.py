@@ -19,7 +19,7 @@ from l2sp_tf.fisher.diagonal import MODES, Fisher, check_positive, relative_erro
 from l2sp_tf.fisher.layer_rules import check_layers
 from l2sp_tf.fisher.likelihoods import FAMILIES, NOISE, likelihood_of
 from l2sp_tf.fisher.tracing import traced
-from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.penalties.weights import keyed_weights, values_of
 
 # Cotangents that go through the backward pass side by side, and share what depends on the input alone: 3, or up to 9
 # as long as their gradients take at most so many bytes.
@@ -299,7 +299,7 @@ def _batches(images, batch_size):
 
 def _identity(model):
     """The part of the provenance that identifies the weights: their digest, as in `Anchors`, and the sha256 of each."""
-    manifest = manifest_of({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()})
+    manifest = manifest_of(values_of(model))
     return {"model": digest_of(manifest), "weights": {entry["name"]: entry["sha256"] for entry in manifest}}
 
 

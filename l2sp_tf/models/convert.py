@@ -131,8 +131,9 @@ def _match(arrays, backbone, name_of, bias, classes, path):
     limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single precision
     with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
         model = imagenet_resnet(backbone, found, image_size=32)
-    names = {key: name_of(*key.split("/")) for key in keyed_weights(model)}
-    shapes = {names[key]: tuple(weight.variable.shape) for key, weight in keyed_weights(model).items()}
+    weights = keyed_weights(model)
+    names = {key: name_of(*key.split("/")) for key in weights}
+    shapes = {names[key]: tuple(weight.variable.shape) for key, weight in weights.items()}
     wrong = [
         f"{name} {shapes.get(name, 'missing')} / {arrays[name].shape if name in arrays else 'missing'}"
         for name in dict.fromkeys([*shapes, *arrays])

@@ -18,7 +18,7 @@ from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import restore
-from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.penalties.weights import values_of
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
@@ -91,11 +91,11 @@ def load_weights(model, path):
         restore(model, Snapshot.load(path))
     elif path.suffix == ".keras":
         loaded = load_model(path)
-        restore(model, {key: weight.variable.numpy() for key, weight in keyed_weights(loaded).items()})
+        restore(model, values_of(loaded))
         carry_tables(loaded, model)
     elif path.name.endswith(".weights.h5"):
         _check_h5(model, path)
-        before = {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
+        before = values_of(model)
         try:
             with refusing(f"The weights file {path} is damaged"):
                 model.load_weights(path)

@@ -6,7 +6,7 @@ import keras
 
 from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.penalties.matching import restore
-from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.penalties.weights import values_of
 
 
 class Anchors(Snapshot):
@@ -25,7 +25,7 @@ class Anchors(Snapshot):
     @classmethod
     def of(cls, model: keras.Model, metadata: dict[str, Any] | None = None) -> Self:
         """Copies the weights of a built model; later training does not change the copies."""
-        return cls({key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}, metadata)
+        return cls(values_of(model), metadata)
 
     def restore(self, model: keras.Model) -> None:
         """Assigns these values to the matching weights of `model`; its layers then update the state derived from them.

@@ -54,6 +54,11 @@ def keyed_weights(model):
     return found
 
 
+def values_of(model):
+    """Copies the values of a model's weights: a dict from key to array."""
+    return {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
+
+
 def _name_of(variable, layer):
     """Returns the name of a weight, or of its attribute in the layer if Keras generated the name.
 
