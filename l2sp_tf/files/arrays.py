@@ -2,6 +2,7 @@
 
 import collections.abc
 import copy
+import functools
 import hashlib
 import json
 import pathlib
@@ -51,7 +52,7 @@ class Arrays(collections.abc.Mapping):
         """The name, shape, dtype and sha256 of each array, as a list of dicts."""
         return manifest_of(self)
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal arrays."""
         return digest_of(self.manifest)
@@ -68,16 +69,10 @@ class Snapshot(Arrays):
     def __init__(self, arrays: Weights, metadata: dict[str, Any] | None = None) -> None:
         super().__init__(arrays)
         self.metadata = dict(metadata or {})
-        self._digest = super().digest
 
     def __repr__(self):
         numbers = sum(array.size for array in self.values())
         return f"{type(self).__name__}({len(self)} arrays, {numbers:,} numbers, digest {self.digest[:12]})"
-
-    @property
-    def digest(self) -> str:
-        """The sha256 of the manifest, in hexadecimal: equal digests mean bit-equal weights."""
-        return self._digest
 
     def with_metadata(self, **metadata: Any) -> Self:
         """Returns the same weights, sharing the arrays, with more metadata; entries that exist already are kept."""
