@@ -195,7 +195,7 @@ class Recorded:
         plan: a `Plan`.
         made: its `Outline`.
         found: the records of its workdir, from `recorded_in`.
-        settings_of: maps (plan, start, setting, task, recipe, fisher) to the settings of a run's record.
+        settings_of: maps (plan, start, setting, task, fisher) to the settings of a run's record.
     """
 
     UNKNOWN = {"pixels", "source_mean", "source_mean_of", "skipped", "fisher"}
@@ -228,8 +228,7 @@ class Recorded:
         anchors = types.SimpleNamespace(digest=made.anchors_digest)
         network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
         start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
-        recipe = self._plan.setup.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-        return self._told(plain(self._settings_of(self._plan, start, setting, start.target, recipe, None)))
+        return self._told(plain(self._settings_of(self._plan, start, setting, start.target, None)))
 
     def _told(self, settings):
         """Returns the part of a run's identity that is known before its data are decoded."""

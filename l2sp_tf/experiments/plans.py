@@ -96,6 +96,10 @@ class Setting:
         """Returns this setting on a fold of cross-validation, with the fold's number as seed."""
         return dataclasses.replace(self, seed=fold, fold=fold)
 
+    def recipe_of(self, recipe):
+        """Returns the recipe of this run: with its beta and learning rate."""
+        return recipe.replace(beta=self.beta, learning_rate=self.learning_rate)
+
     @property
     def penalty(self):
         """The penalty with this setting's alpha."""

@@ -153,10 +153,10 @@ def _start_of(plan, say, verbose, **options):
 def _run(start, plan, setting, say, verbose):
     """Fine-tunes and evaluates one setting, or reads its record if it has one; returns the record."""
     fisher = start.fisher if setting.needs_fisher else None
-    recipe = plan.setup.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    recipe = setting.recipe_of(plan.setup.recipe)
     is_fold = setting.fold is not None
     task = _folds(start.target, plan.sweep.folds)[setting.fold] if is_fold else start.target
-    settings = _settings(plan, start, setting, task, recipe, fisher)
+    settings = _settings(plan, start, setting, task, fisher)
     path = folder_of(plan.setup.workdir, setting, settings) / "run.json"
     devices = plan.devices
     if devices.chief_says(path.exists):
@@ -241,7 +241,7 @@ def _question(plan, start, symbol):
     """Returns `records.question` for the selection of a penalty's setting."""
     setting = plan.grid(symbol)[0]
     fisher = start.fisher if setting.needs_fisher else None
-    return records.question(_settings(plan, start, setting, start.target, plan.setup.recipe, fisher))
+    return records.question(_settings(plan, start, setting, start.target, fisher))
 
 
 def _choice(plan, question, search, say):
@@ -286,7 +286,7 @@ def _guess(plan):
     return {symbol: plan.grid(symbol)[0] for symbol in plan.sweep.penalties} if plan.sweep.folds else None
 
 
-def _settings(plan, start, setting, task, recipe, fisher):
+def _settings(plan, start, setting, task, fisher):
     """Returns everything that a run's result depends on; its key is a hash of this."""
     source = start.source
     settings = {
@@ -306,4 +306,4 @@ def _settings(plan, start, setting, task, recipe, fisher):
         settings["source_mean_of"] = start.mean_of
     if setting.fold is not None:
         settings["fold"] = [setting.fold, plan.sweep.folds]
-    return settings_of(setting, task, recipe, start.anchors, fisher, **settings)
+    return settings_of(setting, task, plan.setup.recipe, start.anchors, fisher, **settings)

@@ -24,7 +24,7 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         fisher: a `Fisher` or a mapping, for the Fisher penalties.
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
-    recipe = recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
+    recipe = setting.recipe_of(recipe)
     if setting.frozen:
         recipe = recipe.replace(moving_statistics="source")  # with frozen units, `finetune` keeps the source statistics
     settings = {

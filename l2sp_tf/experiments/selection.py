@@ -261,7 +261,7 @@ def cross_validate(
     search_all({penalty.symbol: search}, lambda pairs: [runs.record(setting) for _, setting in pairs])
     found = search.selection(recipe)
     if folder is not None:
-        question = records.question(runs.settings(first, task, recipe))
+        question = records.question(runs.settings(first, task))
         write_selection(folder, found.record(question, folds))
     return found
 
@@ -274,20 +274,19 @@ class _FoldRuns:
         self.run_dir, self.options = run_dir, options
         self.known = {"source": "model", "weights": "model", "backbone": pretrained.name, "start": Anchors.of(pretrained).digest}
 
-    def settings(self, setting, task, recipe, **fold):
+    def settings(self, setting, task, **fold):
         """Returns everything that a run's result depends on."""
-        return settings_of(setting, task, recipe, self.options["anchors"], self.options["fisher"], **self.known, **fold)
+        return settings_of(setting, task, self.recipe, self.options["anchors"], self.options["fisher"], **self.known, **fold)
 
     def record(self, setting):
         """Reads the record of a run on a fold, or makes the run."""
         part = self.parts[setting.fold]
-        recipe = self.recipe.replace(beta=setting.beta, learning_rate=setting.learning_rate)
-        settings = self.settings(setting, part, recipe, fold=[setting.fold, len(self.parts), self.seed])
+        settings = self.settings(setting, part, fold=[setting.fold, len(self.parts), self.seed])
         folder = None if self.run_dir is None else folder_of(self.run_dir, setting, settings)
         if folder is not None and (folder / "run.json").exists():
             return records.read_record(folder / "run.json")
         options = {**self.options, "seed": setting.seed, "run_dir": folder, "save": False}
-        record = run_record(self.pretrained, part, setting, recipe, settings, **options)
+        record = run_record(self.pretrained, part, setting, setting.recipe_of(self.recipe), settings, **options)
         if folder is not None:
             records.write_record(folder / "run.json", record)
         return record
