@@ -50,7 +50,7 @@ def _check_weights(setup):
     """Checks that the weights exist, name their pixel format and accept the recipe's images."""
     if setup.backbone not in zoo.BACKBONES:
         raise InputError(f"The backbone {setup.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
-    zoo.pixels_of(None if setup.weights == "none" else setup.weights, setup.pixels)
+    zoo.pixels_of(setup.given_weights, setup.pixels)
     shape = zoo.input_shape(setup.weights) if setup.is_whole_model else None
     if shape is None:
         return

@@ -91,7 +91,7 @@ class Forecast:
         for work in works:
             for split, recipe in work.made.uses(work.needs_fisher):
                 how = (recipe.images.resize, recipe.images.resize_mode, recipe.images.resize_filter)
-                uses.setdefault((work.made.plan.setup.workdir / "cache", how), []).append(split)
+                uses.setdefault((work.made.plan.setup.cache_dir, how), []).append(split)
         for (folder, how), splits in uses.items():
             self._add_decoding(PixelStore(folder, how), how, splits)
 

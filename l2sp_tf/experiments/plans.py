@@ -12,6 +12,7 @@ from l2sp_tf.fisher.diagonal import MODES
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.penalties.formulas import PAPER, PENALTIES, FisherPenalty
 from l2sp_tf.training.devices import Devices
+from l2sp_tf.training.execution import CHECKPOINT_EVERY
 from l2sp_tf.training.recipe import Recipe
 
 STUDIES = ("table_2", "table_3", "figure_1", "figure_2", "figure_3", "figure_4", "all")
@@ -185,9 +186,19 @@ class Setup:
         return str(self.weights).endswith(".keras")
 
     @property
+    def given_weights(self):
+        """The weights as `zoo.backbone` takes them: None if the source model is trained from scratch."""
+        return None if self.weights == "none" else self.weights
+
+    @property
+    def cache_dir(self):
+        """The folder of decoded pixels."""
+        return self.workdir / "cache"
+
+    @property
     def places(self):
         """The protocol and folders of data sets, as `load_dataset` takes them."""
-        return {"protocol": self.protocol, "data_dir": self.data_dir, "cache_dir": self.workdir / "cache"}
+        return {"protocol": self.protocol, "data_dir": self.data_dir, "cache_dir": self.cache_dir}
 
     @property
     def shape(self):
@@ -291,7 +302,7 @@ class Plan:
     setup: Setup
     sweep: Sweep
     save_models: bool = True
-    checkpoint_every: int = 500
+    checkpoint_every: int = CHECKPOINT_EVERY
     distribute: str = "none"
     jit_compile: bool | str = "auto"
 

@@ -222,7 +222,7 @@ def outline(plan, *, say=print):
     if plan.setup.deterministic:
         tf.config.experimental.enable_op_determinism()
     plan.setup.workdir.mkdir(parents=True, exist_ok=True)
-    pixels = zoo.pixels_of(None if plan.setup.weights == "none" else plan.setup.weights, plan.setup.pixels)
+    pixels = zoo.pixels_of(plan.setup.given_weights, plan.setup.pixels)
     target = load_dataset(plan.setup.target, per_class=plan.setup.per_class, seed=plan.setup.subset_seed, **plan.setup.places)
     source = None if plan.setup.source is None else load_dataset(plan.setup.source, **plan.setup.places)
     for dataset, recipe in ((target, plan.setup.recipe), (source, plan.setup.source_recipe)):
@@ -275,7 +275,7 @@ def sample_order(split):
 
 def _preparation(plan, recipe, pixels):
     """Returns the `Preprocessing` of a plan's images, and the decoding options of `prepare`."""
-    strictness = {"skip_bad_images": plan.setup.skip_bad_images, "cache_dir": plan.setup.workdir / "cache"}
+    strictness = {"skip_bad_images": plan.setup.skip_bad_images, "cache_dir": plan.setup.cache_dir}
     return recipe.images.with_pixels(pixels), strictness
 
 
@@ -293,7 +293,7 @@ def _network(setup, source):
     classes = len(source.classes) if source is not None else zoo.head_classes(setup.weights) or 1000
     if setup.weights == "none":
         keras.utils.set_random_seed(0)
-    return zoo.backbone(setup.backbone, classes, weights=None if setup.weights == "none" else setup.weights, **setup.shape)
+    return zoo.backbone(setup.backbone, classes, weights=setup.given_weights, **setup.shape)
 
 
 def _pretrained(made, source, say, verbose, callbacks):
