@@ -29,7 +29,7 @@ def minimiser(hessian, w_star, w0, alpha, fisher=None):
         InputError: an argument is invalid, or H + alpha F is singular: the minimiser is then not unique.
     """
     hessian, (w_star, w0), tolerance = _quadratic(hessian, w_star=w_star, w0=w0)
-    metric = _strength(alpha) * _fisher(fisher, len(w0))
+    metric = fields.number("alpha", alpha) * _fisher(fisher, len(w0))
     if np.linalg.eigvalsh(hessian + np.diag(metric))[0] <= max(tolerance, _resolution(np.diag(metric))):
         raise InputError(f"H + alpha F is singular at alpha = {alpha!r}, and has no unique minimiser: give a larger alpha.")
     return w_star + np.linalg.solve(hessian + np.diag(metric), metric * (w0 - w_star))
@@ -51,7 +51,7 @@ def shrinkage(eigenvalues, alpha):
     eigenvalues = _finite(eigenvalues, "eigenvalues", 1)
     if np.any(eigenvalues < 0):
         raise InputError(f"eigenvalues has {eigenvalues.min():g}, but those of a minimum are not negative: give its Hessian's.")
-    if _strength(alpha) == 0 and not np.all(eigenvalues):
+    if fields.number("alpha", alpha) == 0 and not np.all(eigenvalues):
         raise InputError("alpha is 0 while an eigenvalue of the Hessian is 0, so no point is the only minimum: give alpha > 0.")
     return eigenvalues / (eigenvalues + alpha)
 
@@ -107,10 +107,6 @@ def _finite(value, name, rank):
     if array.ndim != rank or array.size == 0 or not np.all(np.isfinite(array)):
         raise InputError(f"{name}, of the shape {array.shape}, is no array of finite numbers with {rank} axes: give one.")
     return array
-
-
-def _strength(alpha):
-    return fields.number("alpha", alpha)
 
 
 def _fisher(fisher, n):

@@ -8,6 +8,7 @@ import re
 import warnings
 
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.fields import is_symbol
 from l2sp_tf.files.plain import flat
 from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
@@ -130,7 +131,7 @@ def check_record(record, path):
     if record["format"] == FORMAT:
         _check_fields(record, "code", {"version": str, "results": int, "digest": str}, path)
     settings, results = record["settings"], record.get("results")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", settings["penalty"]):
+    if not is_symbol(settings["penalty"]):
         raise InputError(
             f"{path} has settings.penalty = {settings['penalty'][:100]!r}, which is no symbol: remove it and run its run again."
         )

@@ -3,6 +3,7 @@
 import difflib
 import math
 import numbers
+import re
 
 from l2sp_tf.files.errors import InputError
 
@@ -40,6 +41,11 @@ def each_number(name, values, least=0.0, above=None):
         raise InputError(f"{name} is {values!r}: give numbers, as in (0.1, 1.0).")
     found = (values,) if isinstance(values, numbers.Real) else values
     return tuple(dict.fromkeys(number(name, value, least, above=above) for value in found))
+
+
+def is_symbol(text):
+    """Whether a text may name a penalty: lower case letters, digits and underscores after a letter."""
+    return isinstance(text, str) and re.fullmatch(r"[a-z][a-z0-9_]*", text) is not None
 
 
 def choice(name, value, choices):

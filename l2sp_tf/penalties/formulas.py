@@ -8,7 +8,6 @@ import copy
 import importlib.metadata
 import math
 import numbers
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -16,6 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
 from l2sp_tf.files.types import Tensor
@@ -62,7 +62,7 @@ def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable
 
     def register(cls):
         known = PENALTIES.get(symbol)
-        if not (isinstance(symbol, str) and re.fullmatch(r"[a-z][a-z0-9_]*", symbol)):
+        if not fields.is_symbol(symbol):
             raise InputError(f"The symbol {symbol!r} is no word of lower case letters, digits and underscores: give another.")
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputError(f"The symbol {symbol} is that of {known.__module__}.{known.__qualname__}: give another.")
