@@ -13,7 +13,7 @@ from l2sp_tf.experiments.records import BOX
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.writing import atomic_path, write_text
 from l2sp_tf.reports import paper, tables
-from l2sp_tf.reports.labels import by_place, differences, labelled, lines, place
+from l2sp_tf.reports.labels import by_place, differences, labelled, lines, place, place_text
 from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, summary
 
 COLORS = dict(zip(paper.PENALTIES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
@@ -108,7 +108,7 @@ def figure_1(records):
             panel.text(a, b, text, ha="center", va="center", color="white" if means[b, a] <= middle else "black")
         panel.set_xticks(range(len(alphas)), [f"{alpha:g}" for alpha in alphas])
         panel.set_yticks(range(len(betas)), [f"{beta:g}" for beta in betas])
-        title = _name(place(grid)) + grid["label"].removeprefix(paper.PENALTIES["l2_sp"])
+        title = place_text(place(grid)) + grid["label"].removeprefix(paper.PENALTIES["l2_sp"])
         panel.set(xlabel=r"$\alpha$", ylabel=r"$\beta$", title=title)
         panel.grid(visible=False)
         drawing.colorbar(image, ax=panel, label="test accuracy of L2-SP, %")
@@ -161,7 +161,7 @@ def figure_3(records):
             panel.errorbar(x, mean, [spread or 0 for spread in sd], fmt=f"{marker}-", color=color, label=line["label"])
             for whole in [mean for count, mean, _ in points if not count]:
                 panel.axhline(whole, ls=dashes, color=color, label=f"{line['label']}, nothing frozen")
-        panel.set(xlabel="number of frozen units n", ylabel="test accuracy, %", title=_name(where))
+        panel.set(xlabel="number of frozen units n", ylabel="test accuracy, %", title=place_text(where))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.legend(fontsize="small")
     return drawing
@@ -188,7 +188,7 @@ def figure_4(records):
             _draw_boxes(panel, [box for _, box in boxes], positions, 0.7 / len(here), look)
             panel.fill_between([], [], **look, label=row["label"])
         panel.set_xticks(range(len(boxes)), [name.removesuffix("_out").removesuffix("_relu") for name, _ in boxes], rotation=30)
-        panel.set(ylabel="$R^2$ with the pre-trained activations", title=_name(where), ylim=(-0.02, 1.02))
+        panel.set(ylabel="$R^2$ with the pre-trained activations", title=place_text(where), ylim=(-0.02, 1.02))
         panel.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return drawing
 
@@ -343,10 +343,6 @@ def _panels(rows, columns, width, height=4):
     for panel in axes.flat:
         panel.grid(axis="y", alpha=0.3)
     return drawing, axes
-
-
-def _name(where):
-    return f"{where[0]} (from {where[1]})"
 
 
 def _check(found, name, what):

@@ -55,6 +55,11 @@ def place(row):
     return row["title"], row["origin"]
 
 
+def place_text(where):
+    """Names a `place` in words."""
+    return f"{where[0]} (from {where[1]})"
+
+
 def by_place(rows):
     """Groups rows by target and source: a dict from `place` to rows, in order of the names."""
     places = collections.defaultdict(list)
@@ -140,8 +145,9 @@ def lines(rows, along):
     found, left_out = {}, {*along, *(f"recipe.{name}" for name in along)}
     for row in rows:
         shared = {name: value for name, value in row["identity"].items() if name not in left_out}
-        points = found[key(shared)]["points"] if key(shared) in found else []
-        found[key(shared)] = row | {"identity": shared, "points": [*points, row]}
+        line = key(shared)
+        points = found[line]["points"] if line in found else []
+        found[line] = row | {"identity": shared, "points": [*points, row]}
     for line in found.values():
         cells = [tuple(_phrase(name, row["identity"].get(name)) for name in along) for row in line["points"]]
         _check_different(cells, place(line))
@@ -246,6 +252,6 @@ def _check_different(names, where):
     name, count = collections.Counter(names).most_common(1)[0]
     if count > 1:
         raise InputError(
-            f"{count} rows of {where[0]} (from {where[1]}) would all read {', '.join(name)!r}, though their runs differ: "
+            f"{count} rows of {place_text(where)} would all read {', '.join(name)!r}, though their runs differ: "
             "draw them in tables of their own, from a --workdir each."
         )

@@ -8,7 +8,7 @@ from l2sp_tf.experiments.records import diverged, run_key
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.table import Table
 from l2sp_tf.reports import paper
-from l2sp_tf.reports.labels import STRENGTHS, by_place, differences, labelled, place
+from l2sp_tf.reports.labels import STRENGTHS, by_place, differences, labelled, place, place_text
 from l2sp_tf.reports.significance import holm, permutation_test, worst_beats_best
 from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, notes, summary
 
@@ -79,7 +79,7 @@ def table_2(records):
     cells = {label: {} for label in dict.fromkeys(row["label"] for row in rows)}
     for row in rows:
         cells[row["label"]][place(row)] = _show(row["target_accuracy"], _count(row))
-    columns = ["penalty"] + [f"{target} (from {source})" for target, source in places]
+    columns = ["penalty"] + [place_text(name) for name in places]
     lines = [(label, *(line.get(name, "-") for name in places)) for label, line in cells.items()]
     if any(name in paper.TABLE_2 for name, _ in places):
         for symbol in ("l2", "l2_sp", "l2_sp_fisher"):
@@ -134,14 +134,15 @@ def _test_of_means(a, b):
 
 def _worst_against_best(better, worse):
     """Returns whether one row's worst run is above another's best, and McNemar's p-value, or why there is none."""
-    records = better["records"] + worse["records"]
     if better["diverged"] or worse["diverged"]:
         return None, "runs diverged"
-    if any(right(record) is None for record in records):
+    sides = [[right(record) for record in row["records"]] for row in (better, worse)]
+    if any(found is None for side in sides for found in side):
         return None, "-"
+    records = better["records"] + worse["records"]
     if len({record["results"].get("test_digest") for record in records}) > 1:
         return None, "other test images"
-    return worst_beats_best(*([right(record) for record in row["records"]] for row in (better, worse)))
+    return worst_beats_best(*sides)
 
 
 def _corrected(values):
