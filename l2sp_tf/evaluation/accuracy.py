@@ -10,13 +10,12 @@ from l2sp_tf.data.batches import check_readable_again, labelled_batches
 from l2sp_tf.data.pipeline import Task, test_batches
 from l2sp_tf.evaluation.answers import Judge
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.batch_norm import is_statistic
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.heads import head_of
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights
-
-STATISTICS = ("moving_mean", "moving_variance")
 
 
 def evaluate(
@@ -152,9 +151,7 @@ def transplant(finetuned, pretrained, *, statistics=True):
         raise InputError(f"{finetuned.name!r} and {pretrained.name!r} share no weights: give the model that it started from.")
     values = {}
     for key, other in shared.items():
-        weight = weights[key]
-        is_statistic = isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS
-        if statistics or not is_statistic:
+        if statistics or not is_statistic(weights[key]):
             values[key] = tuned[other].variable.numpy()
     assign(model, values)
     return model

@@ -12,11 +12,12 @@ import tensorflow as tf
 from l2sp_tf.data.batches import labelled_batches
 from l2sp_tf.data.pipeline import Task, test_batches
 from l2sp_tf.evaluation import report_page
-from l2sp_tf.evaluation.accuracy import STATISTICS, retention
+from l2sp_tf.evaluation.accuracy import retention
 from l2sp_tf.evaluation.activations import activation_r2, box
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.types import Path, Weights
 from l2sp_tf.files.writing import write_text
+from l2sp_tf.models.batch_norm import is_statistic
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.heads import head_of, inputs_of
 from l2sp_tf.models.units import units
@@ -178,7 +179,7 @@ def distances(model, anchors):
     pairs = _matched(weights, anchors)
     sums, new = collections.defaultdict(lambda: np.zeros(3)), []
     for key, weight in weights.items():
-        if isinstance(weight.layer, keras.layers.BatchNormalization) and weight.variable.name in STATISTICS:
+        if is_statistic(weight):
             continue
         if key not in pairs:
             new.append(key)

@@ -8,6 +8,13 @@ from keras.layers import BatchNormalization
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.penalties.weights import forget_traced_steps
 
+STATISTICS = ("moving_mean", "moving_variance")
+
+
+def is_statistic(weight):
+    """Whether a `Weight` is one of batch norm's moving statistics."""
+    return isinstance(weight.layer, BatchNormalization) and weight.variable.name in STATISTICS
+
 
 def fuse_batch_norm(model: keras.Model) -> keras.Model:
     """Makes a model's batch norm train by TensorFlow's fused operation, in place; results are the same up to rounding.
