@@ -55,8 +55,7 @@ class Judge:
         if np.isnan(scores).any():
             raise InputError(f"The model {self.model.name!r} gives NaN: use another copy of it, or train it again.")
         chosen = answers_of(scores, threshold)
-        are_p = meaning.is_probability or self.crops > 1
-        p = scores if are_p else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()
+        p = scores if self.crops > 1 else _probabilities(scores, meaning)  # those of several crops are probabilities already
         p = np.concatenate([1 - p, p], axis=1) if p.shape[1] == 1 else p
         return chosen, p[np.arange(len(p)), chosen]
 
@@ -96,11 +95,10 @@ class Judge:
             raise InputError(f"The model {self.model.name!r} gives {counts}: give a model with one row for each.")
         if meaning is None:
             return scores, None
-        meaning.check(int(tf.reduce_sum(tf.cast(meaning.doubtful(output), tf.int32))), len(scores), self.model)
+        meaning.check(int(meaning.doubtful(output)), len(scores), self.model)
         if self.crops == 1:
             return scores, 0.5 if meaning.is_probability else 0.0
-        p = scores if meaning.is_probability else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()
-        return p.reshape(n, self.crops, -1).mean(axis=1), 0.5
+        return _probabilities(scores, meaning).reshape(n, self.crops, -1).mean(axis=1), 0.5
 
     def _of_outputs(self, values, what):
         """Returns a list of labels or weights, one for each output; one set of weights may serve all outputs."""
@@ -256,3 +254,8 @@ def _of_numbers(labels, classes, what):
             f"give whole numbers from 0 to {classes - 1}."
         )
     return labels.astype(np.int64)
+
+
+def _probabilities(scores, meaning):
+    """Returns the probabilities of scores [n, K] in float64."""
+    return scores if meaning.is_probability else FAMILIES[meaning.family](tf.constant(scores)).p.numpy()

@@ -240,8 +240,7 @@ class _Estimator:
         columns = COLUMNS if batch is None else _columns(trace.sites, batch)
         zeros = self._zeros(key for key in self.weights if key not in closed)
         sums = _sum_over(*p.cotangents(self.mode, noise), columns, lambda us: trace.squares(logits, us), zeros)
-        doubtful = tf.reduce_sum(tf.cast(self.likelihood.doubtful(output), tf.int32))
-        return {key: (closed | sums)[key] for key in self.weights}, doubtful
+        return {key: (closed | sums)[key] for key in self.weights}, self.likelihood.doubtful(output)
 
     def _sums_one_by_one(self, x, noise):
         """Adds the `_sums` of one image after the other."""

@@ -61,19 +61,21 @@ class Likelihood:
         return log_p if self.family == CATEGORICAL else log_p - tf.math.log(tf.maximum(1 - output, tiny))
 
     def doubtful(self, output):
-        """Finds the rows of the output's values that contradict this likelihood, bool [B].
+        """Counts the rows of the output's values that contradict this likelihood, int32 [].
 
         Where logits are assumed, these rows look like probabilities. Where the loss or the caller says that they are
         probabilities, these rows cannot be. NaN contradicts nothing.
         """
         output = _rows(tf.convert_to_tensor(output), self.classes)
         off = tf.abs(tf.reduce_sum(output, axis=1) - 1)
-        if self.assumed:
-            return (off < 1e-3) & tf.reduce_all(output >= 0, axis=1)
-        if not self.is_probability or self.argument is not None:
-            return tf.zeros_like(off, tf.bool)
         outside = tf.reduce_any((output < 0) | (output > 1 + 1e-3), axis=1)
-        return outside | (off > 1e-2) if self.family == CATEGORICAL else outside
+        if self.assumed:
+            found = (off < 1e-3) & tf.reduce_all(output >= 0, axis=1)
+        elif not self.is_probability or self.argument is not None:
+            found = tf.zeros_like(off, tf.bool)
+        else:
+            found = outside | (off > 1e-2) if self.family == CATEGORICAL else outside
+        return tf.math.count_nonzero(found, dtype=tf.int32)
 
     def check(self, doubtful, rows, model):
         """Checks the number of doubtful rows: 0 of stated probabilities, not all of assumed logits.
@@ -284,8 +286,7 @@ def _loss_of(model, name, index, count):
 
 def _said_by(loss, classes):
     """Returns (family, from_logits) of a loss, or of the only informative one among several; else None."""
-    losses = loss if isinstance(loss, (list, tuple)) else [loss]
-    said = {_said_by_one(one, classes) for one in losses} - {None}
+    said = {_said_by_one(one, classes) for one in _list(loss)} - {None}
     return said.pop() if len(said) == 1 else None
 
 
