@@ -17,7 +17,7 @@ import zlib
 import numpy as np
 
 import l2sp_tf as l2sp
-from l2sp_tf.models.zoo import load_model
+from l2sp_tf.models.keras_files import load_model
 from l2sp_tf.penalties import delta
 from l2sp_tf.penalties.matching import match
 

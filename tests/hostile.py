@@ -29,7 +29,7 @@ from l2sp_tf.experiments import records
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.provenance import provenance
 from l2sp_tf.fisher.diagonal import Fisher
-from l2sp_tf.models import convert, zoo
+from l2sp_tf.models import convert, keras_files
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict
 from l2sp_tf.reports import tables
@@ -209,13 +209,13 @@ def read_pixels(path):
 
 
 def make_keras(folder):
-    zoo.save_model(model(), folder / "m.keras", Interface(PIXELS["rgb"], 10, "squash", "area", 8, classes=("a", "b")))
+    keras_files.save_model(model(), folder / "m.keras", Interface(PIXELS["rgb"], 10, "squash", "area", 8, classes=("a", "b")))
     return folder / "m.keras"
 
 
 def read_keras(path):
-    str(zoo.stored_interface(path))
-    found = zoo.load_model(path)
+    str(keras_files.stored_interface(path))
+    found = keras_files.load_model(path)
     keras.utils.clear_session(free_memory=False)
     return [value.tobytes() for value in found.get_weights()]
 
@@ -228,7 +228,7 @@ def make_h5(folder):
 def read_h5(path):
     before = model().get_weights()
     try:
-        zoo.load_weights(model(), path)
+        keras_files.load_weights(model(), path)
     except InputError:
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, model().get_weights(), strict=True))
         raise

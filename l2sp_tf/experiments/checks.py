@@ -5,7 +5,7 @@ import tempfile
 from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.experiments.selection import check_folds
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.units import unit_count
 
 SMALL = 75  # pixels; no backbone asks for larger images
@@ -51,7 +51,7 @@ def _check_weights(setup):
     if setup.backbone not in zoo.BACKBONES:
         raise InputError(f"The backbone {setup.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
     zoo.pixels_of(setup.given_weights, setup.pixels)
-    shape = zoo.input_shape(setup.weights) if setup.is_whole_model else None
+    shape = keras_files.input_shape(setup.weights) if setup.is_whole_model else None
     if shape is None:
         return
     *sides, channels = shape
@@ -97,7 +97,7 @@ def _check_data(plan, found):
     if plan.sweep.folds and not setup.skip_bad_images:
         check_folds(plan.sweep.folds, target)
     source = None if setup.source is None else load(setup.source)
-    classes = None if setup.weights in ("none", "imagenet") else zoo.head_classes(setup.weights)
+    classes = None if setup.weights in ("none", "imagenet") else keras_files.head_classes(setup.weights)
     classes = 1000 if setup.weights == "imagenet" else classes
     if source is not None and classes is not None:
         check_classes(classes, source)

@@ -12,7 +12,7 @@ from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, study
 from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models.zoo import input_shape
+from l2sp_tf.models.keras_files import input_shape
 from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 

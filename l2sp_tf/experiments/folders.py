@@ -14,7 +14,7 @@ from l2sp_tf.evaluation.report import RetentionReport, distances, retention_repo
 from l2sp_tf.experiments.records import diverged, read_record
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.types import Path
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.pixels import Interface, PixelFormat, three_numbers
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.training.recipe import Recipe
@@ -31,7 +31,7 @@ def interface_at(path, model, **given):
 
     Args:
         path: the file.
-        model: the model that `zoo.load_model` read from it.
+        model: the model that `keras_files.load_model` read from it.
         given: any of `pixels` (a `PixelFormat` or a name), `mean` (three numbers), `resize`, `resize_mode` and
             `resize_filter`; None counts as missing.
 
@@ -42,7 +42,7 @@ def interface_at(path, model, **given):
         raise TypeError(f"interface_at takes pixels, mean, resize, {', '.join(USUAL)}, not {', '.join(given)}")
     given = {name: value for name, value in given.items() if value is not None}
     crop = _side(model)
-    known = zoo.stored_interface(path) or _of_record(pathlib.Path(path).with_name("run.json"))
+    known = keras_files.stored_interface(path) or _of_record(pathlib.Path(path).with_name("run.json"))
     if known is None:
         return _made_of(path, crop, given)
     if known.crop != crop:
@@ -94,7 +94,7 @@ def _made_of(path, crop, given):
     """Makes the `Interface` of a file that stores a pixel format at most."""
     pixels = zoo.pixels_of(path, given.get("pixels"))
     if "mean" in given:
-        if zoo.stored_pixels(path) is not None and pixels.mean not in (None, three_numbers("mean", given["mean"])):
+        if keras_files.stored_pixels(path) is not None and pixels.mean not in (None, three_numbers("mean", given["mean"])):
             mean, found = _said(given["mean"]), _said(pixels.mean)
             raise InputError(f"mean is {mean}, but {path} was trained with {found}: leave --mean out.")
         pixels = pixels.with_mean(given["mean"])
@@ -144,7 +144,7 @@ def report_of_run(folder):
         hint = f"one of the runs under it, such as {folder / 'runs' / runs[0]}" if runs else "the folder of a finished run"
         raise InputError(f"There is no run.json in {folder}: give {hint}.")
     record = read_record(folder / "run.json")
-    layers, new = distances(zoo.load_model(model_file(folder)), Anchors.load(folder / "anchors.safetensors"))
+    layers, new = distances(keras_files.load_model(model_file(folder)), Anchors.load(folder / "anchors.safetensors"))
     settings, results = record["settings"], record["results"]
     facts = {
         "penalty": f"{settings['penalty']}, alpha {settings['alpha']:g}, beta {settings['beta']:g}",
@@ -169,7 +169,7 @@ def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=No
     Raises:
         InputError: a file is missing or damaged, or the files do not fit together.
     """
-    tuned, w0 = zoo.load_model(model), Anchors.load(anchors)
+    tuned, w0 = keras_files.load_model(model), Anchors.load(anchors)
     task, crops = None, 1
     if source is not None:
         interface = interface_at(model, tuned, **given)
@@ -177,7 +177,7 @@ def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=No
         # the file's mean may be that of the target's images: apply the same choice of mean to the source
         mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
         task = prepare(dataset, preprocessing_for(interface), mean=mean)
-    start = None if pretrained is None else zoo.load_model(pretrained)
+    start = None if pretrained is None else keras_files.load_model(pretrained)
     return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)
 
 
@@ -217,7 +217,7 @@ def _read(path, interface, given):
     """Reads the model and the `Interface` of a `.keras` file or of a run's folder."""
     if path.is_dir():
         path = model_file(path)
-    model = zoo.load_model(path)
+    model = keras_files.load_model(path)
     interface = interface_at(path, model, **given) if interface is None else interface
     if interface.pixels.mean is None:
         raise InputError(f"{path} does not say which mean is subtracted from its images: give --mean=R,G,B.")

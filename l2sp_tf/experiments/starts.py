@@ -25,7 +25,7 @@ from l2sp_tf.files.reading import read_json
 from l2sp_tf.files.writing import write_text
 from l2sp_tf.fisher.diagonal import Fisher
 from l2sp_tf.fisher.estimator import fisher_diagonal
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.models.units import unit_count
@@ -103,7 +103,7 @@ class Outline:
         mean = plan.setup.source_recipe.mean_for(self.source.name, self.pixels)
         if mean is not None:
             return mean, _origin_of_mean(plan.setup.source_recipe.mean, mean)
-        known = zoo.stored_pixels(self.trained_path) if plan.setup.weights == "none" and self.is_trained else self.pixels
+        known = keras_files.stored_pixels(self.trained_path) if plan.setup.weights == "none" and self.is_trained else self.pixels
         if not self.trains_source and known.mean is not None:  # the mean that training subtracted
             return known.mean, "that of the weights"
         if self.mean_of is not None:
@@ -289,8 +289,8 @@ def _decode(splits, name, say):
 def _network(setup, source):
     """Downloads or reads the pre-trained model; with weights "none", makes the untrained network."""
     if setup.is_whole_model:
-        return zoo.load_model(setup.weights)
-    classes = len(source.classes) if source is not None else zoo.head_classes(setup.weights) or 1000
+        return keras_files.load_model(setup.weights)
+    classes = len(source.classes) if source is not None else keras_files.head_classes(setup.weights) or 1000
     if setup.weights == "none":
         keras.utils.set_random_seed(0)
     return zoo.backbone(setup.backbone, classes, weights=setup.given_weights, **setup.shape)
@@ -303,7 +303,7 @@ def _pretrained(made, source, say, verbose, callbacks):
         return model
     path, devices = made.trained_path, plan.devices
     if devices.chief_says(path.exists):  # another plan may have trained it since the outline was made
-        zoo.load_weights(model, path)
+        keras_files.load_weights(model, path)
         say(f"source model: trained before, read from {path}")
         return detached_copy(model)
     say(f"source model: training {plan.setup.backbone} from scratch, {plan.setup.source_recipe.iterations} iterations")
@@ -315,7 +315,7 @@ def _pretrained(made, source, say, verbose, callbacks):
         Anchors.of(model, {"pixels": source.pixels.plain()}).save(path)
         Checkpoints(folder / "checkpoints").remove()
     devices.wait_for_chief()
-    zoo.load_weights(model, path)  # every worker reads the same bits
+    keras_files.load_weights(model, path)  # every worker reads the same bits
     say(f"source model: trained in {run.seconds:.1f} s")
     return detached_copy(model)
 

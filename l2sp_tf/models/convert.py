@@ -37,7 +37,7 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
         pixels: a `PixelFormat` or its name; None means RGB, with the checkpoint's mean if it has one.
 
     Returns:
-        A `Snapshot` with pixel format and provenance, which `zoo.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `keras_files.load_weights` reads once saved.
 
     Raises:
         InputError: the checkpoint cannot be read, or its weights are not those of the backbone; the
@@ -73,7 +73,7 @@ def convert_torch(path, backbone, *, classes=None, pixels=None):
         pixels: a `PixelFormat` or its name; None means torchvision's.
 
     Returns:
-        A `Snapshot` with pixel format and provenance, which `zoo.load_weights` reads once saved.
+        A `Snapshot` with pixel format and provenance, which `keras_files.load_weights` reads once saved.
 
     Raises:
         InputError: `read_state_dict` refuses the file, or its weights are not those of the backbone; the

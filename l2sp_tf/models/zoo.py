@@ -1,30 +1,17 @@
-"""Backbones and their weights files."""
+"""Networks by name, and how each sees pixels."""
 
-import io
 import math
-import pathlib
-import tempfile
-import zipfile
 
-import h5py
 import keras
 
-from l2sp_tf.files.arrays import Snapshot, read_header
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.files.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, refusing, variables_within
-from l2sp_tf.files.writing import atomic_path
-from l2sp_tf.models.copies import carry_tables, detached_copy
-from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
+from l2sp_tf.files.reading import variables_within
+from l2sp_tf.models.keras_files import existing, load_weights, most_bytes, stored_pixels
+from l2sp_tf.models.pixels import PIXELS, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
-from l2sp_tf.penalties.assignment import assign
-from l2sp_tf.penalties.matching import restore
-from l2sp_tf.penalties.weights import values_of
 
 RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
 BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
-# members of the zip of a .keras file; older files have the first alone
-PIXELS_MEMBER, INTERFACE_MEMBER = "l2sp_tf/pixels.json", "l2sp_tf/interface.json"
-MAX_MEMBER_BYTES = 10_000_000
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
@@ -51,7 +38,7 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
     if weights == "imagenet" and name not in RESNETS:
         raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
     from_file = weights not in (None, "imagenet")
-    limit = _most_bytes(_existing(weights)) if from_file else math.inf  # num_classes may come from the file
+    limit = most_bytes(existing(weights)) if from_file else math.inf  # num_classes may come from the file
     with variables_within(limit, f"The backbone {name} with {num_classes} classes has"):
         if name == "small":
             model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
@@ -79,143 +66,6 @@ def _resnet(name, num_classes, image_size, weights):
         ) from error
 
 
-def load_weights(model, path):
-    """Loads a `.safetensors`, `.weights.h5` or `.keras` file into a built model of the same architecture.
-
-    Raises:
-        InputError: the file is missing, damaged, of an unknown kind, or of another architecture (the
-            message lists both sides); the model then keeps its weights.
-    """
-    path = _existing(path)
-    if path.suffix == ".safetensors":
-        restore(model, Snapshot.load(path))
-    elif path.suffix == ".keras":
-        loaded = load_model(path)
-        restore(model, values_of(loaded))
-        carry_tables(loaded, model)
-    elif path.name.endswith(".weights.h5"):
-        _check_h5(model, path)
-        before = values_of(model)
-        try:
-            with refusing(f"The weights file {path} is damaged"):
-                model.load_weights(path)
-        except InputError:
-            assign(model, before)
-            raise
-    else:
-        raise InputError(f"The weights file {path} is of an unknown kind: give a .safetensors, .weights.h5 or .keras file.")
-
-
-def _existing(path):
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
-    return path
-
-
-def _check_h5(model, path):
-    """Compares the arrays of a `.weights.h5` file with those the model would write, because Keras skips some that differ."""
-    with tempfile.TemporaryDirectory() as folder:
-        own = pathlib.Path(folder) / "own.weights.h5"
-        model.save_weights(own)
-        expected = _h5_shapes(own)
-    with refusing(f"The weights file {path} is damaged"):
-        found = _h5_shapes(path)
-    wrong = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
-    if wrong:
-        listed = "; ".join(f"{name} {expected.get(name, 'missing')} / {found.get(name, 'missing')}" for name in wrong[:5])
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{path} is not of the architecture of the model {model.name!r} (model / file: {listed}{more}).")
-
-
-def _h5_shapes(path):
-    with h5py.File(path) as file:
-        shapes = h5_shapes(file, path.stat().st_size)
-    return {name: shape for name, shape in shapes.items() if not name.startswith("optimizer")}
-
-
-def load_model(path):
-    """Reads a `.keras` file without its optimizer, and without running any code that it asks for.
-
-    Raises:
-        InputError: the file is missing, is damaged, has unknown layers, or needs more memory than its size allows.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file() or path.suffix != ".keras":
-        raise InputError(f"There is no model file {path}: give the path of a .keras file.")
-    what = f"The model file {path} cannot be loaded"
-    with open_zip(path) as archive, refusing(what):
-        parse_json(archive.read("config.json"), what)
-        with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
-            h5_shapes(file, path.stat().st_size)
-    # the file holds the values of almost all variables; a model may create a few more
-    with refusing(what), variables_within(_most_bytes(path), what + ", as it has"):
-        return keras.models.load_model(path, compile=False, safe_mode=True)
-
-
-def _most_bytes(path):
-    """Returns how many bytes a model's variables may take if a file holds their values, perhaps in fewer bits."""
-    return 4 * path.stat().st_size + SPARE_BYTES
-
-
-def save_model(model, path, interface):
-    """Writes a copy of a functional or Sequential model, without penalties, to a `.keras` file with its interface.
-
-    Args:
-        model: the model.
-        path: the file.
-        interface: an `Interface`, or a `PixelFormat` if nothing more is known.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    members = {PIXELS_MEMBER: interface}
-    if isinstance(interface, Interface):
-        members = {PIXELS_MEMBER: interface.pixels, INTERFACE_MEMBER: interface}
-    with atomic_path(path) as temporary:
-        copy = detached_copy(model)
-        if model.compiled:
-            copy.compile_from_config(model.get_compile_config())
-        copy.save(temporary)
-        with zipfile.ZipFile(temporary, "a") as archive:  # Keras ignores unknown members
-            for name, member in members.items():
-                archive.writestr(name, member.to_json())
-
-
-def stored_pixels(path):
-    """Returns the pixel format in a `.safetensors` or `.keras` file, or None if the file has none.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    path = _existing(path)
-    text = None
-    if path.suffix == ".safetensors":
-        text = read_header(path)[0].get("pixels")
-    elif path.suffix == ".keras":
-        text = _member(path, PIXELS_MEMBER)
-    return None if text is None else PixelFormat.from_json(text, path)
-
-
-def stored_interface(path):
-    """Returns the `Interface` in a `.keras` file, or None if the file has none or only a pixel format.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    path, text = _existing(path), None
-    pixels = stored_pixels(path)
-    if pixels is not None and path.suffix == ".keras":
-        text = _member(path, INTERFACE_MEMBER)
-    return None if text is None else Interface.from_json(text, pixels, path)
-
-
-def _member(path, name):
-    """Returns the content of one member of a `.keras` file, or None if there is no such member."""
-    with open_zip(path) as archive, refusing(f"The model file {path} is damaged"):
-        return archive.open(name).read(MAX_MEMBER_BYTES) if name in archive.namelist() else None
-
-
 def pixels_of(weights, given=None):
     """Returns the pixel format of weights: from their file or origin, or else from the caller.
 
@@ -237,40 +87,3 @@ def pixels_of(weights, given=None):
         of = {None: "A model trained from scratch", "imagenet": "The ImageNet model"}.get(weights, f"The file {weights}")
         raise InputError(f"{of} sees pixels as {known}, but --pixels says {given}: leave --pixels out.")
     return known or given
-
-
-def head_classes(path):
-    """Returns the number of classes of the head in a `.safetensors` file of weights; None if it has no such head."""
-    shape = read_header(path)[1].get("predictions/bias") if pathlib.Path(path).suffix == ".safetensors" else None
-    return shape[0] if shape else None
-
-
-def input_shape(path):
-    """Returns the shape of the images that a `.keras` file takes, from its configuration alone.
-
-    Returns:
-        (height, width, channels), each None if any size will do; None if the input is not an image.
-
-    Raises:
-        InputError: the file is missing or damaged.
-    """
-    path = _existing(path)
-    what = f"The model file {path} cannot be loaded"
-    with open_zip(path) as archive, refusing(what):
-        config = parse_json(archive.read("config.json"), what)
-        shape = _first_shape(config)
-    is_image = isinstance(shape, list) and len(shape) == 4 and all(n is None or isinstance(n, int) for n in shape)
-    return tuple(shape[1:]) if is_image else None
-
-
-def _first_shape(config):
-    """Returns the batch shape of the first input in a model's configuration, or None."""
-    if not isinstance(config, dict):
-        return None
-    inner = config.get("config")
-    layers = inner.get("layers") if isinstance(inner, dict) else None
-    if config.get("class_name") == "InputLayer" and isinstance(inner, dict):
-        return inner.get("batch_shape")
-    found = next((shape for layer in layers if (shape := _first_shape(layer))), None) if isinstance(layers, list) else None
-    built = config.get("build_config")
-    return found or (built.get("input_shape") if isinstance(built, dict) else None)

@@ -16,9 +16,9 @@ from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.files.types import Weights
 from l2sp_tf.models.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
+from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.units import freeze_first, unfreeze
-from l2sp_tf.models.zoo import save_model
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.optimizers.proximal import Proximal
 from l2sp_tf.penalties.anchors import Anchors

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from l2sp_tf.cli import eval as evaluation, predict
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files
 from l2sp_tf.models.pixels import Interface, PixelFormat
 
 INTERFACE = Interface(PixelFormat("rgb", mean=(1, 2, 3)), 8, "squash", "area", 6, classes=("cat", "dog"))
@@ -21,7 +21,7 @@ def files(tmp_path):
         Image.fromarray(rng.integers(0, 256, size=(9, 9, 3), dtype=np.uint8)).save(tmp_path / name)
     inputs = keras.Input((6, 6, 3))
     model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Flatten()(inputs)))
-    zoo.save_model(model, tmp_path / "model.keras", INTERFACE)
+    keras_files.save_model(model, tmp_path / "model.keras", INTERFACE)
     return tmp_path / "model.keras", tmp_path / "folder", tmp_path / "c.png"
 
 

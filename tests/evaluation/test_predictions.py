@@ -12,7 +12,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.cli.eval import main
 from l2sp_tf.data import load_dataset, prepare
 from l2sp_tf.data.pipeline import preprocessing_for
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files
 from l2sp_tf.models.pixels import Interface, PixelFormat
 
 CLASSES = ("a", "b,c", "é")
@@ -128,7 +128,7 @@ def eval_py(capsys):
 
 def test_the_command_writes_a_csv_and_prints_a_table(images, tmp_path, eval_py):
     model, path = classifier(), tmp_path / "model.keras"
-    zoo.save_model(model, path, INTERFACE)
+    keras_files.save_model(model, path, INTERFACE)
     expected = l2sp.predict_images(model, images / "test", INTERFACE)
     status, printed, errors = eval_py(f"--predict={images / 'test'}", f"--model={path}")
     assert status == 0, errors

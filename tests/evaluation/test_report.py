@@ -15,7 +15,7 @@ from l2sp_tf.evaluation.report import distances, pretrained_of
 from l2sp_tf.experiments import records
 from l2sp_tf.experiments.folders import predict_images, report_of_files, report_of_run
 from l2sp_tf.files.provenance import provenance
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.models.pixels import PIXELS
 
@@ -180,7 +180,7 @@ def test_tensorboard_gets_totals_and_curves_over_depth(small_network, tmp_path):
 
 def make_run(folder, pretrained, results):
     model = moved_copy(pretrained)
-    zoo.save_model(model, folder / "model.keras", PIXELS["rgb"])
+    keras_files.save_model(model, folder / "model.keras", PIXELS["rgb"])
     l2sp.Anchors.of(pretrained).save(folder / "anchors.safetensors")
     settings = {"source": "s", "target": "t", "penalty": "l2_sp", "alpha": 0.1, "beta": 0.01, "seed": 3}
     digest = {"digest": "0"}

@@ -15,7 +15,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.experiments import runner
 from l2sp_tf.experiments.checks import check_plans
 from l2sp_tf.experiments.interruption import kept
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.training.recipe import Recipe
 
 SMALL = {"recipe": Recipe.digits(), "source_recipe": Recipe.source(Recipe.digits()), "widths": (4, 8), "depths": (1, 1)}
@@ -71,7 +71,7 @@ def test_mistakes_are_told_whichever_plan_they_are_in(tmp_path, changes, message
 )
 def test_the_input_of_a_keras_file_fits_the_images(tmp_path, shape, crop, message):
     weights = model_file(tmp_path / "m.keras", shape)
-    assert zoo.input_shape(weights) == shape
+    assert keras_files.input_shape(weights) == shape
     folder = str(make_folder(tmp_path / "images"))
     given = {**recipe(crop), "weights": weights, "source": None, "target": folder, "pixels": "rgb"}
     if message is None:
@@ -83,9 +83,9 @@ def test_the_input_of_a_keras_file_fits_the_images(tmp_path, shape, crop, messag
 
 def test_a_model_without_images_has_no_input_shape(tmp_path):
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(tmp_path / "flat.keras")
-    assert zoo.input_shape(tmp_path / "flat.keras") is None
+    assert keras_files.input_shape(tmp_path / "flat.keras") is None
     keras.Sequential([keras.Input((9, 9, 3)), keras.layers.Flatten()]).save(tmp_path / "s.keras")
-    assert zoo.input_shape(tmp_path / "s.keras") == (9, 9, 3)
+    assert keras_files.input_shape(tmp_path / "s.keras") == (9, 9, 3)
 
 
 def test_no_source_model_is_trained_before_a_mistake_of_another_plan_is_told(tmp_path):

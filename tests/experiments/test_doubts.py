@@ -10,7 +10,7 @@ from test_plans import plan
 
 import l2sp_tf as l2sp
 from l2sp_tf.experiments import starts
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files
 from l2sp_tf.models.pixels import PixelFormat
 
 CASES = [  # classes, correct, total, whether a warning is expected
@@ -56,7 +56,7 @@ def test_an_order_of_classes_that_is_not_the_outputs_is_doubted(tmp_path):
     tasks = {"source": str(folder), "target": str(folder), "recipe": recipe, "source_recipe": recipe}
     for order in ([0, 1, 2, 3], [1, 2, 3, 0]):
         model.layers[-1].set_weights([np.eye(4, dtype="float32")[:3, order], np.float32([0, 0, 0, 100])[order]])
-        zoo.save_model(model, path, PixelFormat(mean=(0, 0, 0)))
+        keras_files.save_model(model, path, PixelFormat(mean=(0, 0, 0)))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             start = starts.prepare_start(plan(workdir=tmp_path / "w", weights=str(path), **tasks), say=lambda line: None)

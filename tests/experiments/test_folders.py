@@ -15,7 +15,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.data.pipeline import preprocessing_for
 from l2sp_tf.experiments.folders import interface_at, report_of_files
 from l2sp_tf.experiments.runner import run_plan
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat
 
 CLASSES = {"source": ("ape", "bee", "cow"), "target": ("yes", "no")}
@@ -42,7 +42,7 @@ def tasks(tmp_path_factory):
     photographs(folder / "stanford_dogs", CLASSES["target"], 9, seed=1)
     network = zoo.small_resnet((6, 6, 3), 3, widths=(4,), depths=(1,))
     l2sp.Anchors.of(network, {"pixels": BGR.plain()}).save(folder / "bgr.safetensors")
-    zoo.save_model(network, folder / "torch.keras", PIXELS["torch"])
+    keras_files.save_model(network, folder / "torch.keras", PIXELS["torch"])
     return folder
 
 
@@ -112,18 +112,18 @@ def strip(path):
 
 def test_a_run_says_how_its_images_are_made_and_which_output_is_which_class(finished):
     _, folder = finished
-    found = zoo.stored_interface(folder / "model.keras")
+    found = keras_files.stored_interface(folder / "model.keras")
     assert (found.resize, found.crop, found.resize_mode, found.resize_filter) == (8, 6, "shorter_side", "bilinear")
     assert (found.classes, found.mean, found.crops) == (("no", "yes"), "training", 1)
-    assert found.pixels == zoo.stored_pixels(folder / "model.keras") and found.pixels.mean is not None
+    assert found.pixels == keras_files.stored_pixels(folder / "model.keras") and found.pixels.mean is not None
     assert keras.models.load_model(folder / "model.keras").output_shape == (None, 2)  # Keras ignores the extra entry
 
 
 def test_what_is_given_must_agree_with_the_file(finished):
     _, folder = finished
     path = folder / "model.keras"
-    model = zoo.load_model(path)
-    stored = zoo.stored_interface(path)
+    model = keras_files.load_model(path)
+    stored = keras_files.stored_interface(path)
     agreeing = {"pixels": "rgb", "mean": stored.pixels.mean, "resize": 8, "resize_mode": "shorter_side"}
     assert interface_at(path, model, **agreeing, resize_filter=None) == stored
     for name, value in [("resize", 9), ("resize_mode", "squash"), ("resize_filter", "area"), ("mean", (1, 2, 3))]:
@@ -135,11 +135,11 @@ def test_what_is_given_must_agree_with_the_file(finished):
 
 def test_a_file_that_says_nothing_needs_what_is_given_and_tells_what_is_assumed(finished, tmp_path):
     _, folder = finished
-    stored = zoo.stored_interface(folder / "model.keras")
-    model = zoo.load_model(folder / "model.keras")
+    stored = keras_files.stored_interface(folder / "model.keras")
+    model = keras_files.load_model(folder / "model.keras")
     model.save(tmp_path / "plain.keras")
     path = tmp_path / "plain.keras"
-    assert zoo.stored_interface(path) is None
+    assert keras_files.stored_interface(path) is None
     with pytest.raises(l2sp.InputError, match="give --pixels="):
         interface_at(path, model)
     with pytest.warns(UserWarning, match="--resize=7, --resize_filter=area is assumed"):

@@ -8,7 +8,7 @@ import pytest
 
 import l2sp_tf as l2sp
 from l2sp_tf.experiments import records
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files
 
 FORMATS = pathlib.Path(__file__).parents[1] / "formats"
 IMAGES, OUTPUTS = (np.load(FORMATS / f"{name}.npy") for name in ("images", "outputs"))
@@ -34,13 +34,13 @@ def anchors():
 
 def test_anchors_and_the_fisher_diagonal_have_the_digests_that_they_had(anchors):
     assert anchors.digest == DIGESTS["anchors"] and anchors.metadata["provenance"] == {"origin": "made"}
-    assert str(zoo.stored_pixels(FORMATS / "anchors.safetensors")).startswith("rgb, scale 0.01712/")
+    assert str(keras_files.stored_pixels(FORMATS / "anchors.safetensors")).startswith("rgb, scale 0.01712/")
     assert l2sp.Fisher.load(FORMATS / "fisher.safetensors").digest == DIGESTS["fisher"]
 
 
 def test_weights_become_the_network_that_they_were():
     made = model()
-    zoo.load_weights(made, FORMATS / "anchors.safetensors")
+    keras_files.load_weights(made, FORMATS / "anchors.safetensors")
     np.testing.assert_allclose(made.predict(IMAGES, verbose=0), OUTPUTS, rtol=1e-5)
 
 

@@ -27,7 +27,7 @@ from l2sp_tf.data import Split, builders, decode, load_dataset
 from l2sp_tf.files import reading
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.fisher.diagonal import Fisher
-from l2sp_tf.models import convert, zoo
+from l2sp_tf.models import convert, keras_files, zoo
 from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict
 
@@ -130,8 +130,9 @@ def safetensors_file(path, header, content=b""):
 )
 def test_invalid_headers(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
-    for read in (l2sp.Anchors.load, Fisher.load, zoo.stored_pixels, read_state_dict):
-        if content[8:] != b"{}" or len(content) == 10 and content[0] != 2 or read not in (zoo.stored_pixels, read_state_dict):
+    for read in (l2sp.Anchors.load, Fisher.load, keras_files.stored_pixels, read_state_dict):
+        stored = (keras_files.stored_pixels, read_state_dict)
+        if content[8:] != b"{}" or len(content) == 10 and content[0] != 2 or read not in stored:
             with pytest.raises(InputError):
                 read(tmp_path / "a.safetensors")
 
@@ -149,7 +150,7 @@ def test_invalid_headers(tmp_path, content):
 )
 def test_shapes_beyond_the_file(tmp_path, tensor):
     path = safetensors_file(tmp_path / "a.safetensors", {"a": tensor}, b"\0" * 8)
-    for read in (l2sp.Anchors.load, zoo.stored_pixels, read_state_dict):
+    for read in (l2sp.Anchors.load, keras_files.stored_pixels, read_state_dict):
         with pytest.raises(InputError, match="damaged"):
             read(path)
 
@@ -185,7 +186,7 @@ def test_an_invalid_pixel_format(tmp_path):
     ):
         path = signed(tmp_path / "a.safetensors", arrays, format="l2sp_tf.anchors.v1", digest=digest, pixels=text)
         with pytest.raises(InputError, match=r"The pixel format in .*a\.safetensors is damaged"):
-            zoo.stored_pixels(path)
+            keras_files.stored_pixels(path)
     with pytest.raises(InputError, match="three finite numbers"):
         PixelFormat(mean=(10**400, 0, 0))
 
@@ -228,7 +229,7 @@ def test_a_file_cannot_ask_for_a_huge_head(tmp_path):
     safetensors.numpy.save_file({"predictions/bias": np.zeros((10**6, 0), "float32")}, path)
     with h5py.File(tmp_path / "x.h5", "w"):
         pass
-    classes = zoo.head_classes(path)
+    classes = keras_files.head_classes(path)
     with pytest.raises(InputError, match="resnet50_slim with 1000000 classes has more numbers than a file of its size can hold"):
         zoo.backbone("resnet50_slim", classes, image_size=32, weights=path)
     arrays = {"fc.bias": np.zeros(10**6, "float32")}
@@ -241,7 +242,7 @@ def test_a_file_cannot_ask_for_a_huge_head(tmp_path):
 
 def keras_file(path, change=lambda name, content: content, extra=None):
     """Writes the model of `hostile` with changed members."""
-    zoo.save_model(hostile.model(), path, hostile.PIXELS["rgb"])
+    keras_files.save_model(hostile.model(), path, hostile.PIXELS["rgb"])
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -293,7 +294,7 @@ def test_an_untrusted_model_runs_no_code_and_takes_little_memory(tmp_path, monke
     monkeypatch.syspath_prepend(tmp_path)
     path = keras_file(tmp_path / "m.keras", config_of(old, new))
     with pytest.raises(InputError, match="cannot be loaded|m.keras has"):
-        zoo.load_model(path)
+        keras_files.load_model(path)
     assert "stranger" not in sys.modules and not (tmp_path / "ran").exists()
 
 
@@ -311,14 +312,14 @@ def test_an_untrusted_model_runs_no_code_and_takes_little_memory(tmp_path, monke
 def test_members_of_a_model(tmp_path, extra):
     path = keras_file(tmp_path / "m.keras", lambda name, content: extra.get(name, content), extra)
     with pytest.raises(InputError, match="m.keras"):
-        zoo.load_model(path)
+        keras_files.load_model(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.keras"]
 
 
 def test_other_endings_are_refused(tmp_path):
     (tmp_path / "m.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     with pytest.raises(InputError, match="give the path of a .keras file"):
-        zoo.load_model(tmp_path / "m.h5")
+        keras_files.load_model(tmp_path / "m.h5")
 
 
 def with_link(file, secret):
@@ -371,12 +372,12 @@ def test_arrays_in_other_files_and_invalid_arrays(tmp_path, change):
         change(file, tmp_path / "secret.h5")
     before = l2sp.Anchors.of(hostile.model()).digest
     with pytest.raises(InputError, match="is damaged .*(link|lies in another file|unpack to more)"):
-        zoo.load_weights(hostile.model(), path)
+        keras_files.load_weights(hostile.model(), path)
     assert l2sp.Anchors.of(hostile.model()).digest == before
     content = path.read_bytes()
     path = keras_file(tmp_path / "m.keras", lambda name, old: content if name == "model.weights.h5" else old)
     with pytest.raises(InputError, match="cannot be loaded .*(link|lies in another file|unpack to more)"):
-        zoo.load_model(path)
+        keras_files.load_model(path)
 
 
 def test_bfloat16_weights_are_read(tmp_path):
@@ -388,7 +389,7 @@ def test_bfloat16_weights_are_read(tmp_path):
     made.save_weights(tmp_path / "b.weights.h5")
     before = l2sp.Anchors.of(made).digest
     made.set_weights([np.zeros((4, 3)), np.zeros(3)])
-    zoo.load_weights(made, tmp_path / "b.weights.h5")
+    keras_files.load_weights(made, tmp_path / "b.weights.h5")
     assert l2sp.Anchors.of(made).digest == before
 
 

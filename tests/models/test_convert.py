@@ -19,7 +19,7 @@ from reference import resnets as reference
 
 import l2sp_tf as l2sp
 from l2sp_tf.cli.convert import main
-from l2sp_tf.models import convert, resnets, zoo
+from l2sp_tf.models import convert, keras_files, resnets, zoo
 from l2sp_tf.models.pixels import PIXELS, PixelFormat
 from l2sp_tf.models.torch_files import read_state_dict
 from l2sp_tf.models.units import units
@@ -300,7 +300,7 @@ def test_the_command_writes_what_load_weights_reads(tmp_path, capsys):
     model = zoo.backbone(f"{name}_torch", CLASSES, image_size=33, weights=str(output))
     np.testing.assert_allclose(model(IMAGES, training=False), logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
     assert zoo.pixels_of(str(output)) == PIXELS["torch"].with_mean((115.6, 112.52, 102.82))
-    assert zoo.head_classes(output) == CLASSES
+    assert keras_files.head_classes(output) == CLASSES
     digest = hashlib.sha256((tmp_path / "a.pth").read_bytes()).hexdigest()
     assert l2sp.Anchors.load(output).metadata["provenance"] == {
         "origin": "torch", "backbone": f"{name}_torch", "files": {"a.pth": digest},

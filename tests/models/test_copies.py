@@ -10,7 +10,7 @@ from keras import layers
 from networks import FAMILIES, MAKERS, adapted, network
 
 import l2sp_tf as l2sp
-from l2sp_tf.models import copies, zoo
+from l2sp_tf.models import copies, keras_files
 from l2sp_tf.models.copies import detached_copy
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.weights import keyed_weights
@@ -446,7 +446,7 @@ def check_copies(model, folder):
     anchors.save(folder / "m.safetensors")
     ways = [lambda m: None]
     ways += [anchors.restore, lambda m: l2sp.load_delta(m, other, folder / "d.safetensors")]
-    ways += [lambda m: zoo.load_weights(m, folder / "m.safetensors")]
+    ways += [lambda m: keras_files.load_weights(m, folder / "m.safetensors")]
     fresh = type(model).from_config(model.get_config())
     for number, way in enumerate(ways):
         target = fresh if number else copy
@@ -500,5 +500,5 @@ def test_a_file_of_a_model_brings_its_vocabulary(tmp_path):
 
     model, other = network(["cat dog", "cow"]), network(["no such", "word b"])
     model.save(tmp_path / "m.keras")
-    zoo.load_weights(other, tmp_path / "m.keras")
+    keras_files.load_weights(other, tmp_path / "m.keras")
     assert_equal(model, other, np.array(["cat cow", "b dog"], object))

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 import l2sp_tf as l2sp
 from l2sp_tf.evaluation.activations import activation_r2
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.units import freeze_first, unfreeze, units
 
 LAYERS = keras.layers
@@ -257,7 +257,7 @@ def wrapped(backbone, levels=1):
 
 def saved_and_loaded(model, path):
     model.save(path / "m.keras")
-    return zoo.load_model(path / "m.keras")
+    return keras_files.load_model(path / "m.keras")
 
 
 WAYS = {

@@ -1,4 +1,4 @@
-"""Backbones, new heads, and weights files that do not fit."""
+"""Backbones and new heads."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 import l2sp_tf as l2sp
 from l2sp_tf.models import zoo
-from l2sp_tf.models.pixels import PIXELS, PixelFormat
+from l2sp_tf.models.pixels import PIXELS
 
 
 def tiny(classes=3, **kwargs):
@@ -96,79 +96,9 @@ def test_models_that_cannot_get_a_head_are_refused():
         l2sp.with_new_head(Net(), 3)
 
 
-@pytest.mark.parametrize("ending", [".safetensors", ".weights.h5", ".keras"])
-def test_weights_files_round_trip_and_misfits_are_refused(ending, tmp_path):
-    model, path = tiny(), tmp_path / f"m{ending}"
-    {
-        ".safetensors": lambda: l2sp.Anchors.of(model).save(path),
-        ".weights.h5": lambda: model.save_weights(path),
-        ".keras": lambda: model.save(path),
-    }[ending]()
-    other = zoo.backbone("small", 3, image_size=8, weights=str(path), widths=(4, 8), depths=(1, 2))
-    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, two)
-    for misfit in (tiny(classes=4), tiny(depths=(1, 1))):
-        with pytest.raises(l2sp.InputError, match="architecture"):
-            zoo.load_weights(misfit, path)
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(l2sp.InputError):
-        zoo.load_weights(tiny(), path)
-
-
-def test_missing_and_unknown_weights_files_are_refused(tmp_path):
-    with pytest.raises(l2sp.InputError, match="no weights file"):
-        zoo.load_weights(tiny(), tmp_path / "none.safetensors")
-    (tmp_path / "weights.bin").write_bytes(b"x")
-    with pytest.raises(l2sp.InputError, match="unknown kind"):
-        zoo.load_weights(tiny(), tmp_path / "weights.bin")
-
-
 def test_weights_of_known_origin_say_how_they_see_pixels():
     assert zoo.pixels_of(None) == zoo.pixels_of(None, "rgb") == PIXELS["rgb"]
     assert zoo.pixels_of("imagenet") == zoo.pixels_of("imagenet", "bgr") == PIXELS["bgr"]
     for weights, given in ((None, "torch"), ("imagenet", "rgb")):
         with pytest.raises(l2sp.InputError, match=f"--pixels says {PIXELS[given]}"):
             zoo.pixels_of(weights, given)
-
-
-@pytest.mark.parametrize("ending", [".safetensors", ".keras"])
-def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
-    pixels, path = PixelFormat("bgr", (0.5, 1, 2), (1, 2, 3)), tmp_path / f"m{ending}"
-    model = tiny()
-    if ending == ".keras":
-        zoo.save_model(model, path, pixels)
-    else:
-        l2sp.Anchors.of(model, {"pixels": pixels.plain()}).save(path)
-    assert zoo.stored_pixels(path) == zoo.pixels_of(path) == zoo.pixels_of(str(path), pixels) == pixels
-    other = tiny()
-    zoo.load_weights(other, path)
-    for one, two in zip(model.get_weights(), other.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, two)
-    with pytest.raises(l2sp.InputError, match=f"m{ending} sees pixels as bgr, scale 0.5/1/2, mean 1/2/3, but --pixels says rgb"):
-        zoo.pixels_of(path, "rgb")
-    path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(l2sp.InputError, match="damaged"):
-        zoo.pixels_of(path)
-
-
-@pytest.mark.parametrize("ending", [".safetensors", ".keras", ".weights.h5"])
-def test_files_that_do_not_say_need_the_flag(ending, tmp_path):
-    path = tmp_path / f"m{ending}"
-    model = tiny()
-    {
-        ".safetensors": lambda: l2sp.Anchors.of(model).save(path),
-        ".weights.h5": lambda: model.save_weights(path),
-        ".keras": lambda: model.save(path),
-    }[ending]()
-    with pytest.raises(l2sp.InputError, match=f"m{ending} does not say .* give --pixels=rgb, bgr or torch"):
-        zoo.pixels_of(path)
-    assert zoo.pixels_of(path, "torch") == PIXELS["torch"]
-    with pytest.raises(l2sp.InputError, match="no weights file"):
-        zoo.pixels_of(tmp_path / f"none{ending}")
-
-
-def test_the_head_of_a_file_is_counted(tmp_path):
-    l2sp.Anchors.of(tiny(classes=7)).save(tmp_path / "m.safetensors")
-    assert zoo.head_classes(tmp_path / "m.safetensors") == 7
-    l2sp.Anchors({"a/kernel": np.zeros(3)}).save(tmp_path / "n.safetensors")
-    assert zoo.head_classes(tmp_path / "n.safetensors") is zoo.head_classes("m.keras") is None

@@ -18,7 +18,7 @@ from l2sp_tf.evaluation.accuracy import transplant
 from l2sp_tf.evaluation.report import distances, pretrained_of
 from l2sp_tf.files.arrays import load_arrays
 from l2sp_tf.models.copies import detached_copy
-from l2sp_tf.models.zoo import load_model
+from l2sp_tf.models.keras_files import load_model
 from l2sp_tf.penalties.delta import FORMAT
 from l2sp_tf.penalties.matching import match
 from l2sp_tf.penalties.weights import keyed_weights

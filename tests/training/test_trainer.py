@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import l2sp_tf as l2sp
 from l2sp_tf.data import Dataset, Images, Split, Task, prepare, test_batches
 from l2sp_tf.evaluation.accuracy import transplant
-from l2sp_tf.models import zoo
+from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.pixels import PIXELS
 from l2sp_tf.models.units import freeze_first
 from l2sp_tf.penalties.weights import keyed_weights
@@ -74,7 +74,7 @@ def test_what_was_frozen_in_the_pretrained_model_or_its_file_does_not_count(befo
         for weight in pretrained.weights:
             weight.trainable = False
     pretrained.save(tmp_path / "m.keras")
-    for start in (pretrained, zoo.load_model(tmp_path / "m.keras")):
+    for start in (pretrained, keras_files.load_model(tmp_path / "m.keras")):
         recipe = RECIPE.replace(iterations=1, log_every=1, params="all")
         run = l2sp.finetune(start, task(), l2sp.L2SP(0.1), recipe, frozen=frozen, verbose=0)
         statistics = {"moving_mean", "moving_variance"}
@@ -294,7 +294,7 @@ def test_the_last_metrics_that_keras_shows_are_those_of_the_last_row(pretrained)
 def test_a_data_set_is_prepared_as_the_weights_see_pixels(pretrained, tmp_path):
     recipe = RECIPE.replace(mean="weights")
     l2sp.finetune(pretrained, dataset(), l2sp.L2SP(0.1), recipe, pixels="torch", run_dir=tmp_path / "a", verbose=0)
-    assert zoo.stored_pixels(tmp_path / "a/model.keras") == zoo.pixels_of(tmp_path / "a/model.keras") == PIXELS["torch"]
+    assert keras_files.stored_pixels(tmp_path / "a/model.keras") == zoo.pixels_of(tmp_path / "a/model.keras") == PIXELS["torch"]
     prepared = prepare(dataset(), recipe.images.with_pixels(PIXELS["torch"]), mean=PIXELS["torch"].mean)
     l2sp.finetune(pretrained, prepared, l2sp.L2SP(0.1), recipe, run_dir=tmp_path / "b", verbose=0)
     one, two = (keras.models.load_model(tmp_path / name / "model.keras").get_weights() for name in "ab")
