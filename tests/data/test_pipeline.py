@@ -264,13 +264,14 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
     assert not np.array_equal(streams[0][:10], streams[0][10:20])
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 11, 12])
-def test_a_stream_resumes_to_the_bit(start):
+@pytest.mark.parametrize("first_step", [0, 1, 5, 11, 12])
+def test_a_stream_resumes_to_the_bit(first_step):
     images = some_images(10)
     full = list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=12).as_numpy_iterator())
-    resumed = list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, start=start, iterations=12).as_numpy_iterator())
-    assert len(resumed) == 12 - start
-    for (x, labels), (x_again, labels_again) in zip(full[start:], resumed, strict=True):
+    rest = training_batches(images, FULL, MEAN, batch_size=6, seed=3, first_step=first_step, iterations=12)
+    resumed = list(rest.as_numpy_iterator())
+    assert len(resumed) == 12 - first_step
+    for (x, labels), (x_again, labels_again) in zip(full[first_step:], resumed, strict=True):
         np.testing.assert_array_equal(x, x_again)
         np.testing.assert_array_equal(labels, labels_again)
 
@@ -436,8 +437,8 @@ def test_streams_refuse_what_makes_no_sense():
     for change, message in (
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"start": 4}, "start is 4"),
-        ({"start": -1}, "start is -1"),
+        ({"first_step": 4}, "first_step is 4"),
+        ({"first_step": -1}, "first_step is -1"),
     ):
         with pytest.raises(InputError, match=message):
             training_batches(images, FULL, MEAN, **{**good, **change})
