@@ -22,14 +22,14 @@ def pretrained():
 def test_folds_are_stratified_and_cover_every_training_image_once():
     made = task(count=20)
     parts = fold_tasks(made, 3, seed=1)
-    held = np.concatenate([part.test.starts for part in parts])
-    assert sorted(held) == sorted(made.train.starts)
+    held = np.concatenate([part.test.offsets for part in parts])
+    assert sorted(held) == sorted(made.train.offsets)
     for part in parts:
-        assert not set(part.train.starts) & set(part.test.starts) and len(part.train) + len(part.test) == 20
+        assert not set(part.train.offsets) & set(part.test.offsets) and len(part.train) + len(part.test) == 20
         counts = np.bincount(part.test.labels)
         assert counts.max() - counts.min() <= 1
         assert part.train.pixels is made.train.pixels
-    other = np.concatenate([part.test.starts for part in fold_tasks(made, 3, seed=2)])
+    other = np.concatenate([part.test.offsets for part in fold_tasks(made, 3, seed=2)])
     assert list(other) != list(held)
 
 
