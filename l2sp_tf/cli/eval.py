@@ -52,9 +52,9 @@ def main(argv=None):
 def evaluate(values, arguments):
     """Writes predictions and a report if asked for, else tables and figures."""
     if arguments:
-        raise InputError(f"unknown argument {arguments[0]}: flags start with --")
+        raise InputError(f"The argument {arguments[0]} is unknown: flags start with --.")
     if values.model is not None and not values.predict and not values.report:
-        raise InputError("--model is for --predict or --report: give one of them")
+        raise InputError("--model is for --predict or --report: give one of them.")
     if values.predict:
         words = [word for text in values.predict for word in ([text] if pathlib.Path(text).exists() else text.split(","))]
         write_predictions(words, pathlib.Path(values.model or values.workdir[0]), values)

@@ -189,7 +189,7 @@ def main(argv=None):
 def fine_tune(values, arguments):
     """Runs the plans that the flags describe, and prints the table."""
     if arguments:
-        raise InputError(f"unknown argument {arguments[0]}: flags start with --, as in --target={arguments[0]}.")
+        raise InputError(f"The argument {arguments[0]} is unknown: flags start with --, as in --target={arguments[0]}.")
     from l2sp_tf.experiments import interruption
     from l2sp_tf.experiments.configuration import plans_of
     from l2sp_tf.experiments.runner import run_plans

@@ -351,7 +351,7 @@ def _bad_images_message(split, bad):
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
         f"{len(bad)} of {len(split)} images cannot be decoded: {shown}{more}. "
-        "Repair or remove them, or leave them out with --skip_bad_images"
+        "Repair or remove them, or leave them out with --skip_bad_images."
     )
 
 
@@ -359,4 +359,4 @@ def _check_every_class_is_left(split, kept):
     lost = np.setdiff1d(split.labels, split.labels[kept])
     if lost.size:
         example = split.names[int(np.flatnonzero(split.labels == lost[0])[0])]
-        raise InputError(f"{lost.size} classes have no image that can be decoded, such as the class of {example}")
+        raise InputError(f"{lost.size} classes have no image that can be decoded, such as the class of {example}.")

@@ -51,7 +51,7 @@ class Preprocessing:
         self._set("blur_kernel", kernel)
         self._set("blur_sigma", sigma)
         if not isinstance(self.pixels, PixelFormat):
-            raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
+            raise InputError(f"pixels is {self.pixels!r}: give a PixelFormat.")
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
@@ -165,12 +165,12 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, first_ste
     """
     _check_stream(images, preprocessing, batch_size)
     if not 0 <= seed < 2**60:
-        raise InputError(f"seed is {seed}: it must lie between 0 and 2^60")
+        raise InputError(f"seed is {seed}: give a number from 0 to below 2^60.")
     if not 0 <= first_step <= iterations:
         raise InputError(f"first_step is {first_step}, but there are {iterations} iterations: give one from 0 to {iterations}.")
     index, parts = part
     if not 0 <= index < parts or batch_size % parts:
-        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor")
+        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor.")
     size = batch_size // parts
     rows = slice(index * size, (index + 1) * size)
     spec = tf.TensorSpec([size], tf.int64)
@@ -210,7 +210,7 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
     """
     _check_stream(images, preprocessing, batch_size)
     if crops not in (1, 10):
-        raise InputError(f"crops is {crops!r}: it must be 1 or 10")
+        raise InputError(f"crops is {crops!r}: give 1 or 10.")
     read, labels = images.reader, tf.constant(images.labels)
     mean, size = tf.constant(mean, tf.float32), preprocessing.crop
 
@@ -233,13 +233,13 @@ test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest must not t
 def _check_stream(images, preprocessing, batch_size):
     fields.whole("batch_size", batch_size)
     if not len(images):
-        raise InputError("there are no images to stream")
+        raise InputError("There are no images to stream.")
     shorter = images.sides.min(axis=1)
     wrong = shorter[shorter != preprocessing.resize]
     if wrong.size:
-        raise InputError(f"the images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}")
+        raise InputError(f"The images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}.")
     if preprocessing.resize_mode == "squash" and not (images.sides == preprocessing.resize).all():
-        raise InputError('the images kept their aspect, but resize_mode is squash: decode them with mode="squash"')
+        raise InputError('The images kept their aspect, but resize_mode is squash: decode them with mode="squash".')
 
 
 def _training_order(count, batch_size, seed, first_step, iterations):

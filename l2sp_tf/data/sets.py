@@ -46,10 +46,10 @@ class Split:
     def __post_init__(self):
         given = [images for images in (self.pixels, self.files, self.records) if images is not None]
         if len(given) != 1:
-            raise InputError("a split has either pixels or files or records")
+            raise InputError("A split has either pixels or files or records.")
         images = given[0]
         if not len(self.names) == len(self.labels) == len(images):
-            raise InputError(f"a split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images")
+            raise InputError(f"A split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images.")
 
     def __len__(self):
         return len(self.names)
@@ -143,14 +143,14 @@ class Dataset:
     def draw(self, per_class, seed=None):
         """Returns the sorted positions in the training split that `subset` takes: int64 [classes * per_class]."""
         if per_class < 1:
-            raise InputError(f"per_class is {per_class}: it must be at least 1")
+            raise InputError(f"per_class is {per_class}: give at least 1.")
         chosen = []
         for label, name in enumerate(self.classes):
             positions = np.flatnonzero(self.train.labels == label)
             if len(positions) < per_class:
                 raise InputError(
                     f"per_class is {per_class}, but class {name!r} of {self.name} has {len(positions)} training images: "
-                    "give fewer"
+                    "give fewer."
                 )
             if seed is not None:
                 positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
@@ -164,5 +164,5 @@ def default_cache_dir():
     folder = pathlib.Path(tempfile.gettempdir()) / f"l2sp_tf-cache-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if user is not None and folder.stat().st_uid != user:
-        raise InputError(f"{folder} belongs to another user: give a cache folder of your own")
+        raise InputError(f"{folder} belongs to another user: give a cache folder of your own.")
     return folder

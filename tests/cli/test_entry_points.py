@@ -121,7 +121,7 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     assert all(" ".join(row.split()) in squeezed for row in rows)
 
 
-@pytest.mark.parametrize(("argument", "message"), [("foo", "unknown argument foo"), ("--model=x", "--model is for --predict")])
+@pytest.mark.parametrize(("argument", "message"), [("foo", "The argument foo is"), ("--model=x", "--model is for --predict")])
 def test_a_mistake_with_eval_is_one_sentence_too(argument, message):
     result = run("eval.py", argument)
     assert result.returncode == 2 and result.stdout == ""
@@ -287,7 +287,7 @@ def test_flags_have_the_choices_of_the_library():
 def test_prepare_names_what_is_missing_in_one_sentence(tmp_path):
     assert "give names such as stanford_dogs" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
-    assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
+    assert "There is no data set 'nowhere' to prepare" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
     manual = f"--manual_dir={tmp_path / 'files'}"
     message = refused("prepare.py", f"--data_dir={tmp_path}", manual, "imagenet2012")
     assert f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {tmp_path / 'files'}" in message

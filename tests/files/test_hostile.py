@@ -701,7 +701,7 @@ def test_a_tar_with_a_sparse_member_and_links(tmp_path):
 def test_a_tar_cut_short(tmp_path):
     path = hostile.make_tar(tmp_path)
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(InputError, match="damaged or no tar file"):
+    with pytest.raises(InputError, match="damaged or not a tar file"):
         builders._members(path)
 
 
