@@ -166,7 +166,7 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
     images = ["--resize_mode=shorter_side", "--blur=authors", "--crops=10"]
     result = run("train.py", *arguments, "--skip_bad_images", "--penalty=l2_sp", "--seeds=0", *images)
     assert result.returncode == 0, result.stderr
-    assert "1 images left out" in result.stdout
+    assert "left out 1 images" in result.stdout
     record = json.loads(next((tmp_path / "w").glob("runs/*/run.json")).read_text())
     assert record["results"]["total"] == 8 and "source" not in record["results"]
     recipe = record["settings"]["recipe"]
@@ -209,8 +209,8 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
         (["--fisher_transforms=clip"], "Fisher transform clip"),
         (["--fisher_transforms=clip=x"], "is not understood"),
         (["--alpha=-1"], "alpha is -1"),
-        (["--alpha=much"], "no list of numbers"),
-        (["--seeds=x"], "no list of whole numbers"),
+        (["--alpha=much"], "not a list of numbers"),
+        (["--seeds=x"], "not a list of whole numbers"),
         (["--iterations=0"], "iterations is 0"),
         (["--backbone=vgg"], "backbone 'vgg' is unknown"),
         (["--target=nowhere", "--source=digits/source"], "nowhere"),
@@ -232,7 +232,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
         (["--folds=1"], "folds is 1"),
         (["--folds=99"], "99 folds were asked for"),
         (["--frozen=9"], "frozen is 9, but of this backbone's units at most 3 can be frozen"),
-        (["--learning_rate=fast"], "no list of numbers"),
+        (["--learning_rate=fast"], "not a list of numbers"),
         (["--source=a,b", "--weights=x,y,z"], "2 sources but 3 weights"),
         (["--seeds=1,2,1"], "seeds has 1 twice"),
         (["--penalty=l2:0.1,l2_sp:x"], "--penalty=l2_sp:x is not understood"),

@@ -114,7 +114,7 @@ def test_a_stopped_command_knows_what_is_finished_and_where_the_others_are(tmp_p
     lines = kept([base, base.replace(seeds=(7,))], began)
     assert lines == [
         f"finished in {base.setup.workdir}: 2 runs, of this command new",
-        "under way: runs/bare, not saved yet, and begins anew",
+        "under way: runs/bare, not saved yet, and will start over",
         "under way: runs/cut, saved after step 12 of 200",
     ]
     assert np.all([path.exists() for path in base.setup.workdir.glob("runs/*")])

@@ -142,7 +142,7 @@ def test_a_file_that_says_nothing_needs_what_is_given_and_tells_what_is_assumed(
     assert zoo.stored_interface(path) is None
     with pytest.raises(l2sp.InputError, match="give --pixels="):
         interface_at(path, model)
-    with pytest.warns(UserWarning, match="--resize=7, --resize_filter=area is assumed"):
+    with pytest.warns(UserWarning, match="assuming --resize=7, --resize_filter=area"):
         made = interface_at(path, model, pixels="rgb", mean=("1", "2", "3"), resize_mode="shorter_side")
     assert made == Interface(PIXELS["rgb"].with_mean((1, 2, 3)), 7, "shorter_side", "area", 6)
     images = {"resize": 8, "resize_mode": "shorter_side", "resize_filter": "bilinear"}

@@ -99,7 +99,7 @@ def test_mistakes_are_told():
         ({"alphas": (float("nan"),)}, "alpha is nan"),
         ({"betas": (-0.1,)}, "beta is -0.1"),
         ({"learning_rates": (0.0,)}, "learning_rate is 0.0"),
-        ({"strengths": {"l1_sp": (1.0,)}}, "l1_sp has strengths of its own, but is none of the penalties l2, l2_sp"),
+        ({"strengths": {"l1_sp": (1.0,)}}, "l1_sp has strengths, but is not among the penalties l2, l2_sp"),
         ({"strengths": {"l2": (-1.0,)}}, "alpha of l2 is -1.0"),
         ({"frozen": (-1,)}, "frozen is -1"),
         ({"frozen": ()}, "frozen is empty"),

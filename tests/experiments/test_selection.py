@@ -270,7 +270,7 @@ def test_one_setting_alone_takes_the_place_of_no_choice(tmp_path):
         return records.read_record(path)["chosen"]["alpha"]
 
     assert (write(0.1), write(0.1, 1.0), write(2.0, 3.0)) == (0.1, 1.0, 3.0)
-    with pytest.warns(UserWarning, match="One setting is no choice"):
+    with pytest.warns(UserWarning, match="A single setting is not a choice"):
         assert write(0.1) == 3.0
 
 
