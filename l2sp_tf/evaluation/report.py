@@ -206,7 +206,7 @@ def pretrained_of(model, anchors):
 
     Args:
         model: a functional or Sequential model. At most its last layer, a Dense one, is new.
-        anchors: the `Anchors`. At most a Dense layer, or a 1x1 convolution of features that are no image, is left over.
+        anchors: the `Anchors`. At most a Dense layer, or a 1x1 convolution of features without image axes, is left over.
 
     Raises:
         InputError: more than that is new in the model or left over in the anchors, or it is not clear what.

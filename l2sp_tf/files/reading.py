@@ -28,7 +28,7 @@ def refusing(what, advice="use another copy"):
     """Turns any exception of the block into one InputError; disk errors pass through.
 
     Args:
-        what: the beginning of the sentence, such as "a.keras is damaged or no model".
+        what: the beginning of the sentence, such as "a.keras is damaged or not a model".
         advice: its end.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_json(text, what, *, finite=True):
 
     Args:
         text: str, or bytes in UTF-8.
-        what: the beginning of an error, such as "a.json is no record".
+        what: the beginning of an error, such as "a.json is not a record".
         finite: whether to refuse NaN and infinities.
 
     Returns:

@@ -340,7 +340,7 @@ def test_each_of_many_outputs_means_what_its_own_loss_says():
         answers = np.concatenate(model.predict(x, verbose=0), axis=1) > 0
         np.testing.assert_array_equal(result["right"], answers == y[:, None].astype(bool))
     model.compile("sgd", {"a": BINARY_LOGITS, "b": "mse"})
-    with pytest.raises(l2sp.InputError, match="the output 'b' of the model.*mse"):
+    with pytest.raises(l2sp.InputError, match="The output 'b' of the model.*mse"):
         l2sp.evaluate(model, (x, (y, y)))
 
 
@@ -418,8 +418,8 @@ def test_what_cannot_be_judged_is_one_sentence(name):
 def test_outputs_that_cannot_be_judged_are_one_sentence():
     for model, match in (
         (network(1), "is one number, and nothing says what it means"),
-        (network(1, layers.Activation("tanh")), r"cannot be told from the operation that makes it, Tanh \(net.*activation"),
-        (network(1, loss="mse"), "is not said by the loss it was compiled with, mse"),
+        (network(1, layers.Activation("tanh")), r"comes from the operation Tanh \(net.*activation.*does not say whether"),
+        (network(1, loss="mse"), "has the loss mse, which does not say whether it is logits"),
         (network(1, loss="binary_crossentropy"), "taken for probabilities, because .* some are negative or above 1"),
         (network(6, layers.Reshape((2, 3))), r"is \(None, 2, 3\): give a classifier"),
         (network(6, layers.Reshape((6, 1))), r"is \(None, 6, 1\): give a classifier"),

@@ -420,7 +420,7 @@ def nested(levels):
 def test_pickles_that_would_never_end(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
-    with pytest.raises(InputError, match="damaged or no state dict"):
+    with pytest.raises(InputError, match="damaged or not a state dict"):
         read_state_dict(tmp_path / "a.pth")
 
 

@@ -41,7 +41,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         Fisher.load(path)
     Anchors.of(model).save(path)
-    with pytest.raises(InputError, match="no Fisher diagonal"):
+    with pytest.raises(InputError, match="not a Fisher diagonal"):
         Fisher.load(path)
 
 

@@ -423,8 +423,8 @@ def test_what_cannot_be_stepped_is_refused_in_a_sentence():
         (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "goes outside"),
         (keras.optimizers.Ftrl(), "Ftrl cannot be wrapped"),
         (used, "This SGD is wrapped already"),
-        ("sdg", "none that Keras knows"),
-        (None, "none that Keras knows"),
+        ("sdg", "Keras does not know"),
+        (None, "Keras does not know"),
     ):
         with pytest.raises(l2sp.InputError, match=message):
             l2sp.Proximal(optimizer)

@@ -354,7 +354,7 @@ def test_restore_delta_transplant_and_report_find_the_layers_that_keras_renamed(
     np.testing.assert_array_equal(pretrained_of(model, anchors)(x), pretrained(x))
     size = l2sp.save_delta(model, anchors, tmp_path / "d.safetensors")
     assert sum(size.encodings.values()) == len(anchors)
-    entries = json.loads(load_arrays(tmp_path / "d.safetensors", FORMAT, "no delta", "save_delta")[1]["weights"])
+    entries = json.loads(load_arrays(tmp_path / "d.safetensors", FORMAT, "not a delta", "save_delta")[1]["weights"])
     assert {entry["name"]: entry["anchor"] for entry in entries} == by_place(model, pretrained)
     l2sp.load_delta(other, anchors, tmp_path / "d.safetensors")
     np.testing.assert_array_equal(other(x), model(x))

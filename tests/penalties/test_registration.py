@@ -98,7 +98,7 @@ def test_it_is_stepped_where_it_says_how():
     ("symbol", "grid", "message"),
     [
         ("l2_sp", (1.0,), r"The symbol l2_sp is that of l2sp_tf.penalties.formulas.L2SP"),
-        ("Huber SP", (1.0,), "The symbol 'Huber SP' is no word"),
+        ("Huber SP", (1.0,), "The symbol 'Huber SP' is not a word"),
         ("huber_sp", (), "The grid of Huber is empty"),
         ("huber_sp", (-1.0,), "grid is -1.0"),
     ],
@@ -109,7 +109,7 @@ def test_a_registration_that_cannot_be_is_refused(symbol, grid, message):
 
     with pytest.raises(l2sp.InputError, match=message):
         register_penalty(symbol, "Huber", grid)(Huber)
-    with pytest.raises(l2sp.InputError, match="int is no subclass"):
+    with pytest.raises(l2sp.InputError, match="int is not a subclass"):
         register_penalty("other", "Other", (1.0,))(int)
 
 
