@@ -74,7 +74,7 @@ def test_a_file_is_loaded_once_and_checked(server, tmp_path, kind):
 
 @pytest.mark.parametrize("path", ["file", "whole"], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("done", [1000, len(CONTENT)])
-def test_a_part_is_gone_on_with(server, tmp_path, path, done):
+def test_a_partial_download_resumes(server, tmp_path, path, done):
     (tmp_path / f"{path}.part").write_bytes(CONTENT[:done])
     Handler.asked.clear()
     assert fetch(of(server, path), tmp_path).read_bytes() == CONTENT
@@ -89,7 +89,7 @@ def test_a_connection_that_breaks_off_keeps_its_part(server, tmp_path):
     assert (tmp_path / "short.part").read_bytes() == CONTENT[:2000]
 
 
-def test_a_wrong_checksum_removes_what_was_loaded_but_no_file_of_the_user(server, tmp_path):
+def test_a_wrong_checksum_removes_the_download_but_no_file_of_the_user(server, tmp_path):
     wrong = Download(f"{server}/file", "md5:" + "0" * 32)
     with pytest.raises(InputError, match="was removed, because its md5 is [0-9a-f]{32} and should be 0+: run"):
         fetch(wrong, tmp_path)
@@ -100,7 +100,7 @@ def test_a_wrong_checksum_removes_what_was_loaded_but_no_file_of_the_user(server
     assert fetch(wrong, tmp_path, checksums=False).read_bytes() == b"mine"
 
 
-def test_a_file_without_a_published_checksum_is_taken(server, tmp_path):
+def test_a_file_without_a_published_checksum_is_accepted(server, tmp_path):
     assert fetch(Download(f"{server}/file"), tmp_path).read_bytes() == CONTENT
 
 
@@ -112,7 +112,7 @@ def test_without_a_network_nothing_is_left(no_host, server, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_host_that_does_not_answer_is_given_up_within_the_timeout(tmp_path, monkeypatch):
+def test_a_fetch_gives_up_on_a_silent_host_after_the_timeout(tmp_path, monkeypatch):
     import socket
 
     monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)

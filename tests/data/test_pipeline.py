@@ -161,7 +161,7 @@ def test_a_class_without_an_image_left_is_refused(tmp_path):
         decode(split_of(tmp_path, contents, [0, 1]), 4, skip_bad_images=True)
 
 
-def test_a_missing_file_is_no_bad_image(tmp_path):
+def test_a_missing_file_is_not_a_bad_image(tmp_path):
     split = split_of(tmp_path, {"a.png": encoded(picture(5, 5, 3), "PNG")})
     split.files[0].unlink()
     with pytest.raises(FileNotFoundError, match="a.png"):
@@ -220,7 +220,7 @@ def test_pixels_that_begin_anywhere_are_read(offset):
         np.testing.assert_array_equal(np.concatenate(x), images.pixels - MEAN)
 
 
-def test_progress_is_told_up_to_the_end(tmp_path):
+def test_progress_is_reported_to_the_end(tmp_path):
     for split in (load_dataset("digits/target").train, good_and_bad(tmp_path)[0]):
         calls = []
         decode(split, 4, skip_bad_images=True, progress=lambda done, count, calls=calls: calls.append((done, count)))
@@ -243,7 +243,7 @@ FULL = Preprocessing(resize=6, crop=4)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 5), (3, 8), (1, 2), (7, 1)])
-def test_epochs_are_permutations_and_run_on(count, batch_size):
+def test_epochs_are_permutations_and_batches_span_them(count, batch_size):
     images = some_images(count)
     x, labels = collect(training_batches(images, PLAIN, MEAN, batch_size=batch_size, seed=3, iterations=9))
     assert [len(batch) for batch in x] == [batch_size] * 9
@@ -300,7 +300,7 @@ def packed_images(sides, seed=0):
 
 @pytest.mark.parametrize("resize_mode", ["squash", "shorter_side"])
 @pytest.mark.parametrize("blur", ["gaussian", "authors", "none"])
-def test_augmentation_is_the_operations_in_order_with_seeds_of_their_own(blur, resize_mode):
+def test_augmentation_applies_the_operations_in_order_with_separate_seeds(blur, resize_mode):
     # the pipeline draws the crop first and processes only its pixels; the oracle processes whole images
     tall = [(6, 9), (6, 6), (13, 6), (6, 7), (7, 6), (6, 20), (6, 8)]
     images, batch_size, seed = some_images(7) if resize_mode == "squash" else packed_images(tall), 4, 5
@@ -490,7 +490,7 @@ def test_a_part_of_the_images_shares_their_pixels_and_streams_alone():
             np.testing.assert_array_equal(y, other_y)
 
 
-def test_prepare_resizes_by_the_filter_that_is_asked_for(tmp_path):
+def test_prepare_resizes_by_the_given_filter(tmp_path):
     image = picture(9, 20, 3)
     split = split_of(tmp_path, {"a.png": encoded(image, "PNG")})
     dataset = Dataset("one", ("a",), split, split)
@@ -499,7 +499,7 @@ def test_prepare_resizes_by_the_filter_that_is_asked_for(tmp_path):
         assert np.abs(task.train[0] - reference_resize(image, 6, 6)).max() <= 0.501
 
 
-def test_prepare_takes_a_mean_that_is_given():
+def test_prepare_takes_a_given_mean():
     task = pipeline.prepare(load_dataset("digits/target").subset(5), Preprocessing(resize=10, crop=8), mean=(1, 2.5, 3))
     np.testing.assert_array_equal(task.mean, np.float32([1, 2.5, 3]))
     assert task.pixels == PixelFormat(mean=(1, 2.5, 3))

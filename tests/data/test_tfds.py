@@ -165,7 +165,7 @@ def test_table_1_by_the_authors_lists(data_dir):
     assert rows["caltech256/30"]["test_per_class"] == rows["caltech256/60"]["test_per_class"] == (20, 20)
 
 
-def test_table_1_tells_what_is_not_prepared(tmp_path):
+def test_table_1_names_the_sets_that_are_not_prepared(tmp_path):
     text = tables.table_1(table_1_rows(data_dir=tmp_path, cache_dir=tmp_path / "cache")).markdown()
     assert text.count("- (257)") == 2 and "- (~ 72)" in text
     assert f"MIT Indoors 67: mit_indoors67 is not prepared in {tmp_path}: run python prepare.py" in text
@@ -220,7 +220,7 @@ def test_indoors_follow_the_lists(data_dir, load):
         ("caltech256", {"per_class": 30, "protocol": "mine"}, "protocol is 'mine'"),
     ],
 )
-def test_splits_that_there_are_not(load, spec, options, message):
+def test_splits_that_do_not_exist_are_refused(load, spec, options, message):
     with pytest.raises(InputError, match=message):
         load(spec, **options)
 
@@ -297,7 +297,7 @@ def test_a_set_with_a_configuration(tmp_path):
         assert grey(load_dataset(f"tfds:imagenet_resized/{size}x{size}", **options).train).tolist() == [size]
 
 
-def test_sets_that_are_no_task(tmp_path):
+def test_sets_that_are_not_classification_tasks_are_refused(tmp_path):
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     write_set(tmp_path, "mnist", {"train": [(encoded(), 0)] * 2}, 1)
     with pytest.raises(InputError, match=r"mnist has only the splits train, but train and test \(or validation\) are needed"):
@@ -308,7 +308,7 @@ def test_sets_that_are_no_task(tmp_path):
         load_dataset("ag_news_subset", **options)
 
 
-def test_keys_that_the_features_lack_are_told(tmp_path):
+def test_keys_that_the_features_lack_are_refused(tmp_path):
     write_set(tmp_path, "mnist", {"train": [(encoded(), 0)], "test": [(encoded(), 0)]}, 1)
     (path,) = tmp_path.glob("mnist/*/dataset_info.json")
     path.write_text(path.read_text().replace('"input": "image"', '"input": "picture"').replace('"image"', '"picture"'))
@@ -316,7 +316,7 @@ def test_keys_that_the_features_lack_are_told(tmp_path):
         load_dataset("mnist", data_dir=tmp_path)
 
 
-def test_an_unknown_or_unprepared_set_is_told_at_once(tmp_path):
+def test_an_unknown_or_unprepared_set_is_refused_at_once(tmp_path):
     with pytest.raises(InputError, match="no data set 'stanford_cats': give digits/source.*caltech256"):
         load_dataset("stanford_cats", data_dir=tmp_path)
     unfinished = tmp_path / "caltech256" / "incomplete.AB12CD_1.0.0"
@@ -396,7 +396,7 @@ def test_a_wrong_checksum_of_a_manual_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["caltech256", "mit_indoors67", "stanford_dogs", "places365_small", "mnist"])
-def test_without_a_network_one_sentence_and_no_litter(tmp_path, monkeypatch, name):
+def test_without_a_network_one_sentence_and_no_leftovers(tmp_path, monkeypatch, name):
     no_network(monkeypatch)
     with pytest.raises(InputError, match=r"cannot be downloaded \(no network\): ") as error:
         prepare_tfds(name, data_dir=tmp_path)
@@ -416,7 +416,7 @@ def test_an_unknown_set_cannot_be_prepared(tmp_path):
         prepare_tfds("stanford_cats", data_dir=tmp_path)
 
 
-def test_litter_of_a_killed_preparation_goes_and_a_prepared_set_is_left_alone(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_preparation_are_removed_and_a_prepared_set_stays(tmp_path, monkeypatch):
     manual = tmp_path / "manual"
     write_indoors(manual)
     litter = [tmp_path / "mit_indoors67/incomplete.AB12CD_1.0.0", tmp_path / "downloads/mit_indoors67/x.tmp.0a"]
@@ -429,7 +429,7 @@ def test_litter_of_a_killed_preparation_goes_and_a_prepared_set_is_left_alone(tm
     assert prepare_tfds("mit_indoors67", data_dir=tmp_path) == path
 
 
-def test_two_preparations_of_a_set_do_not_meet(tmp_path):
+def test_only_one_process_at_a_time_prepares_a_set(tmp_path):
     with preparation._alone(tmp_path, "caltech256"):
         with pytest.raises(InputError, match="caltech256 is being prepared in .* by another process: wait for it"):
             prepare_tfds("caltech256", data_dir=tmp_path)

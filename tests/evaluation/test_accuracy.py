@@ -206,7 +206,7 @@ def test_a_perfect_sigmoid_is_right():
     assert l2sp.evaluate(model, (x, ~y))["correct"] == 0
 
 
-def test_what_is_no_probability_may_still_be_the_highest():
+def test_scores_that_are_not_probabilities_still_have_a_highest():
     """With K scores only the highest counts, whatever the scores mean."""
     x, y, _ = data_for(3)
     for model in (network(3, layers.Activation("tanh")), network(3, layers.ReLU(), loss="mse")):
@@ -346,7 +346,7 @@ def test_each_of_many_outputs_means_what_its_own_loss_says():
 
 @pytest.mark.parametrize("name", ["logits", "softmax", "sigmoids", "sigmoid", "logit by loss"])
 @pytest.mark.parametrize("crops", [1, 10])
-def test_nan_is_no_right_answer(name, crops):
+def test_nan_is_never_right(name, crops):
     build, options, means = OUTPUTS[name]
     model = build()
     classes = model.output_shape[-1]
@@ -407,7 +407,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_cannot_be_judged_is_one_sentence(name):
+def test_data_that_cannot_be_judged_give_one_sentence(name):
     classes, data, match = REFUSED[name]
     model = network(classes, layers.Activation("sigmoid" if classes == 1 else "softmax"))
     with pytest.raises(l2sp.InputError, match=match) as caught:
@@ -415,7 +415,7 @@ def test_what_cannot_be_judged_is_one_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-def test_outputs_that_cannot_be_judged_are_one_sentence():
+def test_outputs_that_cannot_be_judged_give_one_sentence():
     for model, match in (
         (network(1), "is one number, and nothing says what it means"),
         (network(1, layers.Activation("tanh")), r"comes from the operation Tanh \(net.*activation.*does not say whether"),

@@ -103,7 +103,7 @@ def test_plain_json_is_read():
     assert reading.parse_json("[NaN]", "x", finite=False) == [pytest.approx(float("nan"), nan_ok=True)]
 
 
-def test_an_error_of_the_disk_is_no_bad_input(tmp_path):
+def test_a_disk_error_is_not_bad_input(tmp_path):
     with pytest.raises(FileNotFoundError), reading.refusing("x"):
         (tmp_path / "none").read_bytes()
     with pytest.raises(InputError, match=r"^x \(MemoryError\): use another copy\.$"), reading.refusing("x"):
@@ -506,7 +506,7 @@ def image_folder(root):
     return root
 
 
-def test_pipes_and_devices_are_no_images(tmp_path):
+def test_pipes_and_devices_are_not_images(tmp_path):
     folder = image_folder(tmp_path)
     os.mkfifo(folder / "train/a/2.png")
     with pytest.raises(InputError, match="train/a/2.png/ is not an image"):

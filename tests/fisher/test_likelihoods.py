@@ -141,7 +141,7 @@ UNKNOWN |= {
 
 
 @pytest.mark.parametrize("name", list(BY_OPERATION))
-def test_the_operation_tells(name):
+def test_the_operation_decides(name):
     build, expected = BY_OPERATION[name]
     for precision in ("mixed_float16", "bfloat16", "float32"):
         with policy(precision):
@@ -156,7 +156,7 @@ def test_the_operation_tells(name):
 
 
 @pytest.mark.parametrize("name", list(UNKNOWN))
-def test_another_operation_is_named_and_asked_about(name):
+def test_other_operations_are_named_and_refused(name):
     model = UNKNOWN[name]()
     output = traced(model)
     with pytest.raises(InputError, match=r"comes from the operation \w+ \(.*\), which does not say .*: pass from_logits"):
@@ -195,7 +195,7 @@ LOSSES += [(losses.CategoricalGeneralizedCrossEntropy(), "categorical", False)]
 LOSSES += [(tf.nn.sparse_softmax_cross_entropy_with_logits, "categorical", True)]
 
 
-def test_the_compiled_loss_tells_where_no_operation_does():
+def test_the_compiled_loss_decides_where_no_operation_does():
     model = dense(3, layers.Activation("tanh"))
     output = traced(model)
     for loss, family, from_logits in LOSSES:
@@ -221,7 +221,7 @@ def test_a_loss_that_says_nothing_is_named():
             assert meant(model, True).family == ("bernoulli" if model.output_shape[-1] == 1 else "categorical")
 
 
-def test_one_number_needs_a_word():
+def test_a_single_number_needs_from_logits_or_a_loss():
     with pytest.raises(InputError, match="is one number, and nothing says what it means"):
         meant(dense(1))
     with pytest.raises(InputError, match="a softmax is always 1"):
@@ -237,7 +237,7 @@ def test_one_number_needs_a_word():
         meant(model, "yes")
 
 
-def test_shapes_that_are_no_class_scores_are_refused():
+def test_shapes_that_are_not_class_scores_are_refused():
     for model in (dense(6, layers.Reshape((2, 3))), dense(6, layers.Reshape((6, 1))), convolutional(3)):
         with pytest.raises(InputError, match=r"give a classifier with one output of shape \(batch, classes\)"):
             meant(model)

@@ -259,7 +259,7 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path):
         read_state_dict(path)
 
 
-def test_what_does_not_fit_is_listed_on_both_sides(slim, tmp_path):
+def test_weights_that_do_not_fit_are_listed_on_both_sides(slim, tmp_path):
     _, weights = slim
     path = write_checkpoint(tmp_path / "c.ckpt", weights)
     with pytest.raises(l2sp.InputError, match=r"block2/unit_5/.* / missing.* and \d+ more"):
@@ -277,7 +277,7 @@ def test_what_does_not_fit_is_listed_on_both_sides(slim, tmp_path):
         convert.convert_tf_slim(path, "resnet50")
 
 
-def test_checkpoints_that_are_none_are_refused(slim, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(slim, tmp_path):
     with pytest.raises(l2sp.InputError, match="There is no checkpoint"):
         convert.convert_tf_slim(tmp_path / "none.ckpt", "resnet50_slim")
     (tmp_path / "a.ckpt").write_bytes(b"no checkpoint" * 100)
@@ -307,7 +307,7 @@ def test_the_command_writes_what_load_weights_reads(tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.pth").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     for arguments, status, message in (

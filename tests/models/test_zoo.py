@@ -123,7 +123,7 @@ def test_missing_and_unknown_weights_files_are_refused(tmp_path):
         zoo.load_weights(tiny(), tmp_path / "weights.bin")
 
 
-def test_weights_of_known_origin_say_how_they_see_pixels():
+def test_weights_of_known_origin_have_a_pixel_format():
     assert zoo.pixels_of(None) == zoo.pixels_of(None, "rgb") == PIXELS["rgb"]
     assert zoo.pixels_of("imagenet") == zoo.pixels_of("imagenet", "bgr") == PIXELS["bgr"]
     for weights, given in ((None, "torch"), ("imagenet", "rgb")):
@@ -132,7 +132,7 @@ def test_weights_of_known_origin_say_how_they_see_pixels():
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".keras"])
-def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
+def test_files_carry_the_pixel_format_of_their_weights(ending, tmp_path):
     pixels, path = PixelFormat("bgr", (0.5, 1, 2), (1, 2, 3)), tmp_path / f"m{ending}"
     model = tiny()
     if ending == ".keras":
@@ -152,7 +152,7 @@ def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".keras", ".weights.h5"])
-def test_files_that_do_not_say_need_the_flag(ending, tmp_path):
+def test_files_without_a_pixel_format_need_the_flag(ending, tmp_path):
     path = tmp_path / f"m{ending}"
     model = tiny()
     {

@@ -101,7 +101,7 @@ def test_every_dtype_survives(dtype, tmp_path):
     assert loaded["a/kernel"].dtype == np.dtype(dtype)
 
 
-def test_the_digest_tells_every_difference():
+def test_the_digest_changes_with_every_difference():
     base = {"a": np.zeros((2, 3), "float32"), "b": np.zeros(2, "float32")}
     digest = l2sp.Anchors(base).digest
     assert l2sp.Anchors(dict(reversed(base.items()))).digest == digest
@@ -133,7 +133,7 @@ def test_a_damaged_file_is_refused_in_a_sentence(small_network, tmp_path):
         l2sp.Anchors.load(tmp_path / "missing.safetensors")
 
 
-def test_arrays_of_another_kind_are_no_anchors(tmp_path):
+def test_arrays_of_another_kind_are_not_anchors(tmp_path):
     save_arrays(tmp_path / "x", {"a": np.zeros(3)}, "another", {"of": "its own"})
     with pytest.raises(l2sp.InputError, match="not a file of anchors"):
         l2sp.Anchors.load(tmp_path / "x")

@@ -85,7 +85,7 @@ def test_the_worst_run_is_held_against_the_best():
     assert not significance.worst_beats_best([runs[90], runs[50]], [runs[60]])[0]
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_methods_that_cannot_be_compared_are_refused():
     with pytest.raises(InputError, match="0 runs"):
         significance.permutation_test([], [1, 2])
     with pytest.raises(InputError, match="1 runs"):

@@ -80,7 +80,7 @@ def test_what_was_saved_is_loaded_in_its_own_dtype_and_two_are_kept(tmp_path):
     assert not store.folder.exists()
 
 
-def test_the_newest_is_told_by_its_step_whatever_the_clock_says(tmp_path, monkeypatch):
+def test_the_newest_checkpoint_has_the_largest_step_whatever_the_clock_says(tmp_path, monkeypatch):
     store = Checkpoints(tmp_path)
     zone = os.environ.get("TZ")
     for step, now, place in ((10, 2e9, "Asia/Tokyo"), (20, 1e9, "America/New_York")):
@@ -142,7 +142,7 @@ def test_a_process_killed_at_any_moment_of_a_save_leaves_the_old_or_the_new_one(
 
 @pytest.mark.parametrize("name", [module.ARRAYS, module.STATE, MANIFEST])
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(tmp_path, name, damage):
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, name, damage):
     store = Checkpoints(tmp_path)
     store.save(1, ARRAYS, {"number": 1})
     store.save(2, ARRAYS, {"number": 2})
@@ -227,7 +227,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupt
         shutil.rmtree(place)
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(pretrained, tmp_path):
+def test_an_interrupted_run_resumes_from_its_checkpoint(pretrained, tmp_path):
     whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path / "a", verbose=0)
     options = {"run_dir": tmp_path / "b", "checkpoint_every": 3, "verbose": 0}
     with pytest.raises(CutOffError):
@@ -287,7 +287,7 @@ def test_anchors_beside_a_run_that_are_damaged_or_of_another_model_stop_it(pretr
 
 
 @pytest.mark.parametrize("fault", ["full disk", "no permission", "no folder"])
-def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_path, monkeypatch, fault):
+def test_a_failed_save_brings_a_warning_and_training_continues(pretrained, tmp_path, monkeypatch, fault):
     options = {"run_dir": tmp_path, "checkpoint_every": 3, "verbose": 0}
     save, calls = module.save_arrays, []
 
@@ -311,7 +311,7 @@ def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_pat
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000000003"]
 
 
-def test_a_log_that_cannot_be_written_is_warned_of_once(pretrained, tmp_path):
+def test_a_log_that_cannot_be_written_brings_one_warning(pretrained, tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.warns(UserWarning, match="log in .* cannot be written") as told:
         run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
