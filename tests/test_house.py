@@ -52,7 +52,7 @@ def imported(room):
     for name in names:
         parts = name.split(".")[1:]
         found = [".".join(parts[:n]) for n in (1, 2) if ".".join(parts[:n]) in ROOMS]
-        assert found, f"{room} imports {name}, which is no room: import it from the room that it stands in"
+        assert found, f"{room} imports {name}, which is not a room: import it from its own room"
         yield found[0]
 
 

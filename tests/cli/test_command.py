@@ -1,4 +1,4 @@
-"""Flags and files of flags: a wrong name gets the nearest right one, and each mistake one sentence."""
+"""Flags and files of flags: an unknown name suggests the nearest one, and each mistake gives one sentence."""
 
 import os
 import signal

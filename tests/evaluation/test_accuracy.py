@@ -60,7 +60,7 @@ OUTPUTS = {
         {},
         softmax,
     ),
-    "logits told": (lambda: network(3, layers.Activation("tanh")), {"from_logits": True}, softmax),
+    "logits given": (lambda: network(3, layers.Activation("tanh")), {"from_logits": True}, softmax),
     "softmax": (lambda: network(3, layers.Softmax()), {}, same),
     "softmax at a position": (lambda: network(3, layers.Reshape((1, 1, 3)), layers.Softmax()), {}, same),
     "softmax by hand": (
@@ -78,7 +78,7 @@ OUTPUTS = {
     "sigmoid without axis": (lambda: network(1, layers.Activation("sigmoid"), layers.Reshape(())), {}, same),
     "sigmoid half": (lambda: network(1, layers.Activation("sigmoid"), precision="mixed_float16"), {}, same),
     "logit by loss": (lambda: network(1, loss=BINARY_LOGITS), {}, sigmoid),
-    "logit told": (lambda: network(1), {"from_logits": True}, sigmoid),
+    "logit given": (lambda: network(1), {"from_logits": True}, sigmoid),
     "probability by loss": (lambda: network(1, layers.Lambda(lambda z: 1 / (1 + ops.exp(-z))), loss="bce"), {}, same),
     "subclassed": (lambda: Subclassed(3, "softmax"), {}, same),
     "subclassed sigmoid": (lambda: Subclassed(1, "sigmoid"), {}, same),

@@ -80,11 +80,11 @@ def used(folder, *, train=0):
 
 
 CASES = {
-    "the weights tell the mean": ({}, 0),
+    "the weights have the mean": ({}, 0),
     "F_jj of a sample": ({"penalties": ("l2_sp", "l2_sp_fisher")}, 5),
     "F_jj of a few": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=3, transforms=())}, 3),
     "F_jj of more": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=17, transforms=())}, 17),
-    "nobody tells the mean": ({"weights": "without"}, 5),
+    "the mean is unknown": ({"weights": "without"}, 5),
     "the mean is given": ({"weights": "without", "recipe": RECIPE.replace(mean=MEAN)}, 0),
     "the source model is trained": ({"weights": "none"}, 2 * TRAIN),
 }
@@ -104,8 +104,8 @@ def test_a_start_decodes_once_what_it_uses_and_announced(folder, tmp_path, large
         if "l2_sp_fisher" in asked.sweep.penalties:
             assert start.fisher.provenance["images"] == train
         assert sorted(decoded) == ([] if again else sorted(expected))
-        assert start.mean_of == (5 if case == "nobody tells the mean" else None)
-        if case in ("the weights tell the mean", "the mean is given"):
+        assert start.mean_of == (5 if case == "the mean is unknown" else None)
+        if case in ("the weights have the mean", "the mean is given"):
             assert start.source.mean.tolist() == list(MEAN)
         del decoded[:]
     assert Forecast([Work(starts.outline(asked, say=lambda line: None), (), False)]).images == 0

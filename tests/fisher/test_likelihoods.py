@@ -1,4 +1,4 @@
-"""What an output means, whatever made it and whatever the model was compiled with, and the Fisher diagonal of it."""
+"""The meaning of an output, for any operation and any compiled loss, and its Fisher diagonal."""
 
 import functools
 
@@ -150,9 +150,9 @@ def test_the_operation_decides(name):
         found = likelihood_of(output, model)
         assert (found.family, found.is_probability) == expected
         assert found.assumed == (expected == LOGITS and name != "log softmax")
-    if not found.assumed:  # neither the loss nor the caller counts
+    if not found.assumed:  # neither the loss nor from_logits counts
         model.compile("sgd", "mse")
-        assert [likelihood_of(output, model, told).family for told in (None, True, False)] == [expected[0]] * 3
+        assert [likelihood_of(output, model, given).family for given in (None, True, False)] == [expected[0]] * 3
 
 
 @pytest.mark.parametrize("name", list(UNKNOWN))
@@ -161,7 +161,7 @@ def test_other_operations_are_named_and_refused(name):
     output = traced(model)
     with pytest.raises(InputError, match=r"comes from the operation \w+ \(.*\), which does not say .*: pass from_logits"):
         likelihood_of(output, model)
-    assert [likelihood_of(output, model, told).is_probability for told in (True, False)] == [False, True]
+    assert [likelihood_of(output, model, given).is_probability for given in (True, False)] == [False, True]
     model.compile("sgd", losses.BinaryCrossentropy(from_logits=True))
     found = likelihood_of(output, model)
     assert (found.family, found.is_probability) == ("bernoulli", False)
@@ -172,7 +172,7 @@ def both(*names):
 
 
 def spellings(family, cls, function):
-    """Each way of writing a loss, with what it says."""
+    """Each way of writing a loss, with its family and its from_logits."""
     for from_logits in (True, False):
         yield cls(from_logits=from_logits), family, from_logits
         yield functools.partial(function, from_logits=from_logits), family, from_logits
@@ -189,7 +189,7 @@ LOSSES = [
     for cls, function in both(*names)
     for row in (spellings(family, cls, function) if "Focal" not in cls.__name__ or family == "bernoulli" else ())
 ]
-LOSSES += [(losses.CategoricalFocalCrossentropy(from_logits=told), "categorical", told) for told in (True, False)]
+LOSSES += [(losses.CategoricalFocalCrossentropy(from_logits=given), "categorical", given) for given in (True, False)]
 LOSSES += [(loss, "categorical", False) for loss in ("kl_divergence", losses.KLDivergence(), "kld", "crossentropy", "ce")]
 LOSSES += [(losses.CategoricalGeneralizedCrossEntropy(), "categorical", False)]
 LOSSES += [(tf.nn.sparse_softmax_cross_entropy_with_logits, "categorical", True)]
@@ -203,10 +203,10 @@ def test_the_compiled_loss_decides_where_no_operation_does():
             model.compile("sgd", form)
             found = likelihood_of(output, model)
             assert (found.family, found.is_probability, found.assumed) == (family, not from_logits, False), loss
-            assert [likelihood_of(output, model, told).is_probability for told in (True, False)] == [
+            assert [likelihood_of(output, model, given).is_probability for given in (True, False)] == [
                 False,
                 True,
-            ]  # the caller's word goes first
+            ]  # from_logits has priority
             assert likelihood_of(output, model, True).family == family
     model.compile("sgd", [losses.MeanSquaredError(), losses.BinaryCrossentropy(from_logits=True)])
     assert likelihood_of(output, model).family == "bernoulli"
@@ -291,7 +291,7 @@ MODELS = {
         reference_fisher,
         False,
     ),
-    "told classes": (lambda: dense(3, layers.Activation("tanh")), {"from_logits": True}, reference_fisher, True),
+    "classes given": (lambda: dense(3, layers.Activation("tanh")), {"from_logits": True}, reference_fisher, True),
     "sigmoid": (lambda: dense(1, layers.Activation("sigmoid")), {}, bernoulli_oracle, False),
     "sigmoids": (lambda: dense(3, layers.Activation("sigmoid")), {}, bernoulli_oracle, False),
     "sigmoids moved": (
@@ -313,7 +313,7 @@ MODELS = {
         True,
     ),
     "logits by loss": (lambda: compiled(dense(3), losses.BinaryCrossentropy(from_logits=True)), {}, bernoulli_oracle, True),
-    "one logit told": (lambda: dense(1), {"from_logits": True}, bernoulli_oracle, True),
+    "one logit given": (lambda: dense(1), {"from_logits": True}, bernoulli_oracle, True),
     "by hand": (lambda: dense(1, layers.Lambda(logistic)), {"from_logits": False}, bernoulli_oracle, False),
     "by hand and loss": (lambda: compiled(dense(3, layers.Lambda(logistic)), "binary_crossentropy"), {}, bernoulli_oracle, False),
     "subclassed": (lambda: Subclassed64(3), {}, bernoulli_oracle, False),

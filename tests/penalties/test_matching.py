@@ -418,7 +418,7 @@ def test_names_fit_at_every_depth():
         (["x/kernel"], ["y/kernel"], {}),
         (["c/kernel"], ["c/bias"], {}),
         (["a/x/kernel"], ["b/x/kernel"], {}),
-        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a bare layer is no model of layers
+        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a bare layer is not a model of layers
         (["kernel"], ["kernel"], {"kernel": "kernel"}),
     ]:
         assert match(dict.fromkeys(weights, (9, 8)), dict.fromkeys(known, (9, 8)), values=False).pairs == pairs

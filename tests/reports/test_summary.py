@@ -326,8 +326,8 @@ def test_fig_2_says_what_a_label_does_not_share_across_targets():
     for each in second:
         each["settings"]["alpha"] = 5.0
     drawing = figures.figure_2(first + second)
-    told = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
-    assert "alpha 5 on" in told.replace("\n", " ") and "alpha 0.1 on" in told.replace("\n", " ")
+    words = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
+    assert "alpha 5 on" in words.replace("\n", " ") and "alpha 0.1 on" in words.replace("\n", " ")
     assert not figures.figure_2(first).get_supxlabel()
 
 

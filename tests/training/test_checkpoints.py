@@ -251,7 +251,7 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
     options = {"run_dir": tmp_path, "verbose": 0}
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     other = RECIPE.replace(learning_rate=0.02, momentum=0.5)
-    with pytest.raises(l2sp.InputError) as told:
+    with pytest.raises(l2sp.InputError) as caught:
         l2sp.finetune(pretrained, task(1), l2sp.L2SP(0.3), other, seed=4, **options)
     for part in (
         "recipe.learning_rate was 0.01 and is 0.02",
@@ -261,7 +261,7 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
         "alpha=0.3",
         "data.digest was",
     ):
-        assert part in str(told.value)
+        assert part in str(caught.value)
     moved = detached_copy(pretrained)
     moved.layers[1].set_weights([weight + 1 for weight in moved.layers[1].get_weights()])
     with pytest.raises(l2sp.InputError, match="start was .* and is"):
@@ -313,9 +313,9 @@ def test_a_failed_save_brings_a_warning_and_training_continues(pretrained, tmp_p
 
 def test_a_log_that_cannot_be_written_brings_one_warning(pretrained, tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.warns(UserWarning, match="log in .* cannot be written") as told:
+    with pytest.warns(UserWarning, match="log in .* cannot be written") as caught:
         run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
-    assert len([w for w in told if "cannot be written" in str(w.message)]) == 1 and len(run.history) == 3
+    assert len([w for w in caught if "cannot be written" in str(w.message)]) == 1 and len(run.history) == 3
 
 
 @pytest.fixture
@@ -338,11 +338,11 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_take_their_usual_effect(pretr
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
         terminate = after(4, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(SystemExit) as told:
+        with pytest.raises(SystemExit) as caught:
             l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[terminate], **options)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert told.value.code == 143 and seen == [signal.SIGTERM]
+    assert caught.value.code == 143 and seen == [signal.SIGTERM]
     assert Checkpoints(tmp_path / "checkpoints").newest in (8, 9, 10)
     assert l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options).history[-1]["step"] == 12
 
@@ -389,11 +389,11 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_and_names_a_layer
         variable.assign(variable * np.float32(1e30))
 
     callback = after(8, spoil)
-    with pytest.raises(FloatingPointError) as told:
+    with pytest.raises(FloatingPointError) as caught:
         l2sp.finetune(
             pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, checkpoint_every=3, callbacks=[callback], verbose=0
         )
-    assert "after step 9" in str(told.value) and "conv2_block1_1_bn/moving_" in str(told.value)
+    assert "after step 9" in str(caught.value) and "conv2_block1_1_bn/moving_" in str(caught.value)
     found = Checkpoints(tmp_path / "checkpoints").load()
     assert found.step == 6 and all(np.isfinite(array.astype("float32")).all() for array in found.arrays.values())
 

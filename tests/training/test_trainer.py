@@ -211,7 +211,7 @@ def test_evaluation_counts_every_image_once(pretrained):
         l2sp.evaluate(pretrained, [])
 
 
-@pytest.mark.parametrize("output", ["logits", "softmax", "half", "told"])
+@pytest.mark.parametrize("output", ["logits", "softmax", "half", "given"])
 def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
     # large logits: averaging them differs from averaging probabilities, and a second softmax would change the result
     pretrained.layers[-1].set_weights([40 * weight for weight in pretrained.layers[-1].get_weights()])
@@ -227,10 +227,10 @@ def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
     votes = np.argmax(means, axis=1)
     expected = int(np.sum(votes == t.test.labels))
     assert not np.array_equal(votes, np.argmax(means_of_logits, axis=1))  # else the test could not fail
-    told = {"from_logits": True} if output == "told" else {}
-    assert l2sp.evaluate(model, t, batch_size=30, crops=10, **told)["correct"] == expected
+    given = {"from_logits": True} if output == "given" else {}
+    assert l2sp.evaluate(model, t, batch_size=30, crops=10, **given)["correct"] == expected
     right = Task(t.name, t.classes, t.digest, t.train, Images(t.test.pixels, np.int32(votes)), t.mean, t.preprocessing)
-    assert l2sp.evaluate(model, right, crops=10, **told)["accuracy"] == 1.0  # checks every vote, not only their count
+    assert l2sp.evaluate(model, right, crops=10, **given)["accuracy"] == 1.0  # checks every vote, not only their count
 
 
 def test_crops_are_one_or_ten(pretrained):
