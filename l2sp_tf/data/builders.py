@@ -141,7 +141,7 @@ def _declared_pixels(content):
 
 
 def _colours(flags):
-    """Returns the size of a GIF's colour table in bytes, 0 if the flags say that there is none."""
+    """Returns the size of a GIF's colour table in bytes; 0 without a table."""
     return 3 * 2 ** (flags % 8 + 1) if flags & 128 else 0
 
 

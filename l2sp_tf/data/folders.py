@@ -119,7 +119,7 @@ def _some(names, limit=5):
 
 
 def _from_files(name, root, layout, shown=None, memory=None):
-    """Builds the data set of a checked layout with files under `root`; messages call the root `shown`."""
+    """Builds the data set of a checked layout with files under `root`; messages name the root `shown`."""
     shown = root if shown is None else shown
     classes = tuple(sorted(layout["train"]))
 

@@ -100,7 +100,7 @@ class Dataset:
         """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, in any place.
 
         Images on disk count by their bytes and their places <class>/<file>. They are read on first use, unless
-        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, taken
+        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, computed
         when the set was first loaded.
         """
         sha = hashlib.sha256(repr(self.classes).encode())

@@ -93,7 +93,7 @@ class PixelStore:
         length = self._path.stat().st_size // 3 if self._path.exists() else 0
         if not length:
             return np.empty((0, 3), np.uint8)
-        # copy-on-write, because tensors share only writable memory; nobody writes to it
+        # copy-on-write, because tensors share only writable memory; it is never written
         return np.memmap(self._path, np.uint8, mode="c", shape=(length, 3))
 
 

@@ -117,7 +117,7 @@ class Monitor(keras.callbacks.Callback):
             yield
         except (OSError, tf.errors.OpError) as error:
             self._writer = None
-            warnings.warn(f"The log in {self.folder} cannot be written ({error}); training goes on without it.", stacklevel=3)
+            warnings.warn(f"The log in {self.folder} cannot be written ({error}); training continues without it.", stacklevel=3)
 
     def _open(self):
         self.folder.mkdir(parents=True, exist_ok=True)

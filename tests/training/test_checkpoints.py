@@ -303,7 +303,7 @@ def test_a_failed_save_brings_a_warning_and_training_continues(pretrained, tmp_p
         (tmp_path / "checkpoints").write_text("in the way")
     else:
         monkeypatch.setattr(module, "save_arrays", failing)
-    with pytest.warns(UserWarning, match="checkpoint of step 6 could not be saved .*training goes on"):
+    with pytest.warns(UserWarning, match="checkpoint of step 6 could not be saved .*training continues"):
         run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     assert run.history[-1]["step"] == 12
     if fault != "no folder":
