@@ -10,7 +10,7 @@ their spread (10th and 90th percentile).
     python -m benchmarks.against_pytorch
     python -m benchmarks.against_pytorch --settings      # ours under other threads, without oneDNN, ...
 
-The first step, from the start of the process with imports, building and tracing, is told apart.
+The first step, from the start of the process with imports, building and tracing, is measured separately.
 """
 
 import argparse

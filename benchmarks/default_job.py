@@ -3,7 +3,7 @@
 The job runs once, in a fresh folder and a fresh process, as the command does; each part is timed where it is
 called, without the parts that it calls itself. "Tracing and the first step" is from the start of a training
 to the end of its first step, for the source model and all runs together. The first table is of the whole job; the
-second tells, in a process each, how long the command takes to answer --help and to import what it needs.
+second shows, in a process each, how long the command takes to answer --help and to import what it needs.
 
     python -m benchmarks.default_job
     python -m benchmarks.default_job -- --jit_compile=on     # with other flags of train.py

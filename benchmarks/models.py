@@ -138,7 +138,7 @@ def copy_of(model, x):
 
 
 def moved(model):
-    """Gives all weights values off those of the start, and `Normalization` a mean and a variance."""
+    """Moves all weights off their initial values, and gives `Normalization` a mean and a variance."""
     rng = np.random.default_rng(0)
     values = {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
     values = {key: value for key, value in values.items() if value.dtype.kind == "f"}
@@ -159,7 +159,7 @@ def same_outputs(model, other, x):
 
 
 def with_head(copy):
-    """The model with a new head, and what was cut off; or the model itself, and that its head is its own."""
+    """The model with a new head, and what that replaced; or the model itself, with its own head."""
     said = []
     try:
         model = l2sp.with_new_head(copy, CLASSES + 1, say=said.append)

@@ -87,7 +87,7 @@ def steps(pretrained, symbols, batch, jit_compile="auto"):
 
 
 def parser_of(document):
-    """A parser of the arguments that tell a network, its images and the number of rounds."""
+    """A parser of the arguments for a network, its images and the number of rounds."""
     parser = argparse.ArgumentParser(description=document.splitlines()[0])
     parser.add_argument("--network", choices=BACKBONES, default="resnet50")
     parser.add_argument("--image_size", type=int, default=224)

@@ -4,7 +4,7 @@
     python -m benchmarks.results --only=penalties     # one of them; the other sections stay as they are
 
 A benchmark is a section of the file, with its command, its date and all that it printed, the machine
-included. It is written as soon as it has ended, so that a call that was cut off goes on with --only.
+included. It is written as soon as it has ended, so that --only completes an interrupted call.
 """
 
 import argparse

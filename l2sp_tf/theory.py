@@ -88,7 +88,7 @@ def _quadratic(hessian, **points):
         raise InputError(f"hessian, of the shape {hessian.shape}, is not symmetric: give a matrix of second derivatives.")
     hessian = (hessian + hessian.T) / 2
     if (least := np.linalg.eigvalsh(hessian).min()) < -resolution:
-        raise InputError(f"hessian has the eigenvalue {least:g}, so w_star is no minimum: give the Hessian at a minimum.")
+        raise InputError(f"hessian has the eigenvalue {least:g}, so w_star is not a minimum: give the Hessian at a minimum.")
     points = {name: _finite(value, name, 1) for name, value in points.items()}
     for name, value in points.items():
         if len(value) != n:
@@ -105,7 +105,7 @@ def _resolution(matrix):
 def _finite(value, name, rank):
     array = np.asarray(value, "float64")
     if array.ndim != rank or array.size == 0 or not np.all(np.isfinite(array)):
-        raise InputError(f"{name}, of the shape {array.shape}, is no array of finite numbers with {rank} axes: give one.")
+        raise InputError(f"{name}, of the shape {array.shape}, is not an array of finite numbers with {rank} axes: give one.")
     return array
 
 

@@ -16,8 +16,8 @@ tf.config.set_logical_device_configuration(_CPU, [tf.config.LogicalDeviceConfigu
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _what_was_made_before_is_left_alone():
-    """Keeps what other modules left behind out of every walk over all objects, by `attach` and by the garbage collector."""
+def _earlier_objects_are_hidden():
+    """Hides objects made before this module from `attach` and the garbage collector, which walk over all objects."""
     gc.collect()
     gc.freeze()
 

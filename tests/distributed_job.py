@@ -34,7 +34,7 @@ def network(classes=3):
 
 
 def task():
-    """Twenty images that are not a multiple of the batch, so that batches cross the borders of epochs."""
+    """Twenty images that are not a multiple of the batch, so that batches span epochs."""
     rng = np.random.default_rng(5)
     labels = np.arange(20, dtype=np.int32) % 2
     pixels = (rng.uniform(0, 90, size=(20, 6, 6, 3)) + 90 * labels[:, None, None, None]).astype("uint8")
@@ -82,20 +82,20 @@ def every_penalty(strategy, folder, index):
 
 
 def keras_fit(strategy, folder, index):
-    """What Keras' own fit does under the same strategy."""
+    """Runs Keras' own fit under the same strategy, and writes how it ends."""
     model = devices.Devices(strategy).replicated(network())
     with devices.Devices(strategy).scope():
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     try:
         model.fit(np.zeros((8, 5, 5, 3), "float32"), np.zeros(8), batch_size=4, verbose=0)
         message = "it trains"
-    except Exception as error:  # whatever it is that fails
+    except Exception as error:  # whatever fails
         message = f"{type(error).__name__}: {error}"
     (folder / f"keras-{index}").write_text(message)
 
 
 def restart(strategy, folder, index, dies_after=None):
-    """A fine-tuning that goes on from its checkpoint if there is one, and whose second worker may die after a step."""
+    """A fine-tuning that resumes from its checkpoint, if any, and whose second worker may die after a step."""
     die = lambda batch, logs: index == 1 and batch + 1 == dies_after and os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     callbacks = [keras.callbacks.LambdaCallback(on_train_batch_end=die)]
     run = finetune("l2_sp", strategy=strategy, run_dir=folder / "run", callbacks=callbacks)

@@ -1,8 +1,8 @@
 """A run that kills itself: `python interrupted.py FOLDER [step:N | write:N | term:N]`.
 
-It trains in FOLDER, and prints the step that it went on from and the digest of its weights.
+It trains in FOLDER, and prints the step from which it resumed and the digest of its weights.
 "step:N" is kill -9 after step N, "write:N" at the N-th flush of a file to the disk, in the middle
-of a save; "term:N" is SIGTERM in step N. Steps are counted from where this process went on.
+of a save; "term:N" is SIGTERM in step N. Steps are counted from where this process resumed.
 """
 
 import os
@@ -35,7 +35,7 @@ def network():
 
 
 def images():
-    """45 images of 3 classes, so that batches of 8 cross the borders of epochs."""
+    """45 images of 3 classes, so that batches of 8 span epochs."""
     rng = np.random.default_rng(0)
     labels = np.arange(45, dtype=np.int32) % 3
     pixels = rng.integers(0, 180, size=(45, 12, 12, 3)).astype("uint8") + np.uint8(30 * labels)[:, None, None, None]

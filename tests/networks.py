@@ -77,7 +77,7 @@ def network(family):
 
 
 def trained(model):
-    """Gives all weights values off those of the start, variances positive ones, and Normalization an adapted state."""
+    """Moves all weights off their initial values, keeps variances positive, and adapts Normalization."""
     rng = np.random.default_rng(0)
     for weight in keyed_weights(model).values():
         value = weight.variable.numpy()

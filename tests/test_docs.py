@@ -137,7 +137,7 @@ def cells_of(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
-def test_the_saved_outputs_of_a_notebook_are_small_and_name_no_place_of_a_machine(path):
+def test_the_saved_outputs_of_a_notebook_are_small_and_contain_no_path_of_a_machine(path):
     text, cells = path.read_text(encoding="utf-8"), cells_of(path)
     assert json.loads(text)["nbformat"] == 4 and len(text) < 150_000
     assert not any(place in text for place in ("/home", "/tmp", "/work", "/root"))

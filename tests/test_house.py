@@ -52,7 +52,7 @@ def imported(room):
     for name in names:
         parts = name.split(".")[1:]
         found = [".".join(parts[:n]) for n in (1, 2) if ".".join(parts[:n]) in ROOMS]
-        assert found, f"{room} imports {name}, which is no room: import it from the room that it stands in"
+        assert found, f"{room} imports {name}, which is not a room: import it from its own room"
         yield found[0]
 
 
@@ -133,7 +133,7 @@ def test_the_types_hold():
     assert result.returncode == 0, result.stdout
 
 
-def test_what_attaches_penalties_imports_no_tensorflow_of_its_own():
+def test_rooms_that_attach_penalties_do_not_import_tensorflow():
     rooms = "penalties.formulas penalties.anchors penalties.attachment models.zoo models.heads models.units"
     found, waiting = set(), f"{rooms} optimizers.proximal optimizers.decoupled".split()
     while waiting:

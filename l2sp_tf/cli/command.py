@@ -1,4 +1,4 @@
-"""What all commands share: they parse flags and --config files, print --help, and end with an exit status.
+"""Parses flags and --config files, prints --help and returns exit statuses, for all commands.
 
 A user's mistake becomes one sentence on the error stream, without a traceback.
 """
@@ -47,7 +47,7 @@ def run(body, definitions, argv=None, *, title, others=None):
         definitions: a `flags.FlagValues`; parsing works on a copy.
         argv: the words after the command's name; by default those of this process.
         title: what --help prints above the flags.
-        others: a dict from names that other programs use to the flags that they mean here.
+        others: a dict from flag names of other programs to the flags that mean the same here.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow reads it when it is imported
     words = sys.argv[1:] if argv is None else list(argv)
@@ -156,7 +156,7 @@ def help_text(title, values):
         lines += ["", f"{heading}:"]
         for flag in found:
             lines.append(f"  --{f'[no]{flag.name}' if flag.boolean else flag.name}{_example(flag)}")
-            text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl adds the choices, which stand in the line above
+            text = re.sub(r"^<[^>]*>: ", "", flag.help)  # absl adds the choices, which the line above shows
             text = re.sub(r";\s+repeat this option to specify.*", " Repeat the flag for several.", text)
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)

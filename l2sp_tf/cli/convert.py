@@ -11,7 +11,7 @@ from l2sp_tf.models.resnets import SLIM, TORCH
 
 
 def main(argv=None):
-    """Converts one file as the words of the command say, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
+    """Converts one file as the command line says, and returns the exit status: 0, 2 for bad input, 1 for a full disk."""
     parser = argparse.ArgumentParser(prog="python -m l2sp_tf.cli.convert", description=__doc__)
     parser.add_argument("source", help="TF-slim checkpoint (.ckpt) or PyTorch state dict (.pth, .pth.tar, .safetensors)")
     parser.add_argument("output", help="the .safetensors file to write")

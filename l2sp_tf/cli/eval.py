@@ -23,7 +23,7 @@ drawn.string("output", "", "Folder for the files; by default the first --workdir
 drawn.string(
     "data_dir", None, "Folder where TensorFlow Datasets keeps its data sets, for --table=1 and --source; by default its own."
 )
-drawn.enum("protocol", "paper", ["paper", "authors"], "Whose splits --table=1 counts.")
+drawn.enum("protocol", "paper", ["paper", "authors"], "The protocol whose splits --table=1 counts.")
 
 report = Section(FLAGS, "What a model kept of its pre-training")
 report.string("report", None, "Write a report to this HTML file, on --model or on the run in --workdir.")
@@ -45,16 +45,16 @@ define_images(FLAGS)
 
 
 def main(argv=None):
-    """Draws, reports or predicts as the words of the command say, and returns the exit status."""
+    """Draws, reports or predicts as the command line says, and returns the exit status."""
     return command.run(evaluate, FLAGS, argv, title=__doc__)
 
 
 def evaluate(values, arguments):
     """Writes predictions and a report if asked for, else tables and figures."""
     if arguments:
-        raise InputError(f"unknown argument {arguments[0]}: flags start with --")
+        raise InputError(f"The argument {arguments[0]} is unknown: flags start with --.")
     if values.model is not None and not values.predict and not values.report:
-        raise InputError("--model is for --predict or --report: give one of them")
+        raise InputError("--model is for --predict or --report: give one of them.")
     if values.predict:
         words = [word for text in values.predict for word in ([text] if pathlib.Path(text).exists() else text.split(","))]
         write_predictions(words, pathlib.Path(values.model or values.workdir[0]), values)
@@ -98,7 +98,7 @@ def write_table_1(values, folder):
 
 
 def write_report(values, path):
-    """Writes the HTML page, and the same for TensorBoard in a folder beside it."""
+    """Writes the HTML page, and the same data for TensorBoard to a folder beside it."""
     from l2sp_tf.experiments.folders import report_of_files, report_of_run
 
     if (values.model is None) != (values.anchors is None):

@@ -36,7 +36,7 @@ define_images(FLAGS)
 
 
 def main(argv=None):
-    """Predicts as the words of the command say, and returns the exit status."""
+    """Predicts as the command line says, and returns the exit status."""
     return command.run(predict, FLAGS, argv, title=__doc__)
 
 

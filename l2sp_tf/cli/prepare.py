@@ -18,7 +18,7 @@ own.bool("checksums", True, "Compare the checksums of Caltech 256 and MIT Indoor
 
 
 def main(argv=None):
-    """Prepares the data sets that the words of the command name, and returns the exit status."""
+    """Prepares the data sets that the command line names, and returns the exit status."""
     return command.run(prepare, FLAGS, argv, title=__doc__)
 
 

@@ -1,7 +1,7 @@
 """Fine-tunes a pre-trained network under each penalty and seed, and prints what each gained and lost.
 
-Without flags, trains a small network to read scikit-learn's digits. Then fine-tunes it on few images to tell even from odd,
-with L2 and L2-SP over several seeds, and prints the table.
+Without flags, trains a small network to recognise scikit-learn's digits. Then fine-tunes it on few images to classify digits
+as even or odd, with L2 and L2-SP over several seeds, and prints the table.
 """
 
 import logging
@@ -76,7 +76,7 @@ results.integer("log_every", None, "Steps between two rows of a run's log; by de
 
 training = Section(FLAGS, "The training")
 training.enum(
-    "protocol", "paper", ["paper", "authors"], "Whose settings are the defaults, and whose split of caltech256 is used."
+    "protocol", "paper", ["paper", "authors"], "Default settings and split of caltech256: the paper's, or the authors' code's."
 )
 training.integer("iterations", None, "Steps of fine-tuning.")
 training.list("learning_rate", "", "Initial learning rates of fine-tuning; each is divided by 10 after --decay_at steps.")
@@ -158,7 +158,7 @@ machines.integer("run_cpus", 1, "CPUs that each run requests from the Ray cluste
 machines.float("run_gpus", 0, "GPUs, or a part of one, that each run requests from the Ray cluster.", lower_bound=0)
 machines.bool("deterministic", False, "Use deterministic operations of TensorFlow: a run repeats to the bit on one machine.")
 
-# Names that other programs use, and the flags that they mean here.
+# Flag names of other programs, and the flags that mean the same here.
 OTHER_NAMES = {
     **dict.fromkeys(("epochs", "epoch", "steps", "num_steps", "max_steps", "iters"), "iterations"),
     **dict.fromkeys(("lr", "rate", "base_lr", "learning_rates"), "learning_rate"),
@@ -182,14 +182,14 @@ OTHER_NAMES = {
 
 
 def main(argv=None):
-    """Fine-tunes as the words of the command say, and returns the exit status."""
+    """Fine-tunes as the command line says, and returns the exit status."""
     return command.run(fine_tune, FLAGS, argv, title=__doc__, others=OTHER_NAMES)
 
 
 def fine_tune(values, arguments):
     """Runs the plans that the flags describe, and prints the table."""
     if arguments:
-        raise InputError(f"unknown argument {arguments[0]}: flags start with --, as in --target={arguments[0]}.")
+        raise InputError(f"The argument {arguments[0]} is unknown: flags start with --, as in --target={arguments[0]}.")
     from l2sp_tf.experiments import interruption
     from l2sp_tf.experiments.configuration import plans_of
     from l2sp_tf.experiments.runner import run_plans

@@ -64,7 +64,7 @@ def _of_dataset(data, model, size, crops):
     if not isinstance(spec, tuple) or len(spec) not in (2, 3):
         raise InputError(f"The elements of the tf.data.Dataset are {_describe(spec)}, not images with their labels: {FORMS}.")
     _check_ends(data.cardinality() == tf.data.INFINITE_CARDINALITY)
-    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # the spec does not tell: look at an element
+    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # the spec lacks the ranks: look at an element
         for element in data.take(1):
             spec = tf.nest.map_structure(tf.type_spec_from_value, element)
     if _is_batched(spec, model, crops):
@@ -84,7 +84,7 @@ def _is_batched(spec, model, crops):
     if len(answers) == 1:
         return answers.pop()
     parts = [part.shape for part in tf.nest.flatten(spec)]
-    # only the first axis is left to tell: all parts of a batch have the same length there, or an unknown one
+    # the first axis decides: all parts of a batch have the same length there, or an unknown one
     return all(shape.rank for shape in parts) and len({shape[0] for shape in parts}) == 1
 
 

@@ -40,7 +40,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
     def _name_classes(self, names, where):
         if len(names) != self.CLASSES:
-            raise InputError(f"{where} has images of {len(names)} classes, but {self.name} has {self.CLASSES}: load it again")
+            raise InputError(f"{where} has {len(names)} classes, but {self.name} has {self.CLASSES}: download it again.")
         self.info.features["label"].names = names
 
     def _generate_examples(self, path, places):
@@ -101,7 +101,7 @@ class MitIndoors67(_Builder):
         found = {"/".join(pathlib.PurePosixPath(name).parts[-2:]): name for name in _members(path)}
         missing = sorted(set(itertools.chain(*listed.values())) - found.keys())
         if missing:
-            raise InputError(f"{path} lacks {len(missing)} images that the lists name, such as {missing[0]}: load it again")
+            raise InputError(f"{path} lacks {len(missing)} images that the lists name, such as {missing[0]}: download it again.")
         self._name_classes(sorted({line.partition("/")[0] for line in listed["train"]}), path)
         return {
             split: self._generate_examples(path, [(found[line], line.partition("/")[0]) for line in sorted(lines)])
@@ -141,13 +141,13 @@ def _declared_pixels(content):
 
 
 def _colours(flags):
-    """Returns the size of a GIF's colour table in bytes, 0 if the flags say that there is none."""
+    """Returns the size of a GIF's colour table in bytes; 0 without a table."""
     return 3 * 2 ** (flags % 8 + 1) if flags & 128 else 0
 
 
 def _members(path):
     """Lists the names of the files in a tar file."""
-    with refusing(f"{path} is damaged or no tar file", "load it again"):
+    with refusing(f"{path} is damaged or not a tar file", "download it again"):
         with tarfile.open(path, "r:") as archive:
             return [member.name for member in archive if member.isfile()]
 
@@ -155,5 +155,5 @@ def _members(path):
 def _lines(path, count):
     lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if len(lines) != count:
-        raise InputError(f"{path} names {len(lines)} images instead of {count}: load it again")
+        raise InputError(f"{path} names {len(lines)} images instead of {count}: download it again.")
     return lines

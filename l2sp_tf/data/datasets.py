@@ -40,7 +40,7 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if protocol not in PROTOCOLS:
-        raise InputError(f"protocol is {protocol!r}: it must be paper or authors")
+        raise InputError(f"protocol is {protocol!r}: give paper or authors.")
     seed = drawing_seed(spec, per_class, seed, protocol)
     dataset = load_files(spec, cache_dir)
     if dataset is None:

@@ -32,7 +32,7 @@ class Images:
         labels: int32 [n].
         skipped: the names of the images that were left out because they could not be decoded.
         sides: int64 [n, 2], the height and width of each image; None if the shape of `pixels` gives them.
-        starts: int64 [n], the offset of each image in pixels; None if they follow one another.
+        offsets: int64 [n], the offset of each image in pixels; None if they follow one another.
         places: int64 [n], the offsets if all images of the split followed one another. They identify a part of a split
             wherever its pixels lie.
     """
@@ -41,7 +41,7 @@ class Images:
     labels: np.ndarray
     skipped: tuple = ()
     sides: np.ndarray | None = None
-    starts: np.ndarray | None = None
+    offsets: np.ndarray | None = None
     places: np.ndarray | None = None
 
     def __post_init__(self):
@@ -50,8 +50,8 @@ class Images:
         if self.places is None:
             places = np.cumsum(self.sides.prod(axis=1)) - self.sides.prod(axis=1)
             object.__setattr__(self, "places", places.astype(np.int64))
-        if self.starts is None:
-            object.__setattr__(self, "starts", self.places)
+        if self.offsets is None:
+            object.__setattr__(self, "offsets", self.places)
 
     def __len__(self):
         return len(self.labels)
@@ -59,12 +59,12 @@ class Images:
     def __getitem__(self, index):
         """Returns the pixels of one image: uint8 [h, w, 3]."""
         height, width = self.sides[index]
-        first = self.starts[index]
+        first = self.offsets[index]
         return self.pixels.reshape(-1, 3)[first : first + height * width].reshape(height, width, 3)
 
     def take(self, positions):
         """Returns the images at `positions` alone, in that order, sharing the pixels."""
-        labels, *rest = (array[positions] for array in (self.labels, self.sides, self.starts, self.places))
+        labels, *rest = (array[positions] for array in (self.labels, self.sides, self.offsets, self.places))
         return Images(self.pixels, labels, self.skipped, *rest)
 
     @functools.cached_property
@@ -79,7 +79,7 @@ class _Reader:
     def __init__(self, images):
         with tf.device("CPU:0"):
             self._pixels = shared_tensor(images.pixels.reshape(-1, 3))  # the graph captures it and does not copy it
-            self._offsets, self._sides = tf.constant(images.starts), tf.constant(images.sides)
+            self._offsets, self._sides = tf.constant(images.offsets), tf.constant(images.sides)
 
     def sides(self, indices):
         """Returns the height and width of each image: int64 [b, 2]."""
@@ -182,20 +182,20 @@ def decode(
     how = (size, mode, filter)
     progress = progress or (lambda done, count: None)
     if decoded_bytes(split, size, mode) <= memory_limit_bytes:
-        pixels, starts, sides, bad = _into_memory(split, how, progress)
+        pixels, offsets, sides, bad = _into_memory(split, how, progress)
     else:
         store = PixelStore(default_cache_dir() if cache_dir is None else cache_dir, how)
         bad = _into_store(store, split, how, progress)
-        pixels, starts, sides = store.read([key for i, key in enumerate(split.keys) if i not in bad])
+        pixels, offsets, sides = store.read([key for i, key in enumerate(split.keys) if i not in bad])
     if bad and not skip_bad_images:
         raise InputError(_bad_images_message(split, bad))
     kept = [i for i in range(len(split)) if i not in bad]
     if every_class:
         _check_every_class_is_left(split, kept)
-    if mode == "squash" and starts is None:
+    if mode == "squash" and offsets is None:
         pixels = pixels.reshape(-1, size, size, 3)
     labels = np.asarray(split.labels[kept], np.int32)
-    return Images(pixels, labels, tuple(split.names[i] for i in sorted(bad)), sides, starts)
+    return Images(pixels, labels, tuple(split.names[i] for i in sorted(bad)), sides, offsets)
 
 
 def decoded_bytes(split, size, mode="squash"):
@@ -351,7 +351,7 @@ def _bad_images_message(split, bad):
     more = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
         f"{len(bad)} of {len(split)} images cannot be decoded: {shown}{more}. "
-        "Repair or remove them, or leave them out with --skip_bad_images"
+        "Repair or remove them, or leave them out with --skip_bad_images."
     )
 
 
@@ -359,4 +359,4 @@ def _check_every_class_is_left(split, kept):
     lost = np.setdiff1d(split.labels, split.labels[kept])
     if lost.size:
         example = split.names[int(np.flatnonzero(split.labels == lost[0])[0])]
-        raise InputError(f"{lost.size} classes have no image that can be decoded, such as the class of {example}")
+        raise InputError(f"{lost.size} classes have no image that can be decoded, such as the class of {example}.")

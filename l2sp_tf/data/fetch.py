@@ -53,21 +53,21 @@ def fetch(download, folder, *, checksums=True, say=print):
     loaded = not path.exists()
     if loaded:
         path.parent.mkdir(parents=True, exist_ok=True)
-        say(f"loading {download.url} to {path}")
+        say(f"downloading {download.url} to {path}")
         _load(download, part)
     difference = _difference(download, part if loaded else path) if checksums else None
     if difference and loaded:
         part.unlink()  # resuming it would give the same file again
-        raise InputError(f"{download.url} was loaded, but {difference}: it was removed, run it again")
+        raise InputError(f"The download of {download.url} was removed, because {difference}: run prepare.py again.")
     if difference:
-        raise InputError(f"{path} cannot be used, because {difference}: load it again from {download.url}")
+        raise InputError(f"{path} cannot be used, because {difference}: download it again from {download.url}.")
     if loaded:
         part.replace(path)
     return path
 
 
 def _difference(download, path):
-    """Says how a file's checksum differs from the published one, or returns None."""
+    """Describes how a file's checksum differs from the published one, or returns None."""
     if download.checksum is None:
         return None
     kind, _, expected = download.checksum.partition(":")
@@ -78,7 +78,7 @@ def _difference(download, path):
 
 def reach(url):
     """Raises InputError unless the host of `url` answers within seconds; a refusal is an answer."""
-    with _network_errors(url, "connect to the network and run it again"):
+    with _network_errors(url, "connect to the network, and run prepare.py again"):
         try:
             _open(urllib.request.Request(url, method="HEAD")).close()
         except urllib.error.HTTPError as error:
@@ -89,7 +89,7 @@ def _load(download, part):
     """Appends the missing rest of the file to `part`."""
     done = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(download.url, headers={"Range": f"bytes={done}-"} if done else {})
-    advice = f"run it again to resume, or put {download.name} into {part.parent} by hand"
+    advice = f"run prepare.py again to resume, or put {download.name} into {part.parent} by hand"
     with _network_errors(download.url, advice):
         try:
             response = _open(request)
@@ -105,7 +105,7 @@ def _load(download, part):
             with part.open("ab" if resumed else "wb") as file:
                 shutil.copyfileobj(response, file, 2**20)
     if expected is not None and part.stat().st_size < expected:
-        raise InputError(f"{download.url} broke off after {part.stat().st_size:,} of {expected:,} bytes: {advice}")
+        raise InputError(f"{download.url} broke off after {part.stat().st_size:,} of {expected:,} bytes: {advice}.")
 
 
 def _open(request):
@@ -118,4 +118,4 @@ def _network_errors(url, advice):
     try:
         yield
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        raise InputError(f"{url} cannot be loaded ({getattr(error, 'reason', None) or error}): {advice}") from error
+        raise InputError(f"{url} cannot be downloaded ({getattr(error, 'reason', None) or error}): {advice}.") from error

@@ -67,11 +67,11 @@ def _layout(entries, where):
         if split not in SPLITS or not rest:
             continue
         if len(rest) == 1 and not entry.endswith("/"):
-            raise InputError(f"{where}/{entry} lies in no class folder: the layout is <split>/<class>/<image>")
+            raise InputError(f"{where}/{entry} lies in no class folder: the layout is <split>/<class>/<image>.")
         files = layout[split].setdefault(rest[0], [])
         if len(rest) > 1:
             if len(rest) > 2 or entry.endswith("/") or not entry.lower().endswith(ENDINGS):
-                raise InputError(f"{where}/{entry} is not an image: class folders hold {', '.join(ENDINGS)} files only")
+                raise InputError(f"{where}/{entry} is not an image: class folders hold {', '.join(ENDINGS)} files only.")
             files.append(rest[1])
     _check_classes(layout, where)
     return layout
@@ -85,31 +85,31 @@ def _check_splits(entries, where):
     tops = sorted({entry.split("/")[0] for entry in entries if "/" in entry})
     missing = [split for split in SPLITS if split not in tops]
     if not any(entry.lower().endswith(ENDINGS) or "/" in entry for entry in entries):
-        raise InputError(f"{where} holds no images: give {ACCEPTED}")
+        raise InputError(f"{where} holds no images: give {ACCEPTED}.")
     if len(missing) == 2 and any(re.fullmatch(r"([^/]+/)?[^/]+", e) and e.lower().endswith(ENDINGS) for e in entries):
-        raise InputError(f"{where} has images without splits: put the classes into {where}/train and {where}/test")
+        raise InputError(f"{where} has images without splits: put the classes into {where}/train and {where}/test.")
     if missing:
-        found = f"found there: {_some(tops)}" if tops else "no folder is there"
-        raise InputError(f"{where} has no {' and no '.join(f'{split}/' for split in missing)}: {found}")
+        found = f"it holds {_some(tops)}" if tops else "it holds no folder"
+        raise InputError(f"{where} has no {' and no '.join(f'{split}/' for split in missing)}: {found}.")
     others = [top for top in tops if top not in SPLITS]
     if others:
-        raise InputError(f"{where} has folders other than train and test: {_some(others)}")
+        raise InputError(f"{where} has folders other than train and test: {_some(others)}.")
 
 
 def _check_classes(layout, where):
     train, test = (layout[split] for split in SPLITS)
     for split in SPLITS:
         if not any(layout[split].values()):
-            raise InputError(f"{where}/{split} holds no images")
+            raise InputError(f"{where}/{split} holds no images.")
     if train.keys() != test.keys():
         raise InputError(
-            f"the classes of {where}/train and {where}/test differ: only in train: {_some(train.keys() - test.keys())}; "
-            f"only in test: {_some(test.keys() - train.keys())}"
+            f"The classes of {where}/train and {where}/test differ: only in train: {_some(train.keys() - test.keys())}; "
+            f"only in test: {_some(test.keys() - train.keys())}."
         )
     for split in SPLITS:
         for name, files in layout[split].items():
             if not files:
-                raise InputError(f"{where}/{split}/{name} holds no images: add some, or remove the class from both splits")
+                raise InputError(f"{where}/{split}/{name} holds no images: add some, or remove the class from both splits.")
 
 
 def _some(names, limit=5):
@@ -119,7 +119,7 @@ def _some(names, limit=5):
 
 
 def _from_files(name, root, layout, shown=None, memory=None):
-    """Builds the data set of a checked layout with files under `root`; messages call the root `shown`."""
+    """Builds the data set of a checked layout with files under `root`; messages name the root `shown`."""
     shown = root if shown is None else shown
     classes = tuple(sorted(layout["train"]))
 
@@ -143,7 +143,7 @@ def _zip(name, archive, path, cache_dir):
         members = {m.filename[len(prefix) :]: m for m in file.infolist() if m.filename.startswith(prefix)}
         members.pop("", None)
         if not members:
-            raise InputError(f"{archive} has no folder {inside!r}")
+            raise InputError(f"{archive} has no folder {inside!r}.")
         layout = _layout(_with_folders(members), path)
         folder = cache_dir / _cache_name(archive, prefix)
         if not folder.is_dir():
@@ -190,7 +190,7 @@ def load_files(spec, cache_dir):
     if str(spec) in ("digits/source", "digits/target"):
         return _digits(str(spec))
     if not str(spec):
-        raise InputError(f"no data set was named: give {ACCEPTED}")
+        raise InputError(f"No data set is named: give {ACCEPTED}.")
     path = pathlib.Path(spec).expanduser()
     if path.is_dir():
         memory = None if cache_dir is None else pathlib.Path(cache_dir) / "digests.index"
@@ -199,5 +199,5 @@ def load_files(spec, cache_dir):
     if archive is None and TFDS_NAME.fullmatch(str(spec)):
         return None
     if archive is None or not (zipfile.is_zipfile(archive) or archive.suffix.lower() == ".zip"):
-        raise InputError(f"no data set {str(spec)!r}: give {ACCEPTED}")
+        raise InputError(f"There is no data set {str(spec)!r}: give {ACCEPTED}.")
     return _zip(str(spec), archive, path, default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir))

@@ -76,7 +76,7 @@ def to_three_channels(image):
     """
     channels = image.shape[-1]
     if channels not in (1, 3):
-        raise InputError(f"an image has {channels} channels: it must have 1 (grey) or 3 (RGB)")
+        raise InputError(f"An image has {channels} channels: give one of 1 (grey) or 3 (RGB).")
     return tf.repeat(image, 3, axis=-1) if channels == 1 else tf.convert_to_tensor(image)
 
 
@@ -321,8 +321,8 @@ def _sides_at_least(image, size):
     height, width = image.shape[-3:-1]
     if height is None or width is None:
         sides = tf.shape(image)[-3:-1]
-        with tf.control_dependencies([tf.debugging.assert_greater_equal(sides, size, "a crop exceeds its image")]):
+        with tf.control_dependencies([tf.debugging.assert_greater_equal(sides, size, "A crop is larger than its image.")]):
             height, width = tf.unstack(tf.identity(sides))
     elif size > height or size > width:
-        raise InputError(f"a crop of {size}x{size} does not fit in an image of {height}x{width}")
+        raise InputError(f"A crop of {size}x{size} does not fit in an image of {height}x{width}.")
     return height, width

@@ -51,7 +51,7 @@ class Preprocessing:
         self._set("blur_kernel", kernel)
         self._set("blur_sigma", sigma)
         if not isinstance(self.pixels, PixelFormat):
-            raise InputError(f"pixels is {self.pixels!r}: it must be a PixelFormat")
+            raise InputError(f"pixels is {self.pixels!r}: give a PixelFormat.")
 
     def _set(self, name, value):
         object.__setattr__(self, name, value)
@@ -139,11 +139,11 @@ def channel_mean(images):
     return (total / images.sides.prod(axis=1).sum()).astype(np.float32)
 
 
-def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, iterations, part=(0, 1)):
+def training_batches(images, preprocessing, mean, *, batch_size, seed, first_step=0, iterations, part=(0, 1)):
     """Streams randomly blurred, mirrored and cropped images; a batch may span two epochs.
 
     The permutation of an epoch is a function of (seed, epoch), and the random numbers of an image are a function of
-    (seed, epoch, index). So the stream from `start` on equals the rest of the stream from 0, to the bit.
+    (seed, epoch, index). So the stream from `first_step` on equals the rest of the stream from 0, to the bit.
 
     Args:
         images: Images, resized as `preprocessing` says.
@@ -151,13 +151,13 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
         mean: float32 [3] in RGB order, subtracted from the pixels (0 to 255).
         batch_size: images per batch; it may exceed the number of images.
         seed: a non-negative integer.
-        start: the first batch.
-        iterations: the batch to stop before.
+        first_step: the number of the first batch, from 0.
+        iterations: the number of the batch to stop before.
         part: (i, n) for the i-th of n equal parts of each batch; the n parts in order make the batch, up to rounding in
             the blur.
 
     Returns:
-        A tf.data.Dataset of iterations - start pairs: float32 [b, crop, crop, 3] and int32 [b], where b is
+        A tf.data.Dataset of iterations - first_step pairs: float32 [b, crop, crop, 3] and int32 [b], where b is
         batch_size / n.
 
     Raises:
@@ -165,17 +165,17 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, start=0, 
     """
     _check_stream(images, preprocessing, batch_size)
     if not 0 <= seed < 2**60:
-        raise InputError(f"seed is {seed}: it must lie between 0 and 2^60")
-    if not 0 <= start <= iterations:
-        raise InputError(f"start is {start} and iterations is {iterations}: give a start from 0 to {iterations}")
+        raise InputError(f"seed is {seed}: give a number from 0 to below 2^60.")
+    if not 0 <= first_step <= iterations:
+        raise InputError(f"first_step is {first_step}, but there are {iterations} iterations: give one from 0 to {iterations}.")
     index, parts = part
     if not 0 <= index < parts or batch_size % parts:
-        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor")
+        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor.")
     size = batch_size // parts
     rows = slice(index * size, (index + 1) * size)
     spec = tf.TensorSpec([size], tf.int64)
     places = tf.data.Dataset.from_generator(
-        lambda: ((e[rows], i[rows]) for e, i in _training_order(len(images), batch_size, seed, start, iterations)),
+        lambda: ((e[rows], i[rows]) for e, i in _training_order(len(images), batch_size, seed, first_step, iterations)),
         output_signature=(spec, spec),
     )
     read, labels = images.reader, tf.constant(images.labels)
@@ -210,7 +210,7 @@ def test_batches(images, preprocessing, mean, *, batch_size, order=None, crops=1
     """
     _check_stream(images, preprocessing, batch_size)
     if crops not in (1, 10):
-        raise InputError(f"crops is {crops!r}: it must be 1 or 10")
+        raise InputError(f"crops is {crops!r}: give 1 or 10.")
     read, labels = images.reader, tf.constant(images.labels)
     mean, size = tf.constant(mean, tf.float32), preprocessing.crop
 
@@ -233,23 +233,23 @@ test_batches.__test__ = False  # type: ignore[attr-defined]  # pytest must not t
 def _check_stream(images, preprocessing, batch_size):
     fields.whole("batch_size", batch_size)
     if not len(images):
-        raise InputError("there are no images to stream")
+        raise InputError("There are no images to stream.")
     shorter = images.sides.min(axis=1)
     wrong = shorter[shorter != preprocessing.resize]
     if wrong.size:
-        raise InputError(f"the images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}")
+        raise InputError(f"The images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}.")
     if preprocessing.resize_mode == "squash" and not (images.sides == preprocessing.resize).all():
-        raise InputError('the images kept their aspect, but resize_mode is squash: decode them with mode="squash"')
+        raise InputError('The images kept their aspect, but resize_mode is squash: decode them with mode="squash".')
 
 
-def _training_order(count, batch_size, seed, start, iterations):
+def _training_order(count, batch_size, seed, first_step, iterations):
     """Yields the epoch and the index of each image of each batch: two int64 [batch_size]."""
 
     @functools.lru_cache(maxsize=2)
     def permutation(epoch):
         return np.random.default_rng([seed, epoch]).permutation(count)
 
-    for batch in range(start, iterations):
+    for batch in range(first_step, iterations):
         epochs, places = np.divmod(np.arange(batch * batch_size, (batch + 1) * batch_size), count)
         indices = np.empty(batch_size, np.int64)
         for epoch in np.unique(epochs):

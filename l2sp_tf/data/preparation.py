@@ -42,7 +42,7 @@ def prepare_tfds(name, *, data_dir=None, manual_dir=None, checksums=True, say=pr
     if found is None:
         top, folder = name.partition("/")[0], data_folder(data_dir)
         if top not in known_names():
-            raise InputError(f"no data set {name!r} can be prepared: give {ACCEPTED.partition(', or ')[2]}")
+            raise InputError(f"There is no data set {name!r} to prepare: give {ACCEPTED.partition(', or ')[2]}.")
         manual = folder / "downloads" / "manual" / top if manual_dir is None else pathlib.Path(manual_dir).expanduser()
         with _alone(folder, top):
             _remove_litter(folder, top)
@@ -67,7 +67,8 @@ def _prepare(name, folder, manual, checksums, say):
         raise
     except Exception as error:  # TFDS builders raise errors of any kind
         _remove_litter(folder, builder.name)
-        raise InputError(f"{name} cannot be prepared ({' '.join(str(error).split())}): fix that, and run it again") from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name} cannot be prepared ({reason}): fix that, and run prepare.py again.") from error
     return find_prepared(name, folder)
 
 
@@ -85,7 +86,8 @@ def _check_manual_files(builder, manual):
     missing = [file for file in MANUAL_FILES.get(builder.name, ()) if not (manual / file).exists()]
     if missing or not manual.is_dir() or not any(manual.iterdir()):
         what = " and ".join(missing) or "what it needs"
-        raise InputError(f"{builder.name} is downloaded by hand: put {what} into {manual}, and run it again ({instructions})")
+        again = f"put {what} into {manual}, and run prepare.py again ({instructions})"
+        raise InputError(f"You have to download {builder.name} by hand: {again}.")
 
 
 def _remove_litter(folder, name):
@@ -103,7 +105,7 @@ def _alone(folder, name):
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise InputError(f"{name} is being prepared in {folder} by another process: wait for it") from error
+        raise InputError(f"{name} is being prepared in {folder} by another process: wait for it.") from error
     try:
         yield
     finally:

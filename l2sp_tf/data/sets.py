@@ -46,10 +46,10 @@ class Split:
     def __post_init__(self):
         given = [images for images in (self.pixels, self.files, self.records) if images is not None]
         if len(given) != 1:
-            raise InputError("a split has either pixels or files or records")
+            raise InputError("A split has either pixels or files or records.")
         images = given[0]
         if not len(self.names) == len(self.labels) == len(images):
-            raise InputError(f"a split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images")
+            raise InputError(f"A split has {len(self.names)} names, {len(self.labels)} labels and {len(images)} images.")
 
     def __len__(self):
         return len(self.names)
@@ -100,7 +100,7 @@ class Dataset:
         """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, in any place.
 
         Images on disk count by their bytes and their places <class>/<file>. They are read on first use, unless
-        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, taken
+        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, computed
         when the set was first loaded.
         """
         sha = hashlib.sha256(repr(self.classes).encode())
@@ -143,14 +143,14 @@ class Dataset:
     def draw(self, per_class, seed=None):
         """Returns the sorted positions in the training split that `subset` takes: int64 [classes * per_class]."""
         if per_class < 1:
-            raise InputError(f"per_class is {per_class}: it must be at least 1")
+            raise InputError(f"per_class is {per_class}: give at least 1.")
         chosen = []
         for label, name in enumerate(self.classes):
             positions = np.flatnonzero(self.train.labels == label)
             if len(positions) < per_class:
                 raise InputError(
                     f"per_class is {per_class}, but class {name!r} of {self.name} has {len(positions)} training images: "
-                    "give fewer"
+                    "give fewer."
                 )
             if seed is not None:
                 positions = np.random.default_rng([seed, *name.encode()]).permutation(positions)
@@ -164,5 +164,5 @@ def default_cache_dir():
     folder = pathlib.Path(tempfile.gettempdir()) / f"l2sp_tf-cache-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if user is not None and folder.stat().st_uid != user:
-        raise InputError(f"{folder} belongs to another user: give a cache folder of your own")
+        raise InputError(f"{folder} belongs to another user: give a cache folder of your own.")
     return folder

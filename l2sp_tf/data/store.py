@@ -14,7 +14,7 @@ from l2sp_tf.data.entries import EntryFile
 
 DECODER = 1  # raise it if decoding or resizing gives other pixels
 # for each image: its offset in pixels, its height and width, and the CRC of its pixels
-FIELDS = [("start", "<i8"), ("sides", "<i4", 2), ("pixels", "<u4")]
+FIELDS = [("offset", "<i8"), ("sides", "<i4", 2), ("pixels", "<u4")]
 
 
 class PixelStore:
@@ -48,12 +48,12 @@ class PixelStore:
         """Returns the keys whose images are absent or damaged, each once."""
         entries, places = self._index.read()
         pixels, keys = self._map(), list(dict.fromkeys(keys))
-        starts = {key: int(entries[places[key]]["start"]) for key in keys if key in places}
-        unseen = [entries[places[key]] for key, start in starts.items() if start not in self._whole]
+        offsets = {key: int(entries[places[key]]["offset"]) for key in keys if key in places}
+        unseen = [entries[places[key]] for key, offset in offsets.items() if offset not in self._whole]
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # checksums release Python's lock
             whole = pool.map(lambda entry: _is_whole(pixels, entry), unseen)
-            self._whole.update(int(entry["start"]) for entry, good in zip(unseen, whole, strict=True) if good)
-        return [key for key in keys if starts.get(key) not in self._whole]
+            self._whole.update(int(entry["offset"]) for entry, good in zip(unseen, whole, strict=True) if good)
+        return [key for key in keys if offsets.get(key) not in self._whole]
 
     @contextlib.contextmanager
     def writing(self):
@@ -73,11 +73,11 @@ class PixelStore:
         with self._path.open("ab") as file:
             file.write(bytes(-file.tell() % 3))  # an interrupted process may have left part of a pixel
             for entry, key, image in zip(entries, keys, images, strict=True):
-                entry["key"], entry["start"], entry["sides"] = np.void(key), file.tell() // 3, image.shape[:2]
+                entry["key"], entry["offset"], entry["sides"] = np.void(key), file.tell() // 3, image.shape[:2]
                 entry["pixels"] = zlib.crc32(image.tobytes())
                 file.write(image.tobytes())
         self._index.append(entries)
-        self._whole.update(entries["start"].tolist())
+        self._whole.update(entries["offset"].tolist())
 
     def read(self, keys):
         """Returns all pixels here, and the offset and the sides of each key's image.
@@ -87,17 +87,17 @@ class PixelStore:
         """
         entries, places = self._index.read()
         found = entries[[places[key] for key in keys]]
-        return self._map(), found["start"].astype(np.int64), found["sides"].astype(np.int64)
+        return self._map(), found["offset"].astype(np.int64), found["sides"].astype(np.int64)
 
     def _map(self):
         length = self._path.stat().st_size // 3 if self._path.exists() else 0
         if not length:
             return np.empty((0, 3), np.uint8)
-        # copy-on-write, because tensors share only writable memory; nobody writes to it
+        # copy-on-write, because tensors share only writable memory; it is never written
         return np.memmap(self._path, np.uint8, mode="c", shape=(length, 3))
 
 
 def _is_whole(pixels, entry):
     """Whether an entry's pixels are here and have its checksum."""
-    first, last = int(entry["start"]), int(entry["start"]) + int(entry["sides"].prod(dtype=np.int64))
+    first, last = int(entry["offset"]), int(entry["offset"]) + int(entry["sides"].prod(dtype=np.int64))
     return last <= len(pixels) and zlib.crc32(pixels[first:last]) == entry["pixels"]

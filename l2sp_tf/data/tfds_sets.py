@@ -70,7 +70,7 @@ def load_tfds(name, data_dir=None, cache_dir=None):
         if split not in splits or not splits[split].num_examples:
             raise InputError(
                 f"{name} has only the splits {', '.join(splits) or 'none'}, but train and test (or validation) are needed: write "
-                "its images to a folder <split>/<class>/<image>, and give that"
+                "its images to a folder <split>/<class>/<image>, and give that."
             )
     image, label = _keys(builder)
     train, test = (_split(builder, split, image, label, cache_dir) for split in ("train", test))
@@ -88,7 +88,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     if len(given) != 1 or not min(given).isdecimal():
         raise InputError(
             f"{name} with per_class={per_class} names no split: give caltech256/30 or caltech256/60 as in Table 1, or caltech256 "
-            "and --per_class=30"
+            "and --per_class=30."
         )
     per_class = int(min(given))
     builder = _prepared("caltech256", data_dir)
@@ -96,7 +96,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     whole = Dataset(f"caltech256-{per_class}", tuple(builder.info.features["label"].names), all_images, all_images)
     if protocol == "authors":
         if per_class > AUTHORS_TRAIN:
-            raise InputError(f"per_class is {per_class}: the authors' lists have at most {AUTHORS_TRAIN} images per class")
+            raise InputError(f"per_class is {per_class}: the authors' lists have at most {AUTHORS_TRAIN} images per class.")
         pool, listed = whole.draw(AUTHORS_TRAIN), whole.draw(AUTHORS_TRAIN + AUTHORS_TEST)
         whole = dataclasses.replace(whole, train=all_images.take(pool), test=all_images.take(np.setdiff1d(listed, pool)))
         return whole.subset(per_class, seed)
@@ -104,7 +104,7 @@ def load_caltech256(name, per_class, seed, protocol, data_dir=None, cache_dir=No
     test = all_images.take(np.setdiff1d(np.arange(len(all_images)), chosen))
     lost = np.setdiff1d(all_images.labels, test.labels)
     if lost.size:
-        raise InputError(f"per_class is {per_class}: that leaves no test image of {whole.classes[lost[0]]}, give fewer")
+        raise InputError(f"per_class is {per_class}: that leaves no test image of {whole.classes[lost[0]]}; give fewer.")
     return dataclasses.replace(whole, train=all_images.take(chosen), test=test)
 
 
@@ -160,9 +160,10 @@ def _prepared(name, data_dir):
     if builder is not None:
         return builder
     if name.partition("/")[0] not in known_names():
-        raise InputError(f"no data set {name!r}: give {ACCEPTED}")
+        raise InputError(f"There is no data set {name!r}: give {ACCEPTED}.")
     folder = data_folder(data_dir)
-    raise InputError(f"{name} is not prepared in {folder}: run python prepare.py --data_dir={shlex.quote(str(folder))} {name}")
+    command = f"python prepare.py --data_dir={shlex.quote(str(folder))} {name}"
+    raise InputError(f"{name} is not prepared in {folder}: run {command} first.")
 
 
 def _keys(builder):
@@ -175,7 +176,7 @@ def _keys(builder):
     if len(images) != 1 or len(labels) != 1:
         raise InputError(
             f"{builder.name} has no image with a class as its label (its features: {', '.join(sorted(features))}): give the "
-            "name of an image classification set"
+            "name of an image classification set."
         )
     return images[0], labels[0]
 
@@ -185,7 +186,7 @@ def _split(builder, split, image, label, cache_dir):
     index = _index(builder, split, shards, image, label, cache_dir)
     labels = index.pop("labels").astype(np.int32)
     if len(labels) and labels.min() < 0:
-        raise InputError(f"the {split} images of {builder.name} have no labels: give another data set")
+        raise InputError(f"The {split} images of {builder.name} have no labels: give another data set.")
     if len(labels) and labels.max() >= builder.info.features[label].num_classes:
         raise _damaged(builder, f"a label is {labels.max()}, beyond its classes")
     if len(labels) != builder.info.splits[split].num_examples:
@@ -197,7 +198,7 @@ def _split(builder, split, image, label, cache_dir):
 def _index(builder, split, shards, image, label, cache_dir):
     """Returns offset, length, label and image hash of each record in a split, read once and then kept in a file."""
     if builder.info.file_format != tfds.core.FileFormat.TFRECORD:
-        raise InputError(f"{builder.name} is prepared as {builder.info.file_format.value} files: prepare it again as tfrecord")
+        raise InputError(f"{builder.name} is prepared as {builder.info.file_format.value} files: prepare it again as tfrecord.")
     try:
         identity = repr([(path, (s := pathlib.Path(path).stat()).st_size, s.st_mtime_ns) for path in shards])
     except FileNotFoundError as error:
@@ -249,4 +250,4 @@ def _places(builder, shard):
 
 def _damaged(builder, what):
     folder = builder.data_path
-    return InputError(f"{builder.name} is prepared in {folder}, but {what}: remove that folder, and run prepare.py again")
+    return InputError(f"{builder.name} is prepared in {folder}, but {what}: remove that folder, and run prepare.py again.")

@@ -1,4 +1,4 @@
-"""How much of the pre-trained features survives: R² between activations before and after fine-tuning (Fig. 4)."""
+"""Measures how much of the pre-trained features survives: R² between activations before and after fine-tuning (Fig. 4)."""
 
 import keras
 import numpy as np

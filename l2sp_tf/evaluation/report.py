@@ -1,4 +1,4 @@
-"""What a fine-tuned model kept of its pre-training: distances and R² by layer, and the accuracy on the source task."""
+"""Reports what a fine-tuned model kept of its pre-training: distances and R² by layer, and accuracy on the source task."""
 
 import collections
 import dataclasses
@@ -31,7 +31,7 @@ R2_BATCH = 16  # the outputs of all compared layers are in memory at once
 
 @dataclasses.dataclass(frozen=True)
 class LayerDistance:
-    """How far one layer moved. Counts its kernel, biases, gamma and beta, but not the statistics of batch norm.
+    """The distance that one layer moved. Counts its kernel, biases, gamma and beta, but not the statistics of batch norm.
 
     Attributes:
         layer: the key of the layer.
@@ -173,7 +173,7 @@ def distances(model, anchors):
         (a list of `LayerDistance`, a list of keys).
 
     Raises:
-        InputError: the model shares no weights with the anchors, or it is not clear which of them.
+        InputError: the model shares no weights with the anchors, or the match is unclear.
     """
     weights = keyed_weights(model)
     pairs = _matched(weights, anchors)
@@ -195,7 +195,7 @@ def distances(model, anchors):
 
 
 def _matched(weights, anchors):
-    """Returns the key of the anchor of each weight that has one, or raises InputError where it is not clear which."""
+    """Returns the key of the anchor of each weight that has one, or raises InputError if the match is unclear."""
     found = match(weights, anchors)
     found.refuse()
     return found.pairs
@@ -206,10 +206,10 @@ def pretrained_of(model, anchors):
 
     Args:
         model: a functional or Sequential model. At most its last layer, a Dense one, is new.
-        anchors: the `Anchors`. At most a Dense layer, or a 1x1 convolution of features that are no image, is left over.
+        anchors: the `Anchors`. At most a Dense layer, or a 1x1 convolution of features without image axes, is left over.
 
     Raises:
-        InputError: more than that is new in the model or left over in the anchors, or it is not clear what.
+        InputError: more than that is new in the model or left over in the anchors, or the difference is unclear.
     """
     copy = detached_copy(model)
     weights = keyed_weights(copy)

@@ -8,7 +8,7 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.units import unit_count
 
-SMALL = 75  # pixels; no backbone asks for larger images
+SMALL = 75  # pixels; no backbone needs larger images
 
 
 def check_plans(plans):
@@ -112,5 +112,5 @@ def check_classes(count, source):
     if count != len(source.classes):
         raise InputError(
             f"The pre-trained model has {count} classes, but {source.name} has {len(source.classes)}: "
-            "give the source data it was trained on, or no --source."
+            "give the source data it was trained on, or leave --source out."
         )

@@ -153,7 +153,7 @@ def _frozen(values):
     if "all" not in given:
         return _numbers(values, "frozen", int) or (0,)
     if given != ["all"]:
-        raise InputError(f"--frozen={','.join(given)} is not understood: give all alone, or numbers with commas between.")
+        raise InputError(f"--frozen={','.join(given)} is not understood: give all alone, or numbers with commas between them.")
     return None
 
 
@@ -207,14 +207,14 @@ def _numbers(values, name, kind):
         return tuple(kind(value) for value in given if value != "")
     except ValueError:
         kinds = "whole numbers" if kind is int else "numbers"
-        raise InputError(f"--{name}={','.join(map(str, given))} is no list of {kinds}: give them with commas between.") from None
+        raise InputError(f"--{name}={','.join(map(str, given))} is not a list of {kinds}: put commas between them.") from None
 
 
 def _whole_paths(name, given):
     """Rejoins a path that was split at its commas.
 
     Raises:
-        InputError: the joined path exists, but one of its parts exists too, or other values stand beside it.
+        InputError: the joined path exists, but one of its parts exists too, or there are other values too.
     """
     paths = list(given)
     for first in range(len(paths)):
@@ -244,9 +244,9 @@ def unused(values, given, plans):
     """
     reasons = {}
     if all(plan.setup.is_whole_model for plan in plans):
-        reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file is a whole model, and that is what is fine-tuned")
+        reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file brings its own network")
     elif plans[0].setup.backbone != "small":
-        reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it is of the backbone small, not of {plans[0].setup.backbone}")
+        reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it belongs to the backbone small, not to {plans[0].setup.backbone}")
     if not any(plan.sweep.needs_fisher for plan in plans):
         names = [f"fisher_{field.name}" for field in dataclasses.fields(FisherPlan)]
         reasons |= dict.fromkeys(names, "no penalty needs a Fisher diagonal")
@@ -260,9 +260,9 @@ def unused(values, given, plans):
     if plans[0].setup.fisher.mode == "exact":
         reasons.setdefault("fisher_samples", "the mode exact draws nothing")
     if all(plan.sweep.penalties and set(plan.sweep.penalties) <= set(plan.sweep.strengths) for plan in plans):
-        reasons["alpha"] = "every penalty has strengths of its own"
+        reasons["alpha"] = "every penalty has its own strengths"
     if all(_counted(target)[1] is not None for target in values.get("target") or []) and values.get("target"):
-        reasons["per_class"] = "every target says its number behind @"
+        reasons["per_class"] = "every target has its own number after @"
     if all(plan.setup.per_class is None for plan in plans):
         reasons["subset_seed"] = "all training images are taken"
     if values.get("engine") == "local":
@@ -277,7 +277,7 @@ def _fixed(values):
         return {}
     fixed = {}
     if not all(":" in text for text in values.get("penalty") or []):
-        fixed["penalty"] = f"the experiment {experiment} has its own; give strengths for them, as in --penalty=l2:1e-4"
+        fixed["penalty"] = f"the experiment {experiment} has its own penalties; give strengths for those, as in --penalty=l2:1e-4"
     if experiment not in ("figure_3", "all"):
         fixed["frozen"] = f"the experiment {experiment} freezes nothing"
     if experiment == "figure_1":
@@ -335,12 +335,12 @@ def text_of(plan, setting):
     lines = [f"# Repeats {setting}: python train.py --config=FILE"]
     if setting.fold is not None:
         lines = [f"# Repeats the {plan.sweep.folds} folds of {setting}: python train.py --config=FILE"]
-    if differing := _unsaid(plan, setting, values):
-        lines.append(f"# It was started from Python, and no flag says its {', '.join(differing)}: those are not repeated.")
+    if differing := _without_flags(plan, setting, values):
+        lines.append(f"# It was started from Python. This file leaves out what no flag can set: {', '.join(differing)}.")
     return "\n".join([*lines, *(f"{name} = {_toml(value)}" for name, value in values.items())]) + "\n"
 
 
-def _unsaid(plan, setting, values):
+def _without_flags(plan, setting, values):
     """Lists the fields of a plan that its flags cannot restore."""
     (again,) = plans_of(values)
     made = {"penalties": (setting.symbol,), "strengths": {setting.symbol: (setting.alpha,)}, "alphas": ()}

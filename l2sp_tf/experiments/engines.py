@@ -43,7 +43,7 @@ def _ray():
 
 def _run_on_ray(ray, function, jobs, cpus, gpus, say):
     if not any(node["Resources"].get("CPU", 0) >= cpus and node["Resources"].get("GPU", 0) >= gpus for node in _nodes(ray)):
-        raise InputError(f"No machine of the Ray cluster has {cpus} CPUs and {gpus} GPUs: ask for less a run.")
+        raise InputError(f"No machine of the Ray cluster has {cpus} CPUs and {gpus} GPUs: ask for less per run.")
     # a worker reuses its prepared start for the next job; Ray retries a job only if its worker died
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES, retry_exceptions=False)(lambda job: function(job))
     remote = remote.options(name="l2sp_tf")

@@ -46,7 +46,7 @@ def interface_at(path, model, **given):
     if known is None:
         return _made_of(path, crop, given)
     if known.crop != crop:
-        raise InputError(f"{path} says that it sees crops of {known.crop} pixels, but it takes {crop}: use another copy.")
+        raise InputError(f"{path} names crops of {known.crop} pixels, but its network takes {crop}: use another copy.")
     for name, value in given.items():
         found = getattr(known, name, None)
         agrees = value == found
@@ -81,13 +81,13 @@ def _of_record(path):
     recipe, pixels = settings.get("recipe"), settings.get("pixels")
     if not isinstance(recipe, dict) or not isinstance(pixels, dict):
         return None
-    what = f"{path} does not tell how images are made"
+    what = f"{path} does not say how images are made"
     try:
         images = {name: recipe[name] for name in ("resize", "crop")}
         images |= {name: recipe.get(name, usual) for name, usual in {**USUAL, "crops": 1, "mean": "training"}.items()}
         return Interface(PixelFormat(**pixels), **images, classes=record.get("classes"))
     except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{what} ({str(error)[:300]}): remove it and run its run again.") from error
+        raise InputError(f"{what} ({str(error)[:300]}): remove it and repeat the run.") from error
 
 
 def _made_of(path, crop, given):
@@ -102,7 +102,7 @@ def _made_of(path, crop, given):
     assumed = {name: value for name, value in images.items() if name not in given}
     if assumed:
         listed = ", ".join(f"--{name}={value}" for name, value in assumed.items())
-        warnings.warn(f"{path} does not say how its images were made: {listed} is assumed.", stacklevel=3)
+        warnings.warn(f"{path} does not say how its images were made: assuming {listed}.", stacklevel=3)
     images |= {name: given[name] for name in images if name in given}
     return Interface(pixels, **images, crop=crop)
 

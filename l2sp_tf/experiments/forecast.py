@@ -217,7 +217,8 @@ class Recorded:
         return any(self._is_of(record, _with_strengths(setting, record["settings"])) for record in chosen)
 
     def _is_of(self, record, setting):
-        return self._told(record["settings"]) == self._known(setting) and (not setting.needs_fisher or self._has_fisher(record))
+        is_equal = self._comparable(record["settings"]) == self._known(setting)
+        return is_equal and (not setting.needs_fisher or self._has_fisher(record))
 
     @functools.cache  # noqa: B019  lives only while the plan is announced
     def _known(self, setting):
@@ -228,9 +229,9 @@ class Recorded:
         anchors = types.SimpleNamespace(digest=made.anchors_digest)
         network = {"origin": made.origin, "backbone": made.backbone, "anchors": anchors}
         start = types.SimpleNamespace(**{"source": None, **tasks}, **network, mean_of=None)
-        return self._told(plain(self._settings_of(self._plan, start, setting, start.target, None)))
+        return self._comparable(plain(self._settings_of(self._plan, start, setting, start.target, None)))
 
-    def _told(self, settings):
+    def _comparable(self, settings):
         """Returns the part of a run's identity that is known before its data are decoded."""
         found = records.identity_of_run(settings)
         return {name: value for name, value in found.items() if name.partition(".")[0] not in self.UNKNOWN}
@@ -255,26 +256,26 @@ class FirstSteps(keras.callbacks.Callback):
     """Times the first steps of the first training, and reports the seconds per step once.
 
     Args:
-        tell: called with the seconds per step.
+        report: called with the seconds per step.
     """
 
     may_stop = False
 
-    def __init__(self, tell):
+    def __init__(self, report):
         super().__init__()
-        self._tell, self._times = tell, []
+        self._report, self._times = report, []
 
     def on_train_begin(self, logs=None):
         self._times = []
 
     def on_train_batch_end(self, batch, logs=None):
-        if self._tell is None:
+        if self._report is None:
             return
         self._times.append(time.perf_counter())
         steps = self._times[FIRST_STEPS - 1 :]
         if len(self._times) >= TIMED_STEPS or (len(steps) > 2 and steps[-1] - steps[0] > ENOUGH_SECONDS):
-            tell, self._tell = self._tell, None
-            tell(statistics.median(b - a for a, b in zip(steps, steps[1:], strict=False)))
+            report, self._report = self._report, None
+            report(statistics.median(b - a for a, b in zip(steps, steps[1:], strict=False)))
 
 
 def seconds_per_step(made, left):

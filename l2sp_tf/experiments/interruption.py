@@ -43,5 +43,5 @@ def _touched(folder):
 def _state(folder, lengths):
     step = Checkpoints(folder / "checkpoints").newest
     of = f" of {next(iter(lengths))}" if len(lengths) == 1 else ""
-    where = f"saved after step {step}{of}" if step else "not saved yet, and begins anew"
+    where = f"saved after step {step}{of}" if step else "not saved yet, and will start over"
     return f"under way: {folder.parent.name}/{folder.name}, {where}"

@@ -168,7 +168,7 @@ class Setup:
             for value in getattr(self, name):
                 fields.whole(name, value)
         if len(self.widths) != len(self.depths):
-            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each a stage.")
+            raise InputError(f"There are {len(self.widths)} widths and {len(self.depths)} depths: give one of each per stage.")
         fields.choice("protocol", self.protocol, PROTOCOLS)
         if self.weights == "none" and self.source is None:
             raise InputError("weights=none trains a source model from scratch: give its data with --source.")
@@ -248,7 +248,7 @@ class Sweep:
             raise InputError(f"seeds has {max(self.seeds)}: give numbers below {MOST_SEEDS}, as NumPy takes no larger ones.")
         twice = next((seed for seed in self.seeds if self.seeds.count(seed) > 1), None)
         if twice is not None:
-            raise InputError(f"seeds has {twice} twice, which is one run and not two: give each seed once.")
+            raise InputError(f"seeds has {twice} twice, which makes one run, not two: give each seed once.")
         if self.frozen == ():
             raise InputError("frozen is empty: give 0 for nothing frozen.")
         self._check_penalties()
@@ -263,7 +263,7 @@ class Sweep:
                 raise InputError(f"The penalty {symbol!r} is unknown: give one of {', '.join(PENALTIES)}.{did_you_mean}")
         for symbol in self.strengths:
             if symbol not in self.penalties:
-                raise InputError(f"{symbol} has strengths of its own, but is none of the penalties {', '.join(self.penalties)}.")
+                raise InputError(f"{symbol} has strengths, but is not among the penalties {', '.join(self.penalties)}: add it.")
         strengths = {symbol: fields.each_number(f"alpha of {symbol}", values) for symbol, values in self.strengths.items()}
         object.__setattr__(self, "strengths", strengths)
 

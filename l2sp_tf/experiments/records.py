@@ -73,7 +73,7 @@ def read_record(path):
     Raises:
         InputError: it is not JSON or has another format, or a field is missing or has the wrong type.
     """
-    record = read_json(path, f"{path} is no record")
+    record = read_json(path, f"{path} is not a record")
     check_record(record, path)
     return record
 
@@ -122,7 +122,7 @@ def check_record(record, path):
         InputError: names the first wrong field.
     """
     if not isinstance(record, dict) or record.get("format") not in (FORMAT, FIRST_FORMAT, SELECTION):
-        raise InputError(f"{path} is no record of the format {FORMAT}: remove it and run its run again.")
+        raise InputError(f"{path} is not a record of the format {FORMAT}: remove it and repeat the run.")
     if record["format"] == SELECTION:
         _check_selection(record, path)
         return
@@ -133,7 +133,7 @@ def check_record(record, path):
     settings, results = record["settings"], record.get("results")
     if not is_symbol(settings["penalty"]):
         raise InputError(
-            f"{path} has settings.penalty = {settings['penalty'][:100]!r}, which is no symbol: remove it and run its run again."
+            f"{path} has settings.penalty = {settings['penalty'][:100]!r}, which is not a symbol: remove it and repeat the run."
         )
     known = {"frozen": int, "anchors": str}  # older records of the first format lack them
     _check_fields(record, "settings", {name: kind for name, kind in known.items() if name in settings}, path)
@@ -145,7 +145,7 @@ def check_record(record, path):
         _check_fields(record, "fisher", {}, path)
         steps = record["fisher"].get("transforms", [])
         if not isinstance(steps, list) or not all(isinstance(step, dict) and {"name", "value"} <= set(step) for step in steps):
-            raise InputError(f"{path} has fisher.transforms that are no steps: remove it and run its run again.")
+            raise InputError(f"{path} has fisher.transforms that are not steps: remove it and repeat the run.")
     if "machine" in record:
         _check_fields(record, "machine", {}, path)
     _check_fields(record, "results", {"diverged": str} if diverged(record) else ACCURACY, path)
@@ -155,9 +155,9 @@ def check_record(record, path):
     r2, right = results.get("r2", {}), results.get("right", "")
     boxes = list(r2.values()) if isinstance(r2, dict) else [r2]
     if not all(isinstance(box, dict) and all(box.get(n) is None or _is(box[n], float) for n in BOX) for box in boxes):
-        raise InputError(f"{path} has results.r2 that are no boxes: remove it and run its run again.")
+        raise InputError(f"{path} has results.r2 that are not boxes: remove it and repeat the run.")
     if not isinstance(right, str) or not re.fullmatch(r"([0-9a-f]{2})*", right):
-        raise InputError(f"{path} has results.right that are no bytes: remove it and run its run again.")
+        raise InputError(f"{path} has results.right that are not bytes: remove it and repeat the run.")
 
 
 def diverged(record):
@@ -176,7 +176,7 @@ def _check_selection(record, path):
         _check_fields({f"candidates[{number}]": found}, f"candidates[{number}]", candidate, path)
         scores = found.get("accuracies")
         if not isinstance(scores, list) or not all(score is None or _is(score, float) for score in scores):
-            raise InputError(f"{path} has candidates[{number}].accuracies that are no numbers: remove it and run it again.")
+            raise InputError(f"{path} has candidates[{number}].accuracies that are not numbers: remove it and run it again.")
     if record.get("chosen") is not None:
         _check_fields(record, "chosen", candidate, path)
 
@@ -185,11 +185,11 @@ def _check_fields(parent, section, fields, path):
     """Raises InputError unless `parent[section]` is a dict whose fields have these types."""
     found = parent.get(section) if isinstance(parent, dict) else None
     if not isinstance(found, dict):
-        raise InputError(f"{path} has no section {section!r}: remove it and run its run again.")
+        raise InputError(f"{path} has no section {section!r}: remove it and repeat the run.")
     for field, kind in fields.items():
         if not _is(found.get(field), kind):
             value = repr(found.get(field))[:100]
-            raise InputError(f"{path} has {section}.{field} = {value}, not a {kind.__name__}: remove it and run its run again.")
+            raise InputError(f"{path} has {section}.{field} = {value}, not a {kind.__name__}: remove it and repeat the run.")
 
 
 def _is(value, kind):

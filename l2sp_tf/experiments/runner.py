@@ -59,8 +59,8 @@ def run_plans(plans, *, engine="local", cpus=1, gpus=0, estimate=False, dry_run=
         say(forecast.measured_time())
     if dry_run:
         return []
-    tell = lambda seconds: say(forecast.time([seconds] * len(forecast.works)))  # noqa: E731
-    clock = () if estimate or engine != "local" else (FirstSteps(tell),)
+    report = lambda seconds: say(forecast.time([seconds] * len(forecast.works)))  # noqa: E731
+    clock = () if estimate or engine != "local" else (FirstSteps(report),)
     try:
         return _run_all(plans, made, clock, verbose, {"engine": engine, "cpus": cpus, "gpus": gpus, "say": say})
     finally:

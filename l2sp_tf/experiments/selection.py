@@ -312,7 +312,7 @@ def write_selection(workdir, record):
     except InputError:  # damaged: overwrite it
         before = {}
     if len(record["candidates"]) == 1 < len(before.get("candidates", ())):
-        warnings.warn(f"One setting is no choice, so the selection among several in {path} stays.", stacklevel=2)
+        warnings.warn(f"A single setting is not a choice, so the selection among several in {path} stays.", stacklevel=2)
         return path
     if any(before.get(name) != plain(record[name]) for name in ("question", "folds", "candidates", "chosen", "edges")):
         records.write_record(path, record)
@@ -324,7 +324,7 @@ def check_folds(folds, data):
     fields.whole("folds", folds)
     smallest = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
     if smallest < 2:
-        raise InputError(f"The smallest class of {data.name} has {smallest} training images, which no folds can part: give more.")
+        raise InputError(f"The smallest class of {data.name} has {smallest} training images, too few for folds: give more.")
     if not 2 <= folds <= smallest:
         raise InputError(
             f"{folds} folds were asked for, but the smallest class of {data.name} has {smallest} training images: "

@@ -283,7 +283,7 @@ def _decode(splits, name, say):
     """Decodes all images of the splits, and says how many were skipped."""
     skipped = [image for split in splits for image in split.images.skipped]
     if skipped:
-        say(f"{name}: {len(skipped)} images left out that cannot be decoded, the first is {skipped[0]}")
+        say(f"{name}: left out {len(skipped)} images that cannot be decoded, the first is {skipped[0]}")
 
 
 def _network(setup, source):
@@ -376,11 +376,11 @@ def _doubt(before, source, origin):
     if bound >= 1 or binomtest(before["correct"], before["total"], bound, "greater").pvalue <= 1e-3:
         return
     causes = (
-        "the classes may be in another order than the model's outputs, or the images may not be preprocessed as it was "
-        "trained (--pixels, --mean, --resize)"
+        "the classes may be in another order than the model's outputs, or the images may not be preprocessed as in its "
+        "training (--pixels, --mean, --resize)"
     )
     if origin == "scratch":
-        causes = "it may be trained too little (--source_iterations); the order of its classes and its preprocessing are its own"
+        causes = "it may need more training (--source_iterations); its class order and preprocessing are those of its training"
     warnings.warn(
         f"The source accuracy on {source.name} is {before['accuracy']:.1%} of {before['total']} images, and chance is "
         f"{chance:.1%}: {causes}.",

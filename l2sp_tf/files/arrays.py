@@ -96,7 +96,7 @@ class Snapshot(Arrays):
         Raises:
             InputError: the file is missing, is not one that `save` wrote, or differs from its manifest.
         """
-        arrays, metadata = load_arrays(path, WEIGHTS, "no file of anchors", "Anchors.save")
+        arrays, metadata = load_arrays(path, WEIGHTS, "not a file of anchors", "Anchors.save")
         digest = metadata.pop("digest", None)
         metadata = {name: parse_json(text, f"The {name} in {path} is damaged") for name, text in metadata.items()}
         found = cls(arrays, metadata)
@@ -153,7 +153,7 @@ def load_arrays(path, format, otherwise, writer):
     Args:
         path: the file.
         format: the required format.
-        otherwise: the message's words for a file of another format, such as "no delta".
+        otherwise: the message's words for a file of another format, such as "not a delta".
         writer: the function that writes such files, named in the message.
 
     Raises:
@@ -183,7 +183,7 @@ def read_header(path):
         InputError: the file is missing or not a safetensors file.
     """
     path = _existing(path)
-    with refusing(f"{path} is damaged or no safetensors file"):
+    with refusing(f"{path} is damaged or not a safetensors file"):
         with safetensors.safe_open(path, framework="numpy") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not iterable)
             return dict(file.metadata() or {}), shapes

@@ -28,7 +28,7 @@ def refusing(what, advice="use another copy"):
     """Turns any exception of the block into one InputError; disk errors pass through.
 
     Args:
-        what: the beginning of the sentence, such as "a.keras is damaged or no model".
+        what: the beginning of the sentence, such as "a.keras is damaged or not a model".
         advice: its end.
 
     Raises:
@@ -54,7 +54,7 @@ def parse_json(text, what, *, finite=True):
 
     Args:
         text: str, or bytes in UTF-8.
-        what: the beginning of an error, such as "a.json is no record".
+        what: the beginning of an error, such as "a.json is not a record".
         finite: whether to refuse NaN and infinities.
 
     Returns:
@@ -145,17 +145,17 @@ def check_members(members, path):
         name, parts = member.filename, re.split(r"[/\\]", member.filename)
         kind = stat.S_IFMT(member.external_attr >> 16)  # 0 if the zip was made on a system without modes
         if ".." in parts or parts[0] == "" or ":" in parts[0]:
-            raise InputError(f"{path} holds {name[:300]!r}, which leads out of the folder it is unpacked to")
+            raise InputError(f"{path} holds {name[:300]!r}, which leads out of the folder it is unpacked to.")
         if "\\" in name or name in names or any(len(part.encode()) > 200 for part in parts):
-            raise InputError(f"{path} holds {name[:300]!r}, which occurs twice, has a backslash or is too long: pack it again")
+            raise InputError(f"{path} holds {name[:300]!r}, which occurs twice, has a backslash or is too long: pack it again.")
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise InputError(f"{path} holds {name!r}, which is a link or a device: only files are unpacked")
+            raise InputError(f"{path} holds {name!r}, which is a link or a device: only files are unpacked.")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise InputError(f"{path} cannot be unpacked: pack it again without encryption, with the method deflate")
+            raise InputError(f"{path} cannot be unpacked: pack it again without encryption, with the method deflate.")
         names.add(name)
     size, limit = sum(member.file_size for member in members), unpacked_limit(path.stat().st_size)
     if size > limit:
-        raise InputError(f"{path} would unpack to {size:,} bytes, more than the {limit:,} allowed for its size")
+        raise InputError(f"{path} would unpack to {size:,} bytes, more than the {limit:,} allowed for its size.")
 
 
 def h5_shapes(file, size):

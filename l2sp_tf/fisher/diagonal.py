@@ -62,7 +62,7 @@ class Fisher(Arrays):
         Raises:
             InputError: the file is missing, of another format, or damaged.
         """
-        arrays, metadata = load_arrays(path, FORMAT, "no Fisher diagonal", "Fisher.save")
+        arrays, metadata = load_arrays(path, FORMAT, "not a Fisher diagonal", "Fisher.save")
         fisher = cls(arrays, *_header(metadata, path))
         if fisher.digest != metadata.get("digest"):
             raise InputError(f"The Fisher diagonal in {path} is damaged: its digest is not that of its header; use another copy.")
@@ -184,11 +184,11 @@ def _header(metadata, path):
         counts = [count for batches, images, _, _ in statistics.values() for count in (batches, images)]
         numbers = [number for sums in statistics.values() for number in sums]
         if not all(type(number) in (int, float) for number in numbers) or not all(0 < count < math.inf for count in counts):
-            raise ValueError("its statistics are no sums over images")
+            raise ValueError("its statistics are not sums over images")
         if not PROVENANCE.issubset(provenance) or type(provenance["images"]) is not int or provenance["images"] < 1:
             raise ValueError("its provenance lacks a field, or has no number of images")
         if provenance["mode"] not in MODES or not isinstance(provenance["transforms"], list):
-            raise ValueError("its provenance has no mode or no list of transforms")
+            raise ValueError("its provenance lacks a mode or a list of transforms")
         hashes = provenance.get("weights", {})
         if not isinstance(hashes, dict) or not all(re.fullmatch("[0-9a-f]{64}", value) for value in hashes.values()):
             raise ValueError("the weights of its provenance have no sha256 each")

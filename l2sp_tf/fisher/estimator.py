@@ -185,7 +185,7 @@ class _Estimator:
         self.from_logits, self.slow = from_logits, slow
         self.weights = {key: w for key, w in keyed_weights(model).items() if w.variable.trainable}
         if not self.weights:
-            raise InputError(f"The model {model.name!r} has no trainable weight: set trainable=True on what shall have a Fisher.")
+            raise InputError(f"The model {model.name!r} has no trainable weight: set trainable=True on those that need one.")
         if not slow:
             check_layers(self.weights)
         self.likelihood = None  # tracing the model finds it

@@ -143,8 +143,8 @@ def likelihood_of(output, model, from_logits=None, *, place=(0, 1), name=None):
     if from_logits is None and said is None:
         if loss is not None:
             raise InputError(
-                f"Whether {what} is logits or probabilities is not said by the loss it was compiled with, {_name_of(loss)}: "
-                "pass from_logits=True or from_logits=False."
+                f"{what[0].upper()}{what[1:]} has the loss {_name_of(loss)}, which does not say whether it is logits or "
+                "probabilities: pass from_logits=True or from_logits=False."
             )
         _check_linear(source, classes, what)
         return Likelihood(CATEGORICAL, False, output, classes, assumed=True)
@@ -207,7 +207,7 @@ def _made_by_softmax(source, output, classes, what):
 def _no_classes(what):
     return InputError(
         f"{what[0].upper()}{what[1:]} is one number, of which a softmax is always 1: "
-        "give a classifier with two classes at least, or with a sigmoid."
+        "give a classifier with at least two classes, or with a sigmoid."
     )
 
 
@@ -216,8 +216,9 @@ def _check_linear(source, classes, what):
     other = _not_linear(source)
     if other is not None:
         raise InputError(
-            f"Whether {what} is logits or probabilities cannot be told from the operation that makes it, {other.op.type} "
-            f"({other.op.name}): pass from_logits=True or from_logits=False, or compile the model with its cross-entropy."
+            f"{what[0].upper()}{what[1:]} comes from the operation {other.op.type} ({other.op.name}), which does not say whether "
+            "it is logits or probabilities: pass from_logits=True or from_logits=False, or compile the model with its "
+            "cross-entropy."
         )
     if classes == 1:
         raise InputError(

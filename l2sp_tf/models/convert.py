@@ -150,7 +150,7 @@ def _match(arrays, backbone, name_of, bias, classes, path):
 
 def _read_checkpoint(path, files):
     """Returns the model's variables in a TensorFlow checkpoint as a dict from name to array."""
-    with refusing(f"{path} is damaged or no checkpoint"):  # TensorFlow raises errors of many kinds
+    with refusing(f"{path} is damaged or not a checkpoint"):  # TensorFlow raises errors of many kinds
         reader = tf.train.load_checkpoint(str(path))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
         shapes = {name: shape for name, shape in shapes.items() if not _is_slot(name)}

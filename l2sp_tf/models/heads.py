@@ -156,8 +156,8 @@ def _check_graph(model, function, advice):
 
 def _refuse_scores(model, names):
     raise InputError(
-        f"The output of the model {model.name!r} is class scores of {names}, which are no features for a new head: build a "
-        "model that ends before them, and give it to with_new_head."
+        f"The output of the model {model.name!r} is class scores of {names}, which a new head cannot use as features: "
+        "build a model that ends before them, and give it to with_new_head."
     )
 
 

@@ -52,7 +52,7 @@ def read_state_dict(path):
     if not path.is_file():
         raise InputError(f"There is no file {path}: give the path of a PyTorch file.")
     content = path.read_bytes()  # every size that the file claims is checked against these bytes before memory is taken
-    with refusing(f"{path} is damaged or no state dict of PyTorch"):
+    with refusing(f"{path} is damaged or not a state dict of PyTorch"):
         if path.suffix == ".safetensors":
             return safetensors.numpy.load(content)
         found = _read_zip(path, content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)

@@ -191,7 +191,7 @@ def _checked(optimizer):
     except ValueError:
         optimizer = None
     if optimizer is None:
-        raise InputError('The optimizer to wrap is none that Keras knows: give one of keras.optimizers, or a name such as "sgd".')
+        raise InputError('Keras does not know the optimizer to wrap: give one of keras.optimizers, or a name such as "sgd".')
     name = type(optimizer).__name__
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise InputError(f"{name} goes outside: wrap its inner optimizer, and give the result to {name} or to compile.")

@@ -222,7 +222,7 @@ class _FisherValues:
         known = {key: np.shape(value) for key, value in fisher.items()}
         found = match({key: anchors[other].shape for key, other in matches.items()} if anchors else {}, known, values=False)
         found.refuse()
-        self._matches = found.pairs | found.other_shape  # the penalty itself refuses another shape
+        self._matches = found.pairs | found.other_shape  # the penalty refuses another shape
 
     def __getitem__(self, key):
         if key not in self._matches:

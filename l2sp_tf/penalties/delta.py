@@ -91,7 +91,7 @@ def load_delta(model: keras.Model, anchors: Anchors, path: Path) -> None:
         InputError: the file is missing, damaged or not a delta; the anchors differ; or the model has another
             architecture or dtype (the message lists both sides). The model then keeps its weights.
     """
-    stored, metadata = load_arrays(path, FORMAT, "no delta", "save_delta")
+    stored, metadata = load_arrays(path, FORMAT, "not a delta", "save_delta")
     if metadata.get("anchors") != anchors.digest:
         raise InputError(
             f"{path} differs from anchors of digest {str(metadata.get('anchors'))[:12]}, but these have {anchors.digest[:12]}: "

@@ -63,11 +63,11 @@ def register_penalty(symbol: str, title: str, grid: Iterable[float]) -> Callable
     def register(cls):
         known = PENALTIES.get(symbol)
         if not fields.is_symbol(symbol):
-            raise InputError(f"The symbol {symbol!r} is no word of lower case letters, digits and underscores: give another.")
+            raise InputError(f"The symbol {symbol!r} is not a word of lower case letters, digits and underscores: give one.")
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise InputError(f"The symbol {symbol} is that of {known.__module__}.{known.__qualname__}: give another.")
         if not issubclass(cls, Penalty):
-            raise InputError(f"{cls.__name__} is no subclass of l2sp_tf.penalties.formulas.Penalty: make it one.")
+            raise InputError(f"{cls.__name__} is not a subclass of l2sp_tf.penalties.formulas.Penalty: make it one.")
         cls.symbol, cls.title = symbol, title
         cls.grid = tuple(check_strength(alpha, "grid") for alpha in grid)
         if not cls.grid:

@@ -67,7 +67,7 @@ def match(weights, known, *, values=True):
 
     Evidence in order of precedence:
     - Values. A layer matches the known layer whose arrays are bit-equal to its own, or clearly related to them. If its name
-      is no counter and matches another known layer of the same shape, that is a conflict.
+      is not a counter and matches another known layer of the same shape, the two conflict.
     - Names. Layers match if their paths are equal, or if one path ends with the other. The anchors of a backbone thus match
       a model that nests it, once or several times, and vice versa.
     - Order. Names that end with a number ("conv2d_7", "functional_3") may be counters. They match by equal numbers, by a
@@ -259,7 +259,7 @@ class _Names:
     def _nest(self):
         """Collects candidates from the two models, and from each nested in the other."""
         self._collect(self.root, self.known_root)
-        if self.root.children and self.known_root.children:  # a single layer is no model to be nested
+        if self.root.children and self.known_root.children:  # a single layer cannot be nested as a model
             for layer in _nested(self.root):
                 self._collect(layer, self.known_root)
             for other in _nested(self.known_root):

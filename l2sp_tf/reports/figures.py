@@ -17,7 +17,7 @@ from l2sp_tf.reports.labels import by_place, differences, labelled, lines, place
 from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, summary
 
 COLORS = dict(zip(paper.PENALTIES, ("tab:gray", "tab:blue", "tab:green", "tab:orange", "tab:red", "tab:purple"), strict=True))
-MORE_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # of penalties that are not the paper's
+MORE_COLORS = ("tab:brown", "tab:pink", "tab:olive", "tab:cyan")  # for penalties that are not the paper's
 MOST_BOXES = 12
 # An example for appendix A: J is about 10 times as curved across its valley as along it.
 PATH_EXAMPLE = {"hessian": [[0.325, -0.39], [-0.39, 0.775]], "w_star": [1.0, 2.2], "w0": [2.6, 1.9]}
@@ -86,7 +86,7 @@ def _stacked(row):
 
 
 def figure_1(records):
-    """Draws Fig. 1: target accuracy of L2-SP over alpha and beta, a panel for each target and each setting of the rest.
+    """Draws Fig. 1: target accuracy of L2-SP over alpha and beta, a panel for each target and each combination of other settings.
 
     Raises:
         InputError: L2-SP was not run with two values of alpha or beta, or two rows would look alike.
@@ -208,7 +208,7 @@ def _boxes(r2):
 
 
 def _draw_boxes(panel, boxes, positions, width, look):
-    """Draws the boxes in which a feature varies."""
+    """Draws the boxes of layers with a feature that varies."""
     drawn = [(box, position) for box, position in zip(boxes, positions, strict=True) if box["med"] is not None]
     panel.bxp(
         [{**{name: box[name] for name in BOX}, "fliers": []} for box, _ in drawn],
@@ -324,7 +324,7 @@ def write_figure(records, folder, number):
 
 
 def write_all(records, folder, *, say=print):
-    """Writes the summary and every table and figure for which there are runs, and to `say` which are left out and why."""
+    """Writes the summary and every table and figure that has runs; says which are left out, and why."""
     paths = write_summary(records, folder, say=say)
     parts = [lambda n=n: write_table(records, folder, n, say=say) for n in (2, 3)]
     parts += [lambda n=n: write_figure(records, folder, n) for n in (1, 2, 3, 4)]

@@ -1,4 +1,4 @@
-"""What rows are called: names of their data, and labels that differ wherever the rows do."""
+"""Names the data of rows, and gives rows labels that differ wherever the rows do."""
 
 import collections
 import json
@@ -12,7 +12,7 @@ TARGET = ("target", "per_class", "subset_seed", "protocol", "skipped", "target_d
 SOURCE = ("source", "source_digest")
 NAMED = ("penalty", "frozen", "recipe.solver", "recipe.penalty_step")  # in every label
 IDLE = ("recipe.momentum", "recipe.blur_kernel", "recipe.blur_sigma")  # see `Recipe.idle`
-HASHES = ("fisher", "anchors", "target_digest", "source_digest", "skipped", "source_mean")  # named only where words are equal
+HASHES = ("fisher", "anchors", "target_digest", "source_digest", "skipped", "source_mean")  # shown only if all words are equal
 PHRASES = {
     "alpha": "alpha {:g}",
     "beta": "beta {:g}",
@@ -28,23 +28,23 @@ PHRASES = {
 
 
 def key(value):
-    """Returns settings as text: equal settings, equal text."""
+    """Returns settings as text, equal for equal settings."""
     return json.dumps(value, sort_keys=True)
 
 
 def title(settings):
-    """Names a target as the paper does, with the number of training images a class where it is limited."""
+    """Names a target as the paper does, with the number of training images per class if it is limited."""
     name, per_class = paper.DATA_SETS.get(settings["target"], settings["target"]), settings.get("per_class")
     return f"{name} - {per_class}" if per_class is not None else name
 
 
 def penalty(settings):
-    """Names the penalty: as the paper does, or as the class of one of your own does."""
+    """Names the penalty as the paper does; a penalty that is not the paper's by its title."""
     return paper.PENALTIES.get(settings["penalty"]) or settings.get("penalty_title") or settings["penalty"]
 
 
 def method(settings):
-    """Names the penalty, and the solver and the penalty's step where they are not the paper's: "L2-SP, Adam, proximal"."""
+    """Names the penalty, and the solver and the penalty's step if they are not the paper's: "L2-SP, Adam, proximal"."""
     recipe = settings.get("recipe") or {}
     solver, step = recipe.get("solver", "sgd"), recipe.get("penalty_step", "gradient")
     return penalty(settings) + ", Adam" * (solver == "adam") + f", {step}" * (step != "gradient")
@@ -69,7 +69,7 @@ def by_place(rows):
 
 
 def titles(rows, parts, text):
-    """Names the data of each row: the same data by the same name, other data by another.
+    """Names the data of each row; different data get different names.
 
     Args:
         rows: of `summary`.
@@ -91,19 +91,19 @@ def titles(rows, parts, text):
     data = {(name, key([each.get(part) for part in parts])) for name, each in zip(names, settings, strict=True)}
     for name, count in collections.Counter(name for name, _ in data).items():
         if count > 1:
-            raise InputError(f"{count} data sets would all be called {name!r}: draw them in tables of their own.")
+            raise InputError(f"{count} data sets would all be called {name!r}: draw a table of each.")
     return names
 
 
 def labelled(rows, shown=()):
     """Gives each row a "label": its method, frozen units, and the settings in which it differs from rows of its place.
 
-    Strengths and rate are named where rows of one method differ in them, other settings where any two rows of the place do.
-    Hashes are named only where all words are equal.
+    A label names a strength or rate if rows of one method differ in it, and another setting if any two rows of the place do.
+    It names hashes only if all words are equal.
 
     Args:
         rows: of `summary`.
-        shown: names of settings that the table shows in columns of their own.
+        shown: names of settings that have their own columns in the table.
 
     Returns:
         The same rows.
@@ -157,7 +157,7 @@ def lines(rows, along):
 def differences(rows):
     """Returns a sentence for each label whose rows, of several pairs of tasks, have different settings.
 
-    A table with a column for each pair shows such rows in one line, though each task may have its own strengths.
+    A table with a column for each pair shows such rows in one line, although each task may have its own strengths.
     """
     found = []
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -171,13 +171,13 @@ def differences(rows):
 
 
 def frozen_text(settings):
-    """Says how many units are frozen; "" for none."""
+    """Returns how many units are frozen in words; "" for none."""
     count = settings.get("frozen")
     return f"{count} unit{'s' * (count > 1)} frozen" if count else ""
 
 
 def _settings_of(rows, shown=()):
-    """Returns the names of settings that may distinguish rows of one place: those with words, and hashes, in their order."""
+    """Returns the names of settings that may distinguish rows of one place: those in words, then hashes, each in order."""
     names = {name for row in rows for name in row["identity"]} - {*CHOICE, *TARGET, *SOURCE, *NAMED, *shown}
     hashes = sorted(filter(_is_hash, names), key=lambda name: (HASHES.index(name) if name in HASHES else len(HASHES), name))
     return sorted(names.difference(hashes)), hashes
@@ -188,7 +188,7 @@ def _is_hash(name):
 
 
 def _of_one_method(rows):
-    """Groups the positions of rows by their method, whatever is frozen."""
+    """Groups the positions of rows by their method, regardless of frozen units."""
     return _alike([row["name"]] for row in rows)
 
 
@@ -230,7 +230,7 @@ def _name(texts, settings, names, groups=None):
 
 
 def _alike(texts):
-    """Returns the positions of equal texts, a list for each text that several have."""
+    """Returns the positions of equal texts, a list for each text that occurs several times."""
     found = collections.defaultdict(list)
     for i, text in enumerate(texts):
         found[tuple(text)].append(i)
@@ -238,7 +238,7 @@ def _alike(texts):
 
 
 def _phrase(name, value):
-    """Returns a setting in words; "" for None, as a record without the setting has the default of its time."""
+    """Returns a setting in words; "" for None: a record without the setting has the default of its time."""
     if value is None:
         return "earlier code" if name == "code" else ""
     if name in PHRASES and isinstance(value, (int, float, str)):
@@ -253,5 +253,5 @@ def _check_different(names, where):
     if count > 1:
         raise InputError(
             f"{count} rows of {place_text(where)} would all read {', '.join(name)!r}, though their runs differ: "
-            "draw them in tables of their own, from a --workdir each."
+            "draw a table of each, from a --workdir of its own."
         )

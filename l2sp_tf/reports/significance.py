@@ -1,4 +1,4 @@
-"""Tests whether one method is better than another: exact ones on runs and on test images."""
+"""Tests whether one method is better than another, exactly: over runs, and over test images."""
 
 import math
 
@@ -7,17 +7,17 @@ from scipy import stats
 
 from l2sp_tf.files.errors import InputError
 
-MOST_COUNTED = 200_000  # ways to name the runs; of more a sample is drawn
+MOST_COUNTED = 200_000  # ways to assign the runs to the methods; of more, a sample is drawn
 SAMPLED = 99_999
 
 
 def permutation_test(a, b):
     """Computes the p-value of a difference in mean accuracy between two methods, from repeated runs.
 
-    Under the null hypothesis chance gives the runs their names. So |mean(a) - mean(b)| is compared with its value under
-    every way to name them: exact, two-sided, and without a normal distribution. The smallest p-value of five runs a side is
-    2 / 252 = 0.008. Of more than `MOST_COUNTED` ways a fixed sample of `SAMPLED` is drawn; the smallest p-value is then
-    1 / (SAMPLED + 1).
+    Under the null hypothesis chance assigns the runs to the methods. So the test compares |mean(a) - mean(b)| with its value
+    under every assignment: exactly, two-sided, and without assuming a normal distribution. The smallest p-value of five
+    runs each is 2 / 252 = 0.008. Of more than `MOST_COUNTED` assignments the test draws a fixed sample of `SAMPLED`; the
+    smallest p-value is then 1 / (SAMPLED + 1).
 
     Args:
         a, b: the accuracies of the runs of each method.
@@ -38,10 +38,10 @@ def permutation_test(a, b):
 
 
 def holm(p_values):
-    """Corrects the p-values of several comparisons, so that one false finding among all is as unlikely as in one.
+    """Corrects the p-values of several comparisons, so that a false finding among all is as unlikely as in one.
 
-    Holm's step-down method (1979): multiplies the i-th smallest of m by m - i + 1, and lets none be smaller than the one
-    before it.
+    Holm's step-down method (1979): multiplies the i-th smallest of m by m - i + 1, and raises it to the one before it
+    if that is larger.
 
     Args:
         p_values: numbers from 0 to 1.
@@ -59,8 +59,8 @@ def holm(p_values):
 def mcnemar_test(right_a, right_b):
     """Computes the p-value of a difference between two classifiers on the same test images: McNemar's exact test.
 
-    Under the null hypothesis an image that only one of them gets right is as likely to be one's as the other's: a
-    two-sided binomial test.
+    If only one of them is right on an image, then under the null hypothesis it is equally likely to be either. The test is
+    a two-sided binomial one.
 
     Args:
         right_a, right_b: bool [n], which images each classifier gets right.
@@ -70,7 +70,7 @@ def mcnemar_test(right_a, right_b):
     """
     right_a, right_b = np.asarray(right_a, bool), np.asarray(right_b, bool)
     if right_a.shape != right_b.shape or right_a.ndim != 1:
-        raise InputError(f"Answers of shapes {right_a.shape} and {right_b.shape} are not on the same images: give two of one.")
+        raise InputError(f"Answers of shapes {right_a.shape} and {right_b.shape} are not on the same images: give equal lengths.")
     only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
     return float(stats.binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
@@ -78,7 +78,7 @@ def mcnemar_test(right_a, right_b):
 def worst_beats_best(better, worse):
     """Applies the paper's criterion (section 4.3.1): compares the worst run of one method with the best run of another.
 
-    The paper uses "classical pairwise tests at the 5% level" without a name. McNemar's is the classical test for two
+    The paper uses "classical pairwise tests at the 5% level", and does not name them. McNemar's is the classical test for two
     classifiers on one test set.
 
     Args:

@@ -46,7 +46,7 @@ def summary(records):
 
 
 def _order(row):
-    """Returns what rows are sorted by."""
+    """Returns the sort key of a row."""
     parts = [row[name] for name in ("name", "frozen", "alpha", "beta")]
     return (row["origin"], row["title"], _number(row), *parts, key(row["identity"]))
 
@@ -58,7 +58,7 @@ def _number(row):
 
 
 def _row(found, selections):
-    """Makes the row of some records of one identity, as yet without names of target and source."""
+    """Makes the row of some records of one identity, still without names of target and source."""
     settings = found[0]["settings"]
     row = {name: settings[name] for name in ("source", "target", "penalty", "alpha", "beta")}
     row |= {"identity": identity(settings), "records": found, "frozen": settings.get("frozen", 0), "name": method(settings)}
@@ -74,7 +74,7 @@ def _row(found, selections):
 
 
 def _is_selected(found, selections):
-    """Whether cross-validation chose the setting of these records; those of the first format say so themselves."""
+    """Whether cross-validation chose the setting of these records; records of the first format hold the answer themselves."""
     answers = [is_chosen(selection, found[0]["settings"]) for selection in selections]
     answers = [answer for answer in answers if answer is not None]
     return any(answers) if answers else any("selection" in record for record in found)
@@ -93,9 +93,9 @@ def by_penalty(rows):
 
 
 def chosen(rows):
-    """Picks the rows that the paper's tables are about: without frozen layers, and as cross-validation chose.
+    """Picks the rows of the paper's tables: without frozen layers, and with the settings that cross-validation chose.
 
-    Where cross-validation chose no setting of a penalty, all settings are kept: none is chosen by its test accuracy.
+    If cross-validation chose no setting of a penalty, all its settings stay: none is chosen by its test accuracy.
     """
     rows = [row for row in rows if not row["frozen"]]
     selected = {key(question(row["identity"])) for row in rows if row["selected"]}
@@ -103,11 +103,11 @@ def chosen(rows):
 
 
 def notes(rows, records):
-    """Says below a table how its rows were made: a list of sentences.
+    """Describes how the rows of a table were made, in a list of sentences to print below it.
 
     Args:
         rows: of `labelled`.
-        records: those that the rows were made of.
+        records: the records behind the rows.
     """
     found = []
     old = [row for row in rows if row["identity"].get("code") != RESULTS_VERSION]
@@ -148,7 +148,7 @@ def _notes_on_starts(rows):
 
 
 def _note_on(selection):
-    """Says what is doubtful about a selection; None where nothing is."""
+    """Describes what is doubtful about a selection; None if nothing is."""
     name = f"{penalty(selection['question'])} on {title(selection['question'])}"
     if selection["chosen"] is None:
         return f"Every setting of {name} diverged in cross-validation, so that none was run on all training images."

@@ -14,7 +14,7 @@ from l2sp_tf.reports.summary import STATISTICS, by_penalty, chosen, notes, summa
 
 
 def overview(records):
-    """Makes the table of every setting that was run: what it gained on the target task and lost on the source task."""
+    """Makes the table of every setting that was run: its gain on the target task and its loss on the source task."""
     columns = ("source", "target", "penalty", "alpha", "beta", "rate", "runs")
     columns += ("target accuracy", "source before", "source after", "drop")
     rows, lines = labelled(summary(records), shown=STRENGTHS), []
@@ -189,7 +189,7 @@ def _drop(row, name):
 
 
 def right(record):
-    """Reads from a record which test images its run got right: bool [n], or None if it does not say."""
+    """Reads from a record which test images its run got right: bool [n], or None if the record lacks it."""
     text = record["results"].get("right")
     if diverged(record) or text is None:
         return None

@@ -259,7 +259,7 @@ class Checkpointing(keras.callbacks.Callback):
         try:
             self.checkpoints.save(self.step, arrays, state)
         except OSError as error:
-            warnings.warn(f"The checkpoint of step {self.step} could not be saved ({error}); training goes on.", stacklevel=2)
+            warnings.warn(f"The checkpoint of step {self.step} could not be saved ({error}); training continues.", stacklevel=2)
 
 
 @contextlib.contextmanager

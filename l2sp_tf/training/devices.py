@@ -91,7 +91,7 @@ class Devices:
 
     @property
     def replicas(self):
-        """How many copies of the model train side by side."""
+        """The number of copies of the model that train side by side."""
         return 1 if self.strategy is None else self.strategy.num_replicas_in_sync
 
     @property
@@ -106,7 +106,7 @@ class Devices:
 
     @property
     def is_chief(self):
-        """Whether this process is the one that writes."""
+        """Whether this process writes the results."""
         return self.part[0] == 0
 
     @property

@@ -117,7 +117,7 @@ class Monitor(keras.callbacks.Callback):
             yield
         except (OSError, tf.errors.OpError) as error:
             self._writer = None
-            warnings.warn(f"The log in {self.folder} cannot be written ({error}); training goes on without it.", stacklevel=3)
+            warnings.warn(f"The log in {self.folder} cannot be written ({error}); training continues without it.", stacklevel=3)
 
     def _open(self):
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -169,15 +169,15 @@ class FiniteLoss(keras.callbacks.Callback):
     """Stops a training if the loss is not finite, and names the step and the first weight that is not finite.
 
     Args:
-        start: the number of steps before this training.
+        first_step: the number of steps before this training.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
 
-    def __init__(self, start=0):
+    def __init__(self, first_step=0):
         super().__init__()
-        self.start = start
+        self.first_step = first_step
 
     def on_train_batch_end(self, batch, logs=None):
         loss = (logs or {}).get("loss")
@@ -185,6 +185,6 @@ class FiniteLoss(keras.callbacks.Callback):
             key = first_not_finite(self.model)
             where = f"{key} is the first weight that is not finite" if key else "all weights are still finite"
             raise FloatingPointError(
-                f"The loss is {float(loss)} after step {self.start + batch + 1}, and {where}: "
+                f"The loss is {float(loss)} after step {self.first_step + batch + 1}, and {where}: "
                 "lower the learning rate or the strength."
             )

@@ -221,11 +221,11 @@ class Training:
         model.optimizer.build(model.trainable_variables)
         return metrics
 
-    def batches(self, start, part):
-        """Returns the training batches from a step on, one worker's part of each."""
+    def batches(self, first_step, part):
+        """Returns one worker's part of each training batch, from a step on."""
         task, recipe = self.task, self.recipe
-        options = {"batch_size": recipe.batch_size, "seed": self.seed, "start": start, "iterations": recipe.iterations}
-        return training_batches(task.train, task.preprocessing, task.mean, part=part, **options)
+        options = {"batch_size": recipe.batch_size, "seed": self.seed, "iterations": recipe.iterations}
+        return training_batches(task.train, task.preprocessing, task.mean, first_step=first_step, part=part, **options)
 
     def keep_anchors(self, path, step):
         """Saves the anchors beside a new run, or checks those beside a run that resumes after `step`.

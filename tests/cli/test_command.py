@@ -1,4 +1,4 @@
-"""Flags and files of flags: a wrong name gets the nearest right one, and each mistake one sentence."""
+"""Flags and files of flags: an unknown name suggests the nearest one, and each mistake gives one sentence."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def parse(*words):
     ("flag", "right"),
     [("epochs", "iterations"), ("lr", "learning_rate"), ("log_dir", "workdir"), ("penlaty", "penalty"), ("crp", "crop")],
 )
-def test_a_wrong_flag_gets_the_nearest_right_one(flag, right, tmp_path):
+def test_a_wrong_flag_suggests_the_nearest_one(flag, right, tmp_path):
     with pytest.raises(l2sp.InputError, match=rf"There is no flag --{flag}: did you mean --{right}\?"):
         parse(f"--{flag}=3")
     (tmp_path / "c.toml").write_text(f"{flag} = 3\n")

@@ -121,7 +121,7 @@ def test_eval_prints_the_table_again_and_writes_it(finished, tmp_path):
     assert all(" ".join(row.split()) in squeezed for row in rows)
 
 
-@pytest.mark.parametrize(("argument", "message"), [("foo", "unknown argument foo"), ("--model=x", "--model is for --predict")])
+@pytest.mark.parametrize(("argument", "message"), [("foo", "The argument foo is"), ("--model=x", "--model is for --predict")])
 def test_a_mistake_with_eval_is_one_sentence_too(argument, message):
     result = run("eval.py", argument)
     assert result.returncode == 2 and result.stdout == ""
@@ -166,7 +166,7 @@ def test_a_folder_of_images_with_the_weights_of_a_keras_file(finished, tmp_path)
     images = ["--resize_mode=shorter_side", "--blur=authors", "--crops=10"]
     result = run("train.py", *arguments, "--skip_bad_images", "--penalty=l2_sp", "--seeds=0", *images)
     assert result.returncode == 0, result.stderr
-    assert "1 images left out" in result.stdout
+    assert "left out 1 images" in result.stdout
     record = json.loads(next((tmp_path / "w").glob("runs/*/run.json")).read_text())
     assert record["results"]["total"] == 8 and "source" not in record["results"]
     recipe = record["settings"]["recipe"]
@@ -209,8 +209,8 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
         (["--fisher_transforms=clip"], "Fisher transform clip"),
         (["--fisher_transforms=clip=x"], "is not understood"),
         (["--alpha=-1"], "alpha is -1"),
-        (["--alpha=much"], "no list of numbers"),
-        (["--seeds=x"], "no list of whole numbers"),
+        (["--alpha=much"], "not a list of numbers"),
+        (["--seeds=x"], "not a list of whole numbers"),
         (["--iterations=0"], "iterations is 0"),
         (["--backbone=vgg"], "backbone 'vgg' is unknown"),
         (["--target=nowhere", "--source=digits/source"], "nowhere"),
@@ -232,7 +232,7 @@ def test_mistakes_get_one_sentence_and_a_status(finished, tmp_path, capsys):
         (["--folds=1"], "folds is 1"),
         (["--folds=99"], "99 folds were asked for"),
         (["--frozen=9"], "frozen is 9, but of this backbone's units at most 3 can be frozen"),
-        (["--learning_rate=fast"], "no list of numbers"),
+        (["--learning_rate=fast"], "not a list of numbers"),
         (["--source=a,b", "--weights=x,y,z"], "2 sources but 3 weights"),
         (["--seeds=1,2,1"], "seeds has 1 twice"),
         (["--penalty=l2:0.1,l2_sp:x"], "--penalty=l2_sp:x is not understood"),
@@ -287,7 +287,7 @@ def test_flags_have_the_choices_of_the_library():
 def test_prepare_names_what_is_missing_in_one_sentence(tmp_path):
     assert "give names such as stanford_dogs" in refused("prepare.py")
     assert "did you mean --manual_dir?" in refused("prepare.py", "--manualdir=x")
-    assert "no data set 'nowhere' can be prepared" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
+    assert "There is no data set 'nowhere' to prepare" in refused("prepare.py", f"--data_dir={tmp_path}", "nowhere")
     manual = f"--manual_dir={tmp_path / 'files'}"
     message = refused("prepare.py", f"--data_dir={tmp_path}", manual, "imagenet2012")
     assert f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {tmp_path / 'files'}" in message

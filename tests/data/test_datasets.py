@@ -95,7 +95,7 @@ def test_random_subsets_follow_the_seed_and_nest(digits):
     assert set(target.subset(10, seed=1).train.names) < set(target.subset(20, seed=1).train.names)
 
 
-def test_what_is_drawn_of_a_class_does_not_depend_on_the_others(tmp_path):
+def test_the_draw_of_a_class_ignores_the_other_classes(tmp_path):
     def data(classes):
         names = [f"{s}/{c}/{i:02}.jpg" for s in ("train", "test") for c in classes for i in range(20)]
         return load_dataset(write_folder(tmp_path / classes, names))
@@ -132,10 +132,10 @@ def test_folder(tmp_path):
         ([*without("test/dog"), "test/dog/"], r"test/dog holds no images: add some"),
         (["train/cat/", "test/cat/"], r"/train holds no images"),
         ([*without("test"), "test/"], r"/test holds no images"),
-        (["empty/"], r"no train/ and no test/: found there: empty"),
+        (["empty/"], r"no train/ and no test/: it holds empty"),
         (["README.md"], r"holds no images: give digits/source"),
-        (without("train"), r"has no train/: found there: test"),
-        (without("test"), r"has no test/: found there: train"),
+        (without("train"), r"has no train/: it holds test"),
+        (without("test"), r"has no test/: it holds train"),
         (["cat/1.jpg", "dog/2.jpg"], r"has images without splits"),
         (["1.jpg", "2.jpg"], r"has images without splits"),
         ([*LAYOUT, "val/cat/1.jpg"], r"folders other than train and test: val"),
@@ -143,7 +143,7 @@ def test_folder(tmp_path):
     ],
 )
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
-def test_each_wrong_layout_is_told(tmp_path, names, message, zipped):
+def test_a_wrong_layout_is_named(tmp_path, names, message, zipped):
     where = write_zip(tmp_path / "x.zip", names) if zipped else write_folder(tmp_path / "x", names)
     with pytest.raises(InputError, match=message) as error:
         load_dataset(where, cache_dir=tmp_path / "cache")
@@ -157,7 +157,7 @@ def test_an_unknown_data_set_lists_what_is_accepted(spec):
         load_dataset(spec)
 
 
-def test_a_file_that_is_no_zip_lists_what_is_accepted(tmp_path):
+def test_a_file_that_is_not_a_zip_lists_what_is_accepted(tmp_path):
     (tmp_path / "weights.h5").write_bytes(b"x")
     with pytest.raises(InputError, match="no data set .*weights.h5'"):
         load_dataset(tmp_path / "weights.h5")

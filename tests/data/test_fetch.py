@@ -74,7 +74,7 @@ def test_a_file_is_loaded_once_and_checked(server, tmp_path, kind):
 
 @pytest.mark.parametrize("path", ["file", "whole"], ids=["ranges", "no ranges"])
 @pytest.mark.parametrize("done", [1000, len(CONTENT)])
-def test_a_part_is_gone_on_with(server, tmp_path, path, done):
+def test_a_partial_download_resumes(server, tmp_path, path, done):
     (tmp_path / f"{path}.part").write_bytes(CONTENT[:done])
     Handler.asked.clear()
     assert fetch(of(server, path), tmp_path).read_bytes() == CONTENT
@@ -82,16 +82,16 @@ def test_a_part_is_gone_on_with(server, tmp_path, path, done):
 
 
 def test_a_connection_that_breaks_off_keeps_its_part(server, tmp_path):
-    with pytest.raises(InputError, match="broke off after 1,000 of 1,280,000 bytes: run it again to resume, or put short into"):
+    with pytest.raises(InputError, match="broke off after 1,000 of 1,280,000 bytes: run prepare.py again .* put short into"):
         fetch(of(server, "short"), tmp_path)
     with pytest.raises(InputError, match="broke off after 2,000"):
         fetch(of(server, "short"), tmp_path)
     assert (tmp_path / "short.part").read_bytes() == CONTENT[:2000]
 
 
-def test_a_wrong_checksum_removes_what_was_loaded_but_no_file_of_the_user(server, tmp_path):
+def test_a_wrong_checksum_removes_the_download_but_no_file_of_the_user(server, tmp_path):
     wrong = Download(f"{server}/file", "md5:" + "0" * 32)
-    with pytest.raises(InputError, match="its md5 is [0-9a-f]{32} and should be 0+: it was removed"):
+    with pytest.raises(InputError, match="was removed, because its md5 is [0-9a-f]{32} and should be 0+: run"):
         fetch(wrong, tmp_path)
     assert names(tmp_path) == []
     (tmp_path / "file").write_bytes(b"mine")
@@ -100,19 +100,19 @@ def test_a_wrong_checksum_removes_what_was_loaded_but_no_file_of_the_user(server
     assert fetch(wrong, tmp_path, checksums=False).read_bytes() == b"mine"
 
 
-def test_a_file_without_a_published_checksum_is_taken(server, tmp_path):
+def test_a_file_without_a_published_checksum_is_accepted(server, tmp_path):
     assert fetch(Download(f"{server}/file"), tmp_path).read_bytes() == CONTENT
 
 
 def test_without_a_network_nothing_is_left(no_host, server, tmp_path):
-    with pytest.raises(InputError, match=r"file cannot be loaded \(.*refused.*\): run it again to resume, or put file into"):
+    with pytest.raises(InputError, match=r"file cannot be downloaded \(.*refused.*\): run prepare.py again .* put file into"):
         fetch(of(no_host), tmp_path)
     with pytest.raises(InputError, match="Not Found"):
         fetch(of(server, "gone"), tmp_path)
     assert names(tmp_path) == []
 
 
-def test_a_host_that_does_not_answer_is_given_up_within_the_timeout(tmp_path, monkeypatch):
+def test_a_fetch_gives_up_on_a_silent_host_after_the_timeout(tmp_path, monkeypatch):
     import socket
 
     monkeypatch.setattr(fetching, "TIMEOUT_SECONDS", 0.2)

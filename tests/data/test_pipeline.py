@@ -161,7 +161,7 @@ def test_a_class_without_an_image_left_is_refused(tmp_path):
         decode(split_of(tmp_path, contents, [0, 1]), 4, skip_bad_images=True)
 
 
-def test_a_missing_file_is_no_bad_image(tmp_path):
+def test_a_missing_file_is_not_a_bad_image(tmp_path):
     split = split_of(tmp_path, {"a.png": encoded(picture(5, 5, 3), "PNG")})
     split.files[0].unlink()
     with pytest.raises(FileNotFoundError, match="a.png"):
@@ -220,7 +220,7 @@ def test_pixels_that_begin_anywhere_are_read(offset):
         np.testing.assert_array_equal(np.concatenate(x), images.pixels - MEAN)
 
 
-def test_progress_is_told_up_to_the_end(tmp_path):
+def test_progress_is_reported_to_the_end(tmp_path):
     for split in (load_dataset("digits/target").train, good_and_bad(tmp_path)[0]):
         calls = []
         decode(split, 4, skip_bad_images=True, progress=lambda done, count, calls=calls: calls.append((done, count)))
@@ -243,7 +243,7 @@ FULL = Preprocessing(resize=6, crop=4)
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 5), (3, 8), (1, 2), (7, 1)])
-def test_epochs_are_permutations_and_run_on(count, batch_size):
+def test_epochs_are_permutations_and_batches_span_them(count, batch_size):
     images = some_images(count)
     x, labels = collect(training_batches(images, PLAIN, MEAN, batch_size=batch_size, seed=3, iterations=9))
     assert [len(batch) for batch in x] == [batch_size] * 9
@@ -264,13 +264,14 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
     assert not np.array_equal(streams[0][:10], streams[0][10:20])
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 11, 12])
-def test_a_stream_resumes_to_the_bit(start):
+@pytest.mark.parametrize("first_step", [0, 1, 5, 11, 12])
+def test_a_stream_resumes_to_the_bit(first_step):
     images = some_images(10)
     full = list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=12).as_numpy_iterator())
-    resumed = list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, start=start, iterations=12).as_numpy_iterator())
-    assert len(resumed) == 12 - start
-    for (x, labels), (x_again, labels_again) in zip(full[start:], resumed, strict=True):
+    rest = training_batches(images, FULL, MEAN, batch_size=6, seed=3, first_step=first_step, iterations=12)
+    resumed = list(rest.as_numpy_iterator())
+    assert len(resumed) == 12 - first_step
+    for (x, labels), (x_again, labels_again) in zip(full[first_step:], resumed, strict=True):
         np.testing.assert_array_equal(x, x_again)
         np.testing.assert_array_equal(labels, labels_again)
 
@@ -299,7 +300,7 @@ def packed_images(sides, seed=0):
 
 @pytest.mark.parametrize("resize_mode", ["squash", "shorter_side"])
 @pytest.mark.parametrize("blur", ["gaussian", "authors", "none"])
-def test_augmentation_is_the_operations_in_order_with_seeds_of_their_own(blur, resize_mode):
+def test_augmentation_applies_the_operations_in_order_with_separate_seeds(blur, resize_mode):
     # the pipeline draws the crop first and processes only its pixels; the oracle processes whole images
     tall = [(6, 9), (6, 6), (13, 6), (6, 7), (7, 6), (6, 20), (6, 8)]
     images, batch_size, seed = some_images(7) if resize_mode == "squash" else packed_images(tall), 4, 5
@@ -436,8 +437,8 @@ def test_streams_refuse_what_makes_no_sense():
     for change, message in (
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
-        ({"start": 4}, "start is 4"),
-        ({"start": -1}, "start is -1"),
+        ({"first_step": 4}, "first_step is 4"),
+        ({"first_step": -1}, "first_step is -1"),
     ):
         with pytest.raises(InputError, match=message):
             training_batches(images, FULL, MEAN, **{**good, **change})
@@ -489,7 +490,7 @@ def test_a_part_of_the_images_shares_their_pixels_and_streams_alone():
             np.testing.assert_array_equal(y, other_y)
 
 
-def test_prepare_resizes_by_the_filter_that_is_asked_for(tmp_path):
+def test_prepare_resizes_by_the_given_filter(tmp_path):
     image = picture(9, 20, 3)
     split = split_of(tmp_path, {"a.png": encoded(image, "PNG")})
     dataset = Dataset("one", ("a",), split, split)
@@ -498,7 +499,7 @@ def test_prepare_resizes_by_the_filter_that_is_asked_for(tmp_path):
         assert np.abs(task.train[0] - reference_resize(image, 6, 6)).max() <= 0.501
 
 
-def test_prepare_takes_a_mean_that_is_given():
+def test_prepare_takes_a_given_mean():
     task = pipeline.prepare(load_dataset("digits/target").subset(5), Preprocessing(resize=10, crop=8), mean=(1, 2.5, 3))
     np.testing.assert_array_equal(task.mean, np.float32([1, 2.5, 3]))
     assert task.pixels == PixelFormat(mean=(1, 2.5, 3))

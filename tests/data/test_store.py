@@ -127,7 +127,7 @@ def test_what_was_decoded_before_an_interruption_is_kept(split, tmp_path, decode
     check(images, split)
 
 
-def test_a_full_disk_is_told_and_loses_nothing(split, tmp_path, decoded, monkeypatch):
+def test_a_full_disk_raises_and_loses_nothing(split, tmp_path, decoded, monkeypatch):
     stored(split.take(range(10)), tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(PixelStore, "append", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))

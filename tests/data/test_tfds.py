@@ -165,7 +165,7 @@ def test_table_1_by_the_authors_lists(data_dir):
     assert rows["caltech256/30"]["test_per_class"] == rows["caltech256/60"]["test_per_class"] == (20, 20)
 
 
-def test_table_1_tells_what_is_not_prepared(tmp_path):
+def test_table_1_names_the_sets_that_are_not_prepared(tmp_path):
     text = tables.table_1(table_1_rows(data_dir=tmp_path, cache_dir=tmp_path / "cache")).markdown()
     assert text.count("- (257)") == 2 and "- (~ 72)" in text
     assert f"MIT Indoors 67: mit_indoors67 is not prepared in {tmp_path}: run python prepare.py" in text
@@ -220,7 +220,7 @@ def test_indoors_follow_the_lists(data_dir, load):
         ("caltech256", {"per_class": 30, "protocol": "mine"}, "protocol is 'mine'"),
     ],
 )
-def test_splits_that_there_are_not(load, spec, options, message):
+def test_splits_that_do_not_exist_are_refused(load, spec, options, message):
     with pytest.raises(InputError, match=message):
         load(spec, **options)
 
@@ -284,7 +284,7 @@ def test_the_validation_images_serve_where_test_has_no_labels(tmp_path):
         write_set(tmp_path, name, splits, 1)
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     assert len(load_dataset("places365_small", **options).test) == 3
-    with pytest.raises(InputError, match="the test images of mnist have no labels"):
+    with pytest.raises(InputError, match="The test images of mnist have no labels"):
         load_dataset("mnist", **options)
 
 
@@ -297,7 +297,7 @@ def test_a_set_with_a_configuration(tmp_path):
         assert grey(load_dataset(f"tfds:imagenet_resized/{size}x{size}", **options).train).tolist() == [size]
 
 
-def test_sets_that_are_no_task(tmp_path):
+def test_sets_that_are_not_classification_tasks_are_refused(tmp_path):
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     write_set(tmp_path, "mnist", {"train": [(encoded(), 0)] * 2}, 1)
     with pytest.raises(InputError, match=r"mnist has only the splits train, but train and test \(or validation\) are needed"):
@@ -308,7 +308,7 @@ def test_sets_that_are_no_task(tmp_path):
         load_dataset("ag_news_subset", **options)
 
 
-def test_keys_that_the_features_lack_are_told(tmp_path):
+def test_keys_that_the_features_lack_are_refused(tmp_path):
     write_set(tmp_path, "mnist", {"train": [(encoded(), 0)], "test": [(encoded(), 0)]}, 1)
     (path,) = tmp_path.glob("mnist/*/dataset_info.json")
     path.write_text(path.read_text().replace('"input": "image"', '"input": "picture"').replace('"image"', '"picture"'))
@@ -316,14 +316,14 @@ def test_keys_that_the_features_lack_are_told(tmp_path):
         load_dataset("mnist", data_dir=tmp_path)
 
 
-def test_an_unknown_or_unprepared_set_is_told_at_once(tmp_path):
+def test_an_unknown_or_unprepared_set_is_refused_at_once(tmp_path):
     with pytest.raises(InputError, match="no data set 'stanford_cats': give digits/source.*caltech256"):
         load_dataset("stanford_cats", data_dir=tmp_path)
     unfinished = tmp_path / "caltech256" / "incomplete.AB12CD_1.0.0"
     unfinished.mkdir(parents=True)
     for name in ("caltech256/30", "stanford_dogs", "imagenet2012"):
         folder = name.partition("/")[0]
-        with pytest.raises(InputError, match=f"{folder} is not prepared in .*: run python prepare.py --data_dir=.* {folder}$"):
+        with pytest.raises(InputError, match=f"{folder} is not prepared in .*: run python prepare.py .* {folder} first"):
             load_dataset(name, data_dir=tmp_path)
 
 
@@ -371,7 +371,7 @@ def test_odd_formats_become_png(tmp_path):
     [
         (lambda m: (m / "TrainImages.txt").write_text("room_00/photo 0.jpg\n"), "TrainImages.txt names 1 images instead of 5360"),
         (lambda m: write_tar(m / "indoorCVPR_09.tar", []), "lacks 6700 images that the lists name, such as room_00/photo 0"),
-        (lambda m: (m / "indoorCVPR_09.tar").write_bytes(b"x" * 5000), "indoorCVPR_09.tar is damaged or no tar file"),
+        (lambda m: (m / "indoorCVPR_09.tar").write_bytes(b"x" * 5000), "indoorCVPR_09.tar is damaged or not a tar file"),
     ],
 )
 def test_wrong_files_leave_nothing(tmp_path, spoil, message):
@@ -385,7 +385,7 @@ def test_wrong_files_leave_nothing(tmp_path, spoil, message):
 
 def test_a_wrong_number_of_classes(tmp_path):
     write_caltech(tmp_path / "manual", [2] * 9)
-    with pytest.raises(InputError, match="has images of 9 classes, but caltech256 has 257"):
+    with pytest.raises(InputError, match="has 9 classes, but caltech256 has 257"):
         prepare_tfds("caltech256", data_dir=tmp_path, manual_dir=tmp_path / "manual", checksums=False)
 
 
@@ -396,9 +396,9 @@ def test_a_wrong_checksum_of_a_manual_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["caltech256", "mit_indoors67", "stanford_dogs", "places365_small", "mnist"])
-def test_without_a_network_one_sentence_and_no_litter(tmp_path, monkeypatch, name):
+def test_without_a_network_one_sentence_and_no_leftovers(tmp_path, monkeypatch, name):
     no_network(monkeypatch)
-    with pytest.raises(InputError, match=r"cannot be loaded \(no network\): ") as error:
+    with pytest.raises(InputError, match=r"cannot be downloaded \(no network\): ") as error:
         prepare_tfds(name, data_dir=tmp_path)
     assert "\n" not in str(error.value) and everything_below(tmp_path) == []
 
@@ -407,16 +407,16 @@ def test_missing_manual_files_are_named(tmp_path):
     manual = tmp_path / "manual"
     manual.mkdir()
     (manual / "ILSVRC2012_img_train.tar").write_bytes(b"")
-    with pytest.raises(InputError, match="imagenet2012 is downloaded by hand: put ILSVRC2012_img_val.tar into .*manual"):
+    with pytest.raises(InputError, match="download imagenet2012 by hand: put ILSVRC2012_img_val.tar into .*manual"):
         prepare_tfds("imagenet2012", data_dir=tmp_path, manual_dir=manual)
 
 
 def test_an_unknown_set_cannot_be_prepared(tmp_path):
-    with pytest.raises(InputError, match="no data set 'stanford_cats' can be prepared: give the name of one of stanford_dogs"):
+    with pytest.raises(InputError, match="no data set 'stanford_cats' to prepare: give the name of one of stanford_dogs"):
         prepare_tfds("stanford_cats", data_dir=tmp_path)
 
 
-def test_litter_of_a_killed_preparation_goes_and_a_prepared_set_is_left_alone(tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_preparation_are_removed_and_a_prepared_set_stays(tmp_path, monkeypatch):
     manual = tmp_path / "manual"
     write_indoors(manual)
     litter = [tmp_path / "mit_indoors67/incomplete.AB12CD_1.0.0", tmp_path / "downloads/mit_indoors67/x.tmp.0a"]
@@ -429,7 +429,7 @@ def test_litter_of_a_killed_preparation_goes_and_a_prepared_set_is_left_alone(tm
     assert prepare_tfds("mit_indoors67", data_dir=tmp_path) == path
 
 
-def test_two_preparations_of_a_set_do_not_meet(tmp_path):
+def test_only_one_process_at_a_time_prepares_a_set(tmp_path):
     with preparation._alone(tmp_path, "caltech256"):
         with pytest.raises(InputError, match="caltech256 is being prepared in .* by another process: wait for it"):
             prepare_tfds("caltech256", data_dir=tmp_path)

@@ -60,7 +60,7 @@ OUTPUTS = {
         {},
         softmax,
     ),
-    "logits told": (lambda: network(3, layers.Activation("tanh")), {"from_logits": True}, softmax),
+    "logits given": (lambda: network(3, layers.Activation("tanh")), {"from_logits": True}, softmax),
     "softmax": (lambda: network(3, layers.Softmax()), {}, same),
     "softmax at a position": (lambda: network(3, layers.Reshape((1, 1, 3)), layers.Softmax()), {}, same),
     "softmax by hand": (
@@ -78,7 +78,7 @@ OUTPUTS = {
     "sigmoid without axis": (lambda: network(1, layers.Activation("sigmoid"), layers.Reshape(())), {}, same),
     "sigmoid half": (lambda: network(1, layers.Activation("sigmoid"), precision="mixed_float16"), {}, same),
     "logit by loss": (lambda: network(1, loss=BINARY_LOGITS), {}, sigmoid),
-    "logit told": (lambda: network(1), {"from_logits": True}, sigmoid),
+    "logit given": (lambda: network(1), {"from_logits": True}, sigmoid),
     "probability by loss": (lambda: network(1, layers.Lambda(lambda z: 1 / (1 + ops.exp(-z))), loss="bce"), {}, same),
     "subclassed": (lambda: Subclassed(3, "softmax"), {}, same),
     "subclassed sigmoid": (lambda: Subclassed(1, "sigmoid"), {}, same),
@@ -206,7 +206,7 @@ def test_a_perfect_sigmoid_is_right():
     assert l2sp.evaluate(model, (x, ~y))["correct"] == 0
 
 
-def test_what_is_no_probability_may_still_be_the_highest():
+def test_scores_that_are_not_probabilities_still_have_a_highest():
     """With K scores only the highest counts, whatever the scores mean."""
     x, y, _ = data_for(3)
     for model in (network(3, layers.Activation("tanh")), network(3, layers.ReLU(), loss="mse")):
@@ -340,13 +340,13 @@ def test_each_of_many_outputs_means_what_its_own_loss_says():
         answers = np.concatenate(model.predict(x, verbose=0), axis=1) > 0
         np.testing.assert_array_equal(result["right"], answers == y[:, None].astype(bool))
     model.compile("sgd", {"a": BINARY_LOGITS, "b": "mse"})
-    with pytest.raises(l2sp.InputError, match="the output 'b' of the model.*mse"):
+    with pytest.raises(l2sp.InputError, match="The output 'b' of the model.*mse"):
         l2sp.evaluate(model, (x, (y, y)))
 
 
 @pytest.mark.parametrize("name", ["logits", "softmax", "sigmoids", "sigmoid", "logit by loss"])
 @pytest.mark.parametrize("crops", [1, 10])
-def test_nan_is_no_right_answer(name, crops):
+def test_nan_is_never_right(name, crops):
     build, options, means = OUTPUTS[name]
     model = build()
     classes = model.output_shape[-1]
@@ -407,7 +407,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_what_cannot_be_judged_is_one_sentence(name):
+def test_data_that_cannot_be_judged_give_one_sentence(name):
     classes, data, match = REFUSED[name]
     model = network(classes, layers.Activation("sigmoid" if classes == 1 else "softmax"))
     with pytest.raises(l2sp.InputError, match=match) as caught:
@@ -415,11 +415,11 @@ def test_what_cannot_be_judged_is_one_sentence(name):
     assert "\n" not in str(caught.value)
 
 
-def test_outputs_that_cannot_be_judged_are_one_sentence():
+def test_outputs_that_cannot_be_judged_give_one_sentence():
     for model, match in (
         (network(1), "is one number, and nothing says what it means"),
-        (network(1, layers.Activation("tanh")), r"cannot be told from the operation that makes it, Tanh \(net.*activation"),
-        (network(1, loss="mse"), "is not said by the loss it was compiled with, mse"),
+        (network(1, layers.Activation("tanh")), r"comes from the operation Tanh \(net.*activation.*does not say whether"),
+        (network(1, loss="mse"), "has the loss mse, which does not say whether it is logits"),
         (network(1, loss="binary_crossentropy"), "taken for probabilities, because .* some are negative or above 1"),
         (network(6, layers.Reshape((2, 3))), r"is \(None, 2, 3\): give a classifier"),
         (network(6, layers.Reshape((6, 1))), r"is \(None, 6, 1\): give a classifier"),

@@ -56,7 +56,7 @@ def test_streamed_sums_are_the_correlations_of_stored_activations(pretrained, of
         np.testing.assert_allclose(values, by_correlation(finetuned, pretrained, x, name), rtol=1e-6, atol=1e-9)
 
 
-def test_nothing_moved_nothing_lost_and_linear_changes_do_not_count(pretrained):
+def test_r2_is_1_if_nothing_moved_or_only_linearly(pretrained):
     finetuned = moved(pretrained, 0.0)
     bn = finetuned.get_layer("conv1_bn")
     before = activation_r2(finetuned, pretrained, batches()[1], layers=["conv1_bn"])["conv1_bn"]
@@ -67,7 +67,7 @@ def test_nothing_moved_nothing_lost_and_linear_changes_do_not_count(pretrained):
     np.testing.assert_allclose(after, 1, rtol=1e-9)
 
 
-def test_the_further_a_model_moves_the_less_is_left(pretrained):
+def test_r2_falls_as_a_model_moves_further(pretrained):
     medians = [
         np.nanmedian(activation_r2(moved(pretrained, scale), pretrained, batches(60)[1])["conv3_block1_out"])
         for scale in (0.01, 0.1, 1.0)
@@ -85,7 +85,7 @@ def test_a_dead_feature_is_undefined_and_batches_make_no_difference(pretrained):
     np.testing.assert_allclose(one, many, rtol=1e-9)
 
 
-def test_what_is_missing_is_named(pretrained):
+def test_a_missing_layer_and_missing_images_are_refused(pretrained):
     with pytest.raises(l2sp.InputError, match="no layer 'conv9'"):
         activation_r2(moved(pretrained, 0.1), pretrained, batches()[1], layers=["conv9"])
     with pytest.raises(l2sp.InputError, match="no images"):

@@ -59,7 +59,7 @@ def test_predictions_are_the_answers_of_evaluate(activation, crops, images):
     np.testing.assert_array_equal(found.labels, p.argmax(axis=1))
 
 
-def test_one_sigmoid_tells_two_classes(images):
+def test_one_sigmoid_gives_two_classes(images):
     model, interface = classifier("sigmoid", units=1), Interface(**{**vars(INTERFACE), "classes": ("no", "yes")})
     files = sorted((images / "test").rglob("*.png"))
     p = l2sp.predict_images(model, files, interface)
@@ -70,7 +70,7 @@ def test_one_sigmoid_tells_two_classes(images):
     assert found.labels.sum() == 7 and found.probabilities.min() >= 0.5
 
 
-def test_files_are_taken_once_and_in_order_and_others_are_left_out_aloud(images, tmp_path):
+def test_files_are_read_once_in_order_and_others_are_left_out_with_a_warning(images, tmp_path):
     first, second = (images / "test" / "a" / f"{n}.png" for n in (3, 1))
     found = l2sp.predict_images(classifier(), [first, str(second), first], INTERFACE)
     assert found.files == (str(first), str(second))
@@ -87,7 +87,7 @@ def test_files_are_taken_once_and_in_order_and_others_are_left_out_aloud(images,
     assert [pathlib.Path(file).name for file in found.files] == ["a.PNG", "c.jpeg"]
 
 
-def test_bad_images_are_refused_or_left_out_aloud(images, tmp_path):
+def test_bad_images_are_refused_or_left_out_with_a_warning(images, tmp_path):
     good = images / "test" / "a" / "0.png"
     (tmp_path / "bad.png").write_bytes(good.read_bytes()[:60])
     (tmp_path / "empty").mkdir()

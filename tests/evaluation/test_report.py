@@ -91,7 +91,7 @@ def test_the_start_is_rebuilt_from_the_anchors(small_network, bias):
     np.testing.assert_array_equal(again(x, training=False), pretrained(x, training=False))
 
 
-def test_a_start_that_cannot_be_rebuilt_is_asked_for(small_network):
+def test_the_report_asks_for_a_start_that_it_cannot_rebuild(small_network):
     pretrained = small_network()
     model = moved_copy(pretrained)
     anchors = l2sp.Anchors({k: v for k, v in l2sp.Anchors.of(pretrained).items() if k != "predictions/kernel"})

@@ -50,7 +50,7 @@ def recipe(size):
         ({"workdir": pathlib.Path("/proc/none/w")}, "The workdir /proc/none/w cannot be written"),
     ],
 )
-def test_mistakes_are_told_whichever_plan_they_are_in(tmp_path, changes, message):
+def test_a_mistake_in_any_plan_is_reported(tmp_path, changes, message):
     for plans in ([made(tmp_path, **changes)], [made(tmp_path), made(tmp_path, **changes)]):
         with pytest.raises(l2sp.InputError, match=message) as found:
             check_plans(plans)
@@ -88,7 +88,7 @@ def test_a_model_without_images_has_no_input_shape(tmp_path):
     assert keras_files.input_shape(tmp_path / "s.keras") == (9, 9, 3)
 
 
-def test_no_source_model_is_trained_before_a_mistake_of_another_plan_is_told(tmp_path):
+def test_no_source_model_is_trained_before_a_mistake_in_another_plan_is_reported(tmp_path):
     weights = tmp_path / "other.safetensors"
     l2sp.Anchors.of(zoo.backbone("small", 10, image_size=8, widths=(4, 16), depths=(1, 1))).save(weights)
     plans = [made(tmp_path), made(tmp_path, weights=str(weights), pixels="rgb")]
@@ -97,7 +97,7 @@ def test_no_source_model_is_trained_before_a_mistake_of_another_plan_is_told(tmp
     assert not list((tmp_path / "w").glob("sources"))
 
 
-def test_a_stopped_command_knows_what_is_finished_and_where_the_others_are(tmp_path):
+def test_a_stopped_command_lists_finished_runs_and_the_state_of_the_others(tmp_path):
     base = made(tmp_path)
     began = time.time() + 1000
     names = {"old": began - 500, "new": began + 5, "cut": began + 6, "bare": began + 7, "older": began - 600}
@@ -114,7 +114,7 @@ def test_a_stopped_command_knows_what_is_finished_and_where_the_others_are(tmp_p
     lines = kept([base, base.replace(seeds=(7,))], began)
     assert lines == [
         f"finished in {base.setup.workdir}: 2 runs, of this command new",
-        "under way: runs/bare, not saved yet, and begins anew",
+        "under way: runs/bare, not saved yet, and will start over",
         "under way: runs/cut, saved after step 12 of 200",
     ]
     assert np.all([path.exists() for path in base.setup.workdir.glob("runs/*")])

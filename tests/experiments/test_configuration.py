@@ -41,7 +41,7 @@ def test_penalties_have_their_own_strengths():
         ({"penalty": ["gl_sp:1"], "experiment": "table_2"}, "gl_sp, which the experiment table_2 does not run"),
         ({"experiment": "table_2", "folds": 0}, "no published strength for the penalty l2_sp_fisher"),
         ({"seeds": ["0", "0"]}, "seeds has 0 twice"),
-        ({"seeds": ["0.5"]}, "no list of whole numbers"),
+        ({"seeds": ["0.5"]}, "not a list of whole numbers"),
         ({"seeds": ["4294967296"]}, "give numbers below 4294967296"),
         ({"source_iterations": -1}, "source_iterations is -1: give a whole number"),
         ({"source_learning_rate": 0.0}, "source_learning_rate is 0.0: give a finite number above 0"),
@@ -60,12 +60,12 @@ def test_penalties_have_their_own_strengths():
         ({"weights": ["missing.keras"]}, "There is no weights file missing.keras"),
     ],
 )
-def test_mistakes_are_told(values, message):
+def test_mistakes_are_reported(values, message):
     with pytest.raises(l2sp.InputError, match=message):
         plans_of({**BASE, **values})
 
 
-def test_folds_of_an_experiment_are_5_unless_they_are_given():
+def test_an_experiment_has_5_folds_by_default():
     strengths = ["l2:1e-4", "l2_sp:0.1", "l2_sp_fisher:0.1"]
     assert only(experiment="table_2").sweep.folds == 5 and only().sweep.folds == 0 and only(folds=3).sweep.folds == 3
     made = only(experiment="table_2", folds=0, penalty=strengths)
@@ -184,7 +184,7 @@ def test_paths_with_commas_are_put_together_again_or_refused(tmp_path, monkeypat
         ({"weights": ["w.safetensors"], "source_iterations": 4}, {"source_iterations"}),
     ],
 )
-def test_flags_without_effect_are_said_to_have_none(values, names):
+def test_flags_without_effect_are_listed(values, names):
     values = {**BASE, **values}
     assert {name for name, _ in unused(values, set(values), plans_of(values))} == names
 
@@ -224,12 +224,12 @@ def test_the_file_of_a_run_repeats_it(changes, setting):
     again = again.replace(recipe=again.setup.recipe.replace(**swept))
     assert again.setup.key() == made.setup.key() and again.save_models == made.save_models
     assert (again.jit_compile, again.distribute, again.checkpoint_every) == (made.jit_compile, made.distribute, 500)
-    assert "no flag says" not in text
+    assert "no flag can set" not in text
 
 
-def test_a_run_that_no_flag_can_say_says_so_in_its_file():
+def test_the_file_of_a_run_names_the_fields_that_no_flag_can_set():
     made = plan(target="t", source="s", source_recipe=Recipe(momentum=0.1))
-    assert "no flag says its source_recipe:" in text_of(made, Setting("l2", 1e-4, 0.01, 0.01))
+    assert "no flag can set: source_recipe." in text_of(made, Setting("l2", 1e-4, 0.01, 0.01))
 
 
 def test_every_value_of_a_run_has_a_flag():

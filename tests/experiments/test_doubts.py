@@ -29,7 +29,7 @@ CASES = [  # classes, correct, total, whether a warning is expected
 
 @pytest.mark.parametrize(("classes", "correct", "total", "doubted"), CASES)
 @pytest.mark.parametrize("origin", ["file", "imagenet", "scratch"])
-def test_a_source_accuracy_near_chance_is_doubted_with_its_causes(origin, classes, correct, total, doubted, recwarn):
+def test_a_source_accuracy_near_chance_brings_a_warning_with_its_causes(origin, classes, correct, total, doubted, recwarn):
     before = {"accuracy": correct / total, "correct": correct, "total": total}
     source = type("Source", (), {"name": "s", "classes": tuple(map(str, range(classes)))})
     starts._doubt(before, source, origin)
@@ -40,7 +40,7 @@ def test_a_source_accuracy_near_chance_is_doubted_with_its_causes(origin, classe
         assert ("order" in text and "preprocess" in text) and (("--source_iterations" in text) == (origin == "scratch"))
 
 
-def test_an_order_of_classes_that_is_not_the_outputs_is_doubted(tmp_path):
+def test_a_class_order_other_than_the_outputs_brings_a_warning(tmp_path):
     """Compares a network that is always right with the same network after permuting its outputs."""
     folder = tmp_path / "colours"
     for split in ("train", "test"):

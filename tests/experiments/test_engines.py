@@ -49,7 +49,7 @@ def test_locally_jobs_run_in_order():
     assert engines.run_jobs(double, [1, 2, 3]) == [2, 4, 6]
 
 
-def test_an_unknown_engine_and_a_missing_one_are_told(monkeypatch):
+def test_an_unknown_engine_and_a_missing_one_are_refused(monkeypatch):
     with pytest.raises(InputError, match="'slurm' is unknown"):
         engines.run_jobs(double, [1], engine="slurm")
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
@@ -76,12 +76,12 @@ def test_a_worker_lost_too_often_ends_with_one_sentence_and_keeps_the_rest(ray, 
     assert [len((tmp_path / f"tried-{n}").read_text()) for n in range(3)] == [4, 1, 1]
 
 
-def test_an_error_is_raised_as_it_was_after_the_other_jobs_are_done(ray, tmp_path):
+def test_an_error_is_raised_unchanged_after_the_other_jobs_finish(ray, tmp_path):
     with pytest.raises(InputError, match="^the second is bad$"):
         engines.run_jobs(fail_on_two, [(str(tmp_path), n) for n in (2, 1, 3)], engine="ray", say=lambda _: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
 
 
-def test_what_the_cluster_does_not_have_is_told_at_once(ray):
+def test_resources_that_the_cluster_lacks_are_refused_at_once(ray):
     with pytest.raises(InputError, match="64 CPUs and 0 GPUs"):
         engines.run_jobs(double, [1], engine="ray", cpus=64)

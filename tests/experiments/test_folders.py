@@ -79,7 +79,7 @@ def finished(tasks, tmp_path_factory):
 
 @pytest.mark.filterwarnings("ignore:The source accuracy")
 @pytest.mark.parametrize("way", WAYS, ids=str)
-def test_the_record_comes_again_from_the_files_to_the_last_image(way, tasks, finished, tmp_path, monkeypatch):
+def test_the_files_of_a_run_repeat_its_record_to_the_last_image(way, tasks, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tasks)
     record, folder = finished if way == WAYS[0] else run(tmp_path, way, finished[1] / "anchors.safetensors")
     assert record["classes"] == ["no", "yes"]
@@ -110,7 +110,7 @@ def strip(path):
             archive.writestr(name, content)
 
 
-def test_a_run_says_how_its_images_are_made_and_which_output_is_which_class(finished):
+def test_a_run_stores_how_its_images_are_made_and_the_class_of_each_output(finished):
     _, folder = finished
     found = keras_files.stored_interface(folder / "model.keras")
     assert (found.resize, found.crop, found.resize_mode, found.resize_filter) == (8, 6, "shorter_side", "bilinear")
@@ -119,7 +119,7 @@ def test_a_run_says_how_its_images_are_made_and_which_output_is_which_class(fini
     assert keras.models.load_model(folder / "model.keras").output_shape == (None, 2)  # Keras ignores the extra entry
 
 
-def test_what_is_given_must_agree_with_the_file(finished):
+def test_given_settings_must_agree_with_the_file(finished):
     _, folder = finished
     path = folder / "model.keras"
     model = keras_files.load_model(path)
@@ -133,7 +133,7 @@ def test_what_is_given_must_agree_with_the_file(finished):
         interface_at(path, model, pixels="bgr")
 
 
-def test_a_file_that_says_nothing_needs_what_is_given_and_tells_what_is_assumed(finished, tmp_path):
+def test_a_file_without_settings_needs_the_pixels_and_warns_of_what_it_assumes(finished, tmp_path):
     _, folder = finished
     stored = keras_files.stored_interface(folder / "model.keras")
     model = keras_files.load_model(folder / "model.keras")
@@ -142,7 +142,7 @@ def test_a_file_that_says_nothing_needs_what_is_given_and_tells_what_is_assumed(
     assert keras_files.stored_interface(path) is None
     with pytest.raises(l2sp.InputError, match="give --pixels="):
         interface_at(path, model)
-    with pytest.warns(UserWarning, match="--resize=7, --resize_filter=area is assumed"):
+    with pytest.warns(UserWarning, match="assuming --resize=7, --resize_filter=area"):
         made = interface_at(path, model, pixels="rgb", mean=("1", "2", "3"), resize_mode="shorter_side")
     assert made == Interface(PIXELS["rgb"].with_mean((1, 2, 3)), 7, "shorter_side", "area", 6)
     images = {"resize": 8, "resize_mode": "shorter_side", "resize_filter": "bilinear"}
@@ -150,7 +150,7 @@ def test_a_file_that_says_nothing_needs_what_is_given_and_tells_what_is_assumed(
     assert preprocessing_for(made) == preprocessing_for(stored)
 
 
-def test_an_interface_reads_back_what_it_wrote_and_refuses_what_is_none():
+def test_an_interface_reads_back_what_it_wrote_and_refuses_anything_else():
     one = Interface(BGR, 300, "squash", "area", 224, 10, (1, 2, 3), ("é", "b,c", ""))
     assert Interface.from_json(one.to_json(), BGR, "x") == one
     values = json.loads(one.to_json())

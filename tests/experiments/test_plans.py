@@ -36,7 +36,7 @@ def test_a_penalty_has_its_own_strengths_and_the_others_share_alpha():
     assert [part.sweep.learning_rates for part in study("figure_1", plan(folds=2, learning_rates=(0.02, 0.01)))] == [()]
 
 
-def test_the_fisher_diagonal_has_mean_1_whatever_else_is_asked_for():
+def test_the_fisher_diagonal_has_mean_1_by_default():
     assert FisherPlan().transforms == (("normalise", None),)
     assert {plan(folds=folds).setup.fisher for folds in (0, 2)} == {FisherPlan()}
 
@@ -58,7 +58,7 @@ def test_frozen_units_are_spread_over_the_backbone():
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_asks_for_what_its_table_or_figure_shows(name):
+def test_a_study_plans_what_its_table_or_figure_shows(name):
     plans = study(name, plan(folds=5))
     penalties = {symbol for part in plans for symbol in part.sweep.penalties}
     expected = {"figure_1": {"l2_sp"}, "figure_3": {"l2", "l2_sp"}, "figure_2": set(PENALTIES), "all": set(PENALTIES)}
@@ -82,7 +82,7 @@ def test_what_a_run_starts_from_does_not_depend_on_the_grid():
         assert plan(**changes).setup.key() != plan().setup.key()
 
 
-def test_mistakes_are_told():
+def test_mistakes_are_reported():
     for changes, message in (
         ({"penalties": ("l3",)}, "'l3' is unknown"),
         ({"folds": 1}, "folds is 1"),
@@ -99,7 +99,7 @@ def test_mistakes_are_told():
         ({"alphas": (float("nan"),)}, "alpha is nan"),
         ({"betas": (-0.1,)}, "beta is -0.1"),
         ({"learning_rates": (0.0,)}, "learning_rate is 0.0"),
-        ({"strengths": {"l1_sp": (1.0,)}}, "l1_sp has strengths of its own, but is none of the penalties l2, l2_sp"),
+        ({"strengths": {"l1_sp": (1.0,)}}, "l1_sp has strengths, but is not among the penalties l2, l2_sp"),
         ({"strengths": {"l2": (-1.0,)}}, "alpha of l2 is -1.0"),
         ({"frozen": (-1,)}, "frozen is -1"),
         ({"frozen": ()}, "frozen is empty"),

@@ -44,7 +44,7 @@ def test_records_are_found_in_order_and_damaged_ones_left_out(tmp_path):
         records.write_record(tmp_path / f"runs/{name}/run.json", record(seed=ord(name)))
     (tmp_path / "runs/c").mkdir()
     (tmp_path / "runs/c/run.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"c/run.json is no record"):
+    with pytest.warns(UserWarning, match=r"c/run.json is not a record"):
         assert [r["settings"]["seed"] for r in records.read_records(tmp_path)] == [97, 98]
 
 

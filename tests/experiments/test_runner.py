@@ -48,7 +48,7 @@ def finished(tmp_path_factory):
     return made, *run([made], estimate=True)
 
 
-def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
+def test_the_plan_is_announced_with_an_estimate_and_then_run(finished):
     made, found, said = finished
     (plan,) = (line for line in said if line.startswith("plan: "))
     assert plan.startswith("plan: 4 runs on folds and up to 3 values beyond") and plan.endswith(", then 2 runs; 6 are left")
@@ -57,7 +57,7 @@ def test_the_plan_is_said_with_an_estimate_and_then_run(finished):
     assert [record["settings"]["frozen"] for record in records.runs_of(found)] == [0, 1]
 
 
-def test_the_choice_is_the_best_mean_over_the_folds_and_stands_in_the_record(finished):
+def test_the_choice_has_the_best_mean_over_the_folds_and_is_recorded(finished):
     made, found, _ = finished
     folds = [records.read_record(path) for path in made.setup.workdir.glob("folds/*/run.json")]
     scores = {
@@ -84,7 +84,7 @@ def test_a_record_holds_what_tables_and_figures_need(finished):
 
 
 @pytest.mark.slow
-def test_proximal_and_plain_runs_are_told_apart(tmp_path):
+def test_proximal_and_plain_runs_are_kept_apart(tmp_path):
     made = tiny(tmp_path, penalties=("l1_sp",), alphas=(0.1,))
     stepped = made.replace(recipe=RECIPE.replace(penalty_step="proximal", solver="adam"))
     found, said = run([made, stepped])
@@ -105,7 +105,7 @@ def test_finished_runs_are_not_run_again_and_a_dry_run_runs_nothing(finished):
     assert nothing == [] and not list(made.setup.workdir.glob("folds/l2_sp-5-*"))
 
 
-def test_an_interrupted_experiment_goes_on(finished):
+def test_an_interrupted_experiment_resumes(finished):
     made, found, _ = finished
     for pattern in ("folds/l2_sp-0.1-fold1-*/run.json", "runs/*/run.json"):
         next(made.setup.workdir.glob(pattern)).unlink()
@@ -115,7 +115,7 @@ def test_an_interrupted_experiment_goes_on(finished):
 
 
 @pytest.mark.slow
-def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
+def test_a_second_cross_validation_replaces_the_first_and_earlier_seeds_do_not_undo_it(finished, tmp_path):
     made = finished[0].replace(workdir=tmp_path, frozen=(0,))
     shutil.copytree(finished[0].setup.workdir / "sources", tmp_path / "sources")
     grid = made.replace(folds=0, seeds=(0, 1))  # seeds without a selection, of both strengths
@@ -136,7 +136,7 @@ def test_a_second_cross_validation_replaces_the_first_for_the_reader_and_earlier
     assert line[1].startswith(f"{np.mean(expected):.1f}")
 
 
-def test_a_choice_is_of_its_runs_where_each_penalty_has_its_own_beta(finished, tmp_path):
+def test_a_choice_belongs_to_its_runs_if_each_penalty_has_its_own_beta(finished, tmp_path):
     recipe = RECIPE.replace(beta={"l2_sp": 0.02, "l2": 0.001})
     shutil.copytree(finished[0].setup.workdir / "sources", tmp_path / "sources")
     found, _ = run([tiny(tmp_path, folds=2, penalties=("l2", "l2_sp"), alphas=(0.1,), recipe=recipe.replace(iterations=2))])
@@ -152,14 +152,14 @@ def test_plans_that_share_runs_run_them_once(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_setting_that_diverges_is_recorded_so_and_not_chosen(tmp_path):
+def test_a_diverging_setting_is_recorded_and_not_chosen(tmp_path):
     found, said = run([tiny(tmp_path, folds=2, alphas=(1e12, 0.1))])
     (record,), (made,) = records.runs_of(found), records.selections_of(found)
     assert record["settings"]["alpha"] == 0.1 and made["candidates"][0]["accuracies"] == [None, None]
     assert sum("diverged: The loss is" in line for line in said) == 2
 
 
-def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and_when_it_is_given_again(tmp_path):
+def test_a_sweep_continues_after_every_setting_diverged_now_and_when_repeated(tmp_path):
     diverging = tiny(tmp_path, folds=2, alphas=(1e12, 1e13))
     plain = tiny(tmp_path, penalties=("l2", "l2_sp"), alphas=(1e12, 0.1), seeds=(0, 1))
     for again in (False, True):
@@ -176,7 +176,7 @@ def test_that_every_setting_diverges_is_a_result_and_the_sweep_goes_on_today_and
 
 
 @pytest.mark.slow
-def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
+def test_a_choice_at_the_edge_extends_the_grid_and_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(selection, "MOST_EXTENSIONS", 1)
     monkeypatch.setattr(selection, "accuracy_of", lambda record: record["settings"]["alpha"] / 1e4)
     asked = tiny(tmp_path, folds=2, alphas=(0.1, 1.0))
@@ -188,7 +188,7 @@ def test_a_choice_at_the_edge_is_extended_and_says_so(tmp_path, monkeypatch):
     assert "lies at the edge" in tables.table_2(found).notes
 
 
-def test_more_folds_than_images_are_told_before_anything_is_fine_tuned(tmp_path):
+def test_more_folds_than_images_are_refused_before_any_fine_tuning(tmp_path):
     with pytest.raises(l2sp.InputError, match="11 folds"):
         run([tiny(tmp_path, folds=11)])
 
@@ -211,7 +211,7 @@ def kill_one_worker(workdir, killed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="finds workers in /proc")
-def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
+def test_ray_gives_the_records_of_a_local_run_even_if_a_worker_is_killed(finished, ray, tmp_path):  # noqa: F811
     made = finished[0].replace(workdir=tmp_path)
     killed = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
@@ -227,7 +227,7 @@ def test_on_ray_the_records_are_those_of_a_local_run_though_a_worker_is_killed(f
     assert len(found) == 3 and all(set(r) == set(finished[1][0]) for r in records.runs_of(found))
 
 
-def test_a_run_that_is_cut_off_goes_on_and_leaves_the_record_of_one_that_is_not(finished, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_and_leaves_the_record_of_an_uninterrupted_one(finished, tmp_path, monkeypatch):
     made, *_ = finished
     whole = made.replace(folds=0, alphas=(0.1,), frozen=(0,), workdir=tmp_path / "a", checkpoint_every=2)
     cut = whole.replace(workdir=tmp_path / "b")

@@ -75,7 +75,7 @@ def test_a_last_step_after_which_every_output_is_nan_is_a_divergence():
     assert record(last, nan=1)["results"]["nan"] == 1 and not records.diverged(record(last, nan=1))
 
 
-def test_what_changes_no_result_changes_no_folder():
+def test_settings_that_change_no_result_change_no_folder():
     def folder(recipe, setting=SETTING, **more):
         settings = runs.settings_of(setting, task(), recipe, types.SimpleNamespace(digest="a"), source="s", target="t", **more)
         return runs.folder_of(pathlib.Path("w"), setting, settings)

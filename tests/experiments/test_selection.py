@@ -22,14 +22,14 @@ def pretrained():
 def test_folds_are_stratified_and_cover_every_training_image_once():
     made = task(count=20)
     parts = fold_tasks(made, 3, seed=1)
-    held = np.concatenate([part.test.starts for part in parts])
-    assert sorted(held) == sorted(made.train.starts)
+    held = np.concatenate([part.test.offsets for part in parts])
+    assert sorted(held) == sorted(made.train.offsets)
     for part in parts:
-        assert not set(part.train.starts) & set(part.test.starts) and len(part.train) + len(part.test) == 20
+        assert not set(part.train.offsets) & set(part.test.offsets) and len(part.train) + len(part.test) == 20
         counts = np.bincount(part.test.labels)
         assert counts.max() - counts.min() <= 1
         assert part.train.pixels is made.train.pixels
-    other = np.concatenate([part.test.starts for part in fold_tasks(made, 3, seed=2)])
+    other = np.concatenate([part.test.offsets for part in fold_tasks(made, 3, seed=2)])
     assert list(other) != list(held)
 
 
@@ -145,7 +145,7 @@ def test_one_value_stays_one_and_nothing_is_tried_beyond_zero():
     assert rounds == [[(3.0, 0.01, 0.01)]] and selection.edges == ()
 
 
-def test_that_all_diverged_is_a_result():
+def test_a_search_in_which_all_diverged_has_a_result():
     selection, rounds = searched(axes((0.1, 1.0)), lambda *_: None)
     assert selection.best is None and len(rounds) == 1 and "Every setting diverged" in str(selection)
     for name in ("best_penalty", "best_recipe"):
@@ -156,7 +156,7 @@ def test_that_all_diverged_is_a_result():
     assert record["chosen"] is None
 
 
-def test_what_diverges_bounds_the_grid_and_is_not_chosen():
+def test_diverging_settings_bound_the_grid_and_are_not_chosen():
     selection, _ = searched(axes((0.1, 1.0)), lambda alpha, *_: alpha if alpha < 50 else None)
     assert selection.best.alpha == 10 and max(c.alpha for c in selection.candidates) == 100 and selection.edges == ()
     half = Candidate(5, 0.01, 0.01, (0.9, None))
@@ -165,13 +165,13 @@ def test_what_diverges_bounds_the_grid_and_is_not_chosen():
 
 
 @pytest.mark.usefixtures("as_given")
-def test_a_setting_that_diverges_is_not_chosen(pretrained):
+def test_a_diverging_setting_is_not_chosen(pretrained):
     options = {"learning_rates": (0.01,), "folds": 2}
     selection = l2sp.cross_validate(pretrained, task(), l2sp.L2SP, RECIPE, alphas=(1e12, 0.1), **options)
     assert selection.candidates[0].accuracies == (None, None) and selection.best.alpha == 0.1
 
 
-def test_a_search_goes_on_where_it_was_cut_off_and_leaves_its_record(pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes_and_leaves_its_record(pretrained, tmp_path, monkeypatch):
     options = {"alphas": (0.1,), "learning_rates": (0.05,), "folds": 2, "run_dir": tmp_path}
     made, recipe = task(), RECIPE.replace(iterations=2)
     calls = []
@@ -199,7 +199,7 @@ def test_a_search_goes_on_where_it_was_cut_off_and_leaves_its_record(pretrained,
     assert records.read_record(path)["chosen"]["alpha"] == other.best.alpha == 0.01
 
 
-def test_runs_on_other_images_preparations_and_models_are_not_taken_for_one_another(pretrained, tmp_path, monkeypatch):
+def test_runs_on_other_images_preparations_and_models_are_not_confused(pretrained, tmp_path, monkeypatch):
     made, count = task(count=20), []
 
     def diverging(*args, **more):
@@ -256,12 +256,12 @@ def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, tmp_
         ({"folds": 2.5}, "folds is 2.5: give a whole number"),
     ],
 )
-def test_what_is_no_list_of_numbers_is_one_sentence(arguments, message, pretrained):
+def test_anything_but_a_list_of_numbers_gives_one_sentence(arguments, message, pretrained):
     with pytest.raises(l2sp.InputError, match=re.escape(message)):
         l2sp.cross_validate(pretrained, task(), l2sp.L2SP, RECIPE, **arguments)
 
 
-def test_one_setting_alone_takes_the_place_of_no_choice(tmp_path):
+def test_a_single_setting_never_replaces_a_choice(tmp_path):
     question = {"source": "s", "target": "t", "penalty": "l2_sp"}
 
     def write(*alphas):
@@ -270,7 +270,7 @@ def test_one_setting_alone_takes_the_place_of_no_choice(tmp_path):
         return records.read_record(path)["chosen"]["alpha"]
 
     assert (write(0.1), write(0.1, 1.0), write(2.0, 3.0)) == (0.1, 1.0, 3.0)
-    with pytest.warns(UserWarning, match="One setting is no choice"):
+    with pytest.warns(UserWarning, match="A single setting is not a choice"):
         assert write(0.1) == 3.0
 
 

@@ -80,18 +80,18 @@ def used(folder, *, train=0):
 
 
 CASES = {
-    "the weights tell the mean": ({}, 0),
+    "the weights have the mean": ({}, 0),
     "F_jj of a sample": ({"penalties": ("l2_sp", "l2_sp_fisher")}, 5),
     "F_jj of a few": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=3, transforms=())}, 3),
     "F_jj of more": ({"penalties": ("l2_sp_fisher",), "fisher": FisherPlan(images=17, transforms=())}, 17),
-    "nobody tells the mean": ({"weights": "without"}, 5),
+    "the mean is unknown": ({"weights": "without"}, 5),
     "the mean is given": ({"weights": "without", "recipe": RECIPE.replace(mean=MEAN)}, 0),
     "the source model is trained": ({"weights": "none"}, 2 * TRAIN),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_decoded_is_what_is_used_and_what_was_told_and_never_again(folder, tmp_path, large, decoded, case):  # noqa: F811
+def test_a_start_decodes_once_what_it_uses_and_announced(folder, tmp_path, large, decoded, case):  # noqa: F811
     changes, train = CASES[case]
     asked = made(folder, tmp_path, **changes)
     outline = starts.outline(asked, say=lambda line: None)
@@ -104,14 +104,14 @@ def test_what_is_decoded_is_what_is_used_and_what_was_told_and_never_again(folde
         if "l2_sp_fisher" in asked.sweep.penalties:
             assert start.fisher.provenance["images"] == train
         assert sorted(decoded) == ([] if again else sorted(expected))
-        assert start.mean_of == (5 if case == "nobody tells the mean" else None)
-        if case in ("the weights tell the mean", "the mean is given"):
+        assert start.mean_of == (5 if case == "the mean is unknown" else None)
+        if case in ("the weights have the mean", "the mean is given"):
             assert start.source.mean.tolist() == list(MEAN)
         del decoded[:]
     assert Forecast([Work(starts.outline(asked, say=lambda line: None), (), False)]).images == 0
 
 
-def test_runs_decode_no_more_than_what_they_start_from(folder, tmp_path, large, decoded):  # noqa: F811
+def test_runs_decode_no_more_than_their_start(folder, tmp_path, large, decoded):  # noqa: F811
     asked = made(folder, tmp_path, penalties=("l2_sp", "l2_sp_fisher"))
     found, said = run(asked)
     assert sorted(decoded) == sorted(used(folder, train=5)) and len(found) == 2
@@ -121,7 +121,7 @@ def test_runs_decode_no_more_than_what_they_start_from(folder, tmp_path, large, 
     assert run(asked)[0] == found and decoded == []
 
 
-def test_a_small_source_is_looked_at_whole(folder, tmp_path, decoded):  # noqa: F811
+def test_a_small_source_is_used_whole(folder, tmp_path, decoded):  # noqa: F811
     asked = made(folder, tmp_path, weights="without", penalties=("l2_sp_fisher",))
     (record,), said = run(asked)
     pixels = np.stack([np.array(Image.open(path).resize((10, 10))) for path in (folder / "source/train").rglob("*.png")])
@@ -130,7 +130,7 @@ def test_a_small_source_is_looked_at_whole(folder, tmp_path, decoded):  # noqa: 
     assert set(decoded) == used(folder, train=2 * TRAIN)
 
 
-def test_a_bad_image_that_nobody_uses_is_no_matter_and_others_are_told_first(folder, tmp_path, large):
+def test_an_unused_bad_image_does_not_matter_and_used_ones_are_reported_first(folder, tmp_path, large):
     shutil.copytree(folder, tmp_path / "data")
     unused = sorted(used(tmp_path / "data", train=24) - used(tmp_path / "data", train=5))
     pathlib.Path(unused[0]).write_bytes(b"")

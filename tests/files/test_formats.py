@@ -38,7 +38,7 @@ def test_anchors_and_the_fisher_diagonal_have_the_digests_that_they_had(anchors)
     assert l2sp.Fisher.load(FORMATS / "fisher.safetensors").digest == DIGESTS["fisher"]
 
 
-def test_weights_become_the_network_that_they_were():
+def test_weights_restore_their_network():
     made = model()
     keras_files.load_weights(made, FORMATS / "anchors.safetensors")
     np.testing.assert_allclose(made.predict(IMAGES, verbose=0), OUTPUTS, rtol=1e-5)

@@ -103,7 +103,7 @@ def test_plain_json_is_read():
     assert reading.parse_json("[NaN]", "x", finite=False) == [pytest.approx(float("nan"), nan_ok=True)]
 
 
-def test_an_error_of_the_disk_is_no_bad_input(tmp_path):
+def test_a_disk_error_is_not_bad_input(tmp_path):
     with pytest.raises(FileNotFoundError), reading.refusing("x"):
         (tmp_path / "none").read_bytes()
     with pytest.raises(InputError, match=r"^x \(MemoryError\): use another copy\.$"), reading.refusing("x"):
@@ -421,7 +421,7 @@ def nested(levels):
 def test_pickles_that_would_never_end(tmp_path, content):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("archive/data.pkl", content)
-    with pytest.raises(InputError, match="damaged or no state dict"):
+    with pytest.raises(InputError, match="damaged or not a state dict"):
         read_state_dict(tmp_path / "a.pth")
 
 
@@ -507,7 +507,7 @@ def image_folder(root):
     return root
 
 
-def test_pipes_and_devices_are_no_images(tmp_path):
+def test_pipes_and_devices_are_not_images(tmp_path):
     folder = image_folder(tmp_path)
     os.mkfifo(folder / "train/a/2.png")
     with pytest.raises(InputError, match="train/a/2.png/ is not an image"):
@@ -702,7 +702,7 @@ def test_a_tar_with_a_sparse_member_and_links(tmp_path):
 def test_a_tar_cut_short(tmp_path):
     path = hostile.make_tar(tmp_path)
     path.write_bytes(path.read_bytes()[:600])
-    with pytest.raises(InputError, match="damaged or no tar file"):
+    with pytest.raises(InputError, match="damaged or not a tar file"):
         builders._members(path)
 
 

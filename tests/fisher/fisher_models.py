@@ -1,4 +1,4 @@
-"""Small models with random weights, images for them, and when two Fisher diagonals are equal."""
+"""Small models with random weights, images for them, and a comparison of Fisher diagonals."""
 
 import contextlib
 

@@ -41,11 +41,11 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         Fisher.load(path)
     Anchors.of(model).save(path)
-    with pytest.raises(InputError, match="no Fisher diagonal"):
+    with pytest.raises(InputError, match="not a Fisher diagonal"):
         Fisher.load(path)
 
 
-def test_plus_refuses_what_does_not_belong_together():
+def test_plus_refuses_passes_that_do_not_belong_together():
     model, x = small()
     f = fisher_diagonal(model, x)
     with pytest.raises(InputError, match="mode differ"):

@@ -482,7 +482,7 @@ def test_bad_arguments_are_refused(arguments):
         fisher_diagonal(model, **{"images": x, **arguments})
 
 
-def test_a_model_that_is_no_classifier_is_refused():
+def test_a_model_that_is_not_a_classifier_is_refused():
     model = keras.Sequential([keras.Input((4,)), layers.Reshape((2, 2)), layers.Dense(3)])
     with pytest.raises(InputError, match="classes"):
         fisher_diagonal(model, images((4,)))

@@ -1,4 +1,4 @@
-"""What an output means, whatever made it and whatever the model was compiled with, and the Fisher diagonal of it."""
+"""The meaning of an output, for any operation and any compiled loss, and its Fisher diagonal."""
 
 import functools
 
@@ -141,7 +141,7 @@ UNKNOWN |= {
 
 
 @pytest.mark.parametrize("name", list(BY_OPERATION))
-def test_the_operation_tells(name):
+def test_the_operation_decides(name):
     build, expected = BY_OPERATION[name]
     for precision in ("mixed_float16", "bfloat16", "float32"):
         with policy(precision):
@@ -150,18 +150,18 @@ def test_the_operation_tells(name):
         found = likelihood_of(output, model)
         assert (found.family, found.is_probability) == expected
         assert found.assumed == (expected == LOGITS and name != "log softmax")
-    if not found.assumed:  # neither the loss nor the caller counts
+    if not found.assumed:  # neither the loss nor from_logits counts
         model.compile("sgd", "mse")
-        assert [likelihood_of(output, model, told).family for told in (None, True, False)] == [expected[0]] * 3
+        assert [likelihood_of(output, model, given).family for given in (None, True, False)] == [expected[0]] * 3
 
 
 @pytest.mark.parametrize("name", list(UNKNOWN))
-def test_another_operation_is_named_and_asked_about(name):
+def test_other_operations_are_named_and_refused(name):
     model = UNKNOWN[name]()
     output = traced(model)
-    with pytest.raises(InputError, match=r"cannot be told from the operation that makes it, \w+ \(.*\): pass from_logits"):
+    with pytest.raises(InputError, match=r"comes from the operation \w+ \(.*\), which does not say .*: pass from_logits"):
         likelihood_of(output, model)
-    assert [likelihood_of(output, model, told).is_probability for told in (True, False)] == [False, True]
+    assert [likelihood_of(output, model, given).is_probability for given in (True, False)] == [False, True]
     model.compile("sgd", losses.BinaryCrossentropy(from_logits=True))
     found = likelihood_of(output, model)
     assert (found.family, found.is_probability) == ("bernoulli", False)
@@ -172,7 +172,7 @@ def both(*names):
 
 
 def spellings(family, cls, function):
-    """Each way of writing a loss, with what it says."""
+    """Each way of writing a loss, with its family and its from_logits."""
     for from_logits in (True, False):
         yield cls(from_logits=from_logits), family, from_logits
         yield functools.partial(function, from_logits=from_logits), family, from_logits
@@ -189,13 +189,13 @@ LOSSES = [
     for cls, function in both(*names)
     for row in (spellings(family, cls, function) if "Focal" not in cls.__name__ or family == "bernoulli" else ())
 ]
-LOSSES += [(losses.CategoricalFocalCrossentropy(from_logits=told), "categorical", told) for told in (True, False)]
+LOSSES += [(losses.CategoricalFocalCrossentropy(from_logits=given), "categorical", given) for given in (True, False)]
 LOSSES += [(loss, "categorical", False) for loss in ("kl_divergence", losses.KLDivergence(), "kld", "crossentropy", "ce")]
 LOSSES += [(losses.CategoricalGeneralizedCrossEntropy(), "categorical", False)]
 LOSSES += [(tf.nn.sparse_softmax_cross_entropy_with_logits, "categorical", True)]
 
 
-def test_the_compiled_loss_tells_where_no_operation_does():
+def test_the_compiled_loss_decides_where_no_operation_does():
     model = dense(3, layers.Activation("tanh"))
     output = traced(model)
     for loss, family, from_logits in LOSSES:
@@ -203,10 +203,10 @@ def test_the_compiled_loss_tells_where_no_operation_does():
             model.compile("sgd", form)
             found = likelihood_of(output, model)
             assert (found.family, found.is_probability, found.assumed) == (family, not from_logits, False), loss
-            assert [likelihood_of(output, model, told).is_probability for told in (True, False)] == [
+            assert [likelihood_of(output, model, given).is_probability for given in (True, False)] == [
                 False,
                 True,
-            ]  # the caller's word goes first
+            ]  # from_logits has priority
             assert likelihood_of(output, model, True).family == family
     model.compile("sgd", [losses.MeanSquaredError(), losses.BinaryCrossentropy(from_logits=True)])
     assert likelihood_of(output, model).family == "bernoulli"
@@ -216,12 +216,12 @@ def test_a_loss_that_says_nothing_is_named():
     for model in (dense(3), dense(1), dense(3, layers.Activation("tanh"))):
         for loss in ("mse", losses.Hinge(), losses.CategoricalHinge(), lambda y, z: z, ["mae"], losses.Dice(), "huber"):
             model.compile("sgd", loss)
-            with pytest.raises(InputError, match="is not said by the loss it was compiled with, .*: pass from_logits"):
+            with pytest.raises(InputError, match="has the loss .*, which does not say .*: pass from_logits"):
                 meant(model)
             assert meant(model, True).family == ("bernoulli" if model.output_shape[-1] == 1 else "categorical")
 
 
-def test_one_number_needs_a_word():
+def test_a_single_number_needs_from_logits_or_a_loss():
     with pytest.raises(InputError, match="is one number, and nothing says what it means"):
         meant(dense(1))
     with pytest.raises(InputError, match="a softmax is always 1"):
@@ -237,7 +237,7 @@ def test_one_number_needs_a_word():
         meant(model, "yes")
 
 
-def test_shapes_that_are_no_class_scores_are_refused():
+def test_shapes_that_are_not_class_scores_are_refused():
     for model in (dense(6, layers.Reshape((2, 3))), dense(6, layers.Reshape((6, 1))), convolutional(3)):
         with pytest.raises(InputError, match=r"give a classifier with one output of shape \(batch, classes\)"):
             meant(model)
@@ -291,7 +291,7 @@ MODELS = {
         reference_fisher,
         False,
     ),
-    "told classes": (lambda: dense(3, layers.Activation("tanh")), {"from_logits": True}, reference_fisher, True),
+    "classes given": (lambda: dense(3, layers.Activation("tanh")), {"from_logits": True}, reference_fisher, True),
     "sigmoid": (lambda: dense(1, layers.Activation("sigmoid")), {}, bernoulli_oracle, False),
     "sigmoids": (lambda: dense(3, layers.Activation("sigmoid")), {}, bernoulli_oracle, False),
     "sigmoids moved": (
@@ -313,7 +313,7 @@ MODELS = {
         True,
     ),
     "logits by loss": (lambda: compiled(dense(3), losses.BinaryCrossentropy(from_logits=True)), {}, bernoulli_oracle, True),
-    "one logit told": (lambda: dense(1), {"from_logits": True}, bernoulli_oracle, True),
+    "one logit given": (lambda: dense(1), {"from_logits": True}, bernoulli_oracle, True),
     "by hand": (lambda: dense(1, layers.Lambda(logistic)), {"from_logits": False}, bernoulli_oracle, False),
     "by hand and loss": (lambda: compiled(dense(3, layers.Lambda(logistic)), "binary_crossentropy"), {}, bernoulli_oracle, False),
     "subclassed": (lambda: Subclassed64(3), {}, bernoulli_oracle, False),

@@ -95,7 +95,7 @@ class Doubled(keras.layers.BatchNormalization):
         (keras.layers.BatchNormalization, {"renorm": True}),
     ],
 )
-def test_what_cannot_be_fused_is_left_to_keras(layer, options):
+def test_layers_that_cannot_be_fused_are_left_to_keras(layer, options):
     plain, other = network(layer, **options), network(layer, **options)
     l2sp.fuse_batch_norm(other)
     assert operations(other) == operations(plain)
@@ -147,6 +147,6 @@ def test_the_fisher_pass_of_a_fused_model_is_the_same():
         np.testing.assert_array_equal(found[key], expected[key])
 
 
-def test_what_is_no_model_is_refused():
+def test_anything_but_a_model_is_refused():
     with pytest.raises(l2sp.InputError, match="The model is a str: give a Keras model"):
         l2sp.fuse_batch_norm("model.keras")

@@ -217,7 +217,7 @@ def test_pickled_code_is_refused_and_not_run(kind, tmp_path):
     ],
 )
 def test_pickles_that_describe_no_tensors_are_refused(content, tmp_path):
-    with pytest.raises(l2sp.InputError, match="no state dict"):
+    with pytest.raises(l2sp.InputError, match="not a state dict"):
         read_state_dict(hostile(tmp_path / "a.pth", content))
 
 
@@ -227,7 +227,7 @@ def test_truncated_files_are_refused(kind, part, tmp_path):
     path = tmp_path / "a.pth"
     WRITERS[kind](path, {"a": np.ones((30, 30), "float32"), "b": np.ones(500, "float32")})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
-    with pytest.raises(l2sp.InputError, match="damaged or no state dict"):
+    with pytest.raises(l2sp.InputError, match="damaged or not a state dict"):
         read_state_dict(path)
 
 
@@ -259,7 +259,7 @@ def test_sizes_are_checked_before_memory_is_taken(tmp_path):
         read_state_dict(path)
 
 
-def test_what_does_not_fit_is_listed_on_both_sides(slim, tmp_path):
+def test_weights_that_do_not_fit_are_listed_on_both_sides(slim, tmp_path):
     _, weights = slim
     path = write_checkpoint(tmp_path / "c.ckpt", weights)
     with pytest.raises(l2sp.InputError, match=r"block2/unit_5/.* / missing.* and \d+ more"):
@@ -277,16 +277,16 @@ def test_what_does_not_fit_is_listed_on_both_sides(slim, tmp_path):
         convert.convert_tf_slim(path, "resnet50")
 
 
-def test_checkpoints_that_are_none_are_refused(slim, tmp_path):
+def test_files_that_are_not_checkpoints_are_refused(slim, tmp_path):
     with pytest.raises(l2sp.InputError, match="There is no checkpoint"):
         convert.convert_tf_slim(tmp_path / "none.ckpt", "resnet50_slim")
     (tmp_path / "a.ckpt").write_bytes(b"no checkpoint" * 100)
-    with pytest.raises(l2sp.InputError, match="damaged or no checkpoint"):
+    with pytest.raises(l2sp.InputError, match="damaged or not a checkpoint"):
         convert.convert_tf_slim(tmp_path / "a.ckpt", "resnet50_slim")
     path = write_checkpoint(tmp_path / "b.ckpt", slim[1])
     part = next(tmp_path.glob("b.ckpt.data-*"))
     part.write_bytes(part.read_bytes()[:1000])
-    with pytest.raises(l2sp.InputError, match="damaged or no checkpoint"):
+    with pytest.raises(l2sp.InputError, match="damaged or not a checkpoint"):
         convert.convert_tf_slim(path, "resnet50_slim")
 
 
@@ -307,11 +307,11 @@ def test_the_command_writes_what_load_weights_reads(tmp_path, capsys):
     }  # fmt: skip
 
 
-def test_the_command_says_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_the_command_prints_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.pth").write_bytes(b"x")
     monkeypatch.chdir(tmp_path)
     for arguments, status, message in (
-        (["a.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "no state dict"),
+        (["a.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "not a state dict"),
         (["a.pth", "w.bin", "--backbone=resnet50_torch"], 2, "does not end in .safetensors"),
         (["none.pth", "w.safetensors", "--backbone=resnet50_torch"], 2, "There is no file none.pth"),
         (["a.pth", "w.safetensors", "--backbone=vgg16"], 2, "backbone 'vgg16' cannot be read"),

@@ -330,7 +330,7 @@ class Demands(Scaled):
 
 
 @pytest.mark.parametrize("cls", [Derives, Keeps, Writes])
-def test_state_that_layers_of_others_save_is_carried(cls):
+def test_state_that_custom_layers_save_is_carried(cls):
     layer = cls()
     layer.kept = 5.0
     model = keras.Sequential([keras.Input((4,)), layers.Dense(3), layer, layers.Dense(2)])

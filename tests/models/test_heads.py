@@ -230,7 +230,7 @@ def test_a_backbone_without_a_head_stays_whole(name):
 
 
 @pytest.mark.parametrize("name", list(REFUSED))
-def test_class_scores_are_no_features(name):
+def test_class_scores_are_not_features(name):
     model = REFUSED[name]()
     with pytest.raises(l2sp.InputError, match="class scores of .*(one|two)"):
         l2sp.with_new_head(model, 2, say=silent)
@@ -302,17 +302,17 @@ def check_original_head(pretrained):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_original_head_is_asked_what_a_backbone_kept(family):
+def test_retention_uses_the_original_head(family):
     check_original_head(network(family))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
-def test_the_original_head_of_every_network_is_asked(name):
+def test_retention_uses_the_original_head_of_every_network(name):
     check_original_head(trained(ALL[name]()))
 
 
-def test_retention_never_asks_the_new_head():
+def test_retention_never_uses_the_new_head():
     pretrained, rng = network("MobileNet"), np.random.default_rng(3)
     x = rng.random((24, *pretrained.input_shape[1:])).astype("float32")
     y = np.argmax(pretrained(x), -1).reshape(-1)
@@ -334,7 +334,7 @@ def same_names(model, pretrained):
     return renamed
 
 
-def test_a_head_behind_new_pooling_is_asked_for():
+def test_the_report_asks_for_a_head_behind_new_pooling():
     pretrained = on_image(layers.Conv2D(6, 3, name="c"), conv(activation="relu"), pooled(name="p"), layers.Softmax(name="s"))
     model = l2sp.with_new_head(pretrained, 2, say=silent)
     with pytest.raises(l2sp.InputError, match="give the model that it started from"):

@@ -40,7 +40,7 @@ def test_missing_and_unknown_weights_files_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".keras"])
-def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
+def test_files_carry_the_pixel_format_of_their_weights(ending, tmp_path):
     pixels, path = PixelFormat("bgr", (0.5, 1, 2), (1, 2, 3)), tmp_path / f"m{ending}"
     model = tiny()
     if ending == ".keras":
@@ -60,7 +60,7 @@ def test_files_carry_how_their_weights_see_pixels(ending, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".safetensors", ".keras", ".weights.h5"])
-def test_files_that_do_not_say_need_the_flag(ending, tmp_path):
+def test_files_without_a_pixel_format_need_the_flag(ending, tmp_path):
     path = tmp_path / f"m{ending}"
     model = tiny()
     {

@@ -330,7 +330,7 @@ def test_lateral_layers_of_a_pyramid_train_whatever_is_frozen():
 
 
 @pytest.mark.parametrize("first", [1, 4])
-def test_the_number_frozen_last_is_the_one_that_holds(first):
+def test_the_last_call_of_freeze_first_counts(first):
     model, expected = small(), small()
     freeze_first(model, first)
     for n in (2, 0, 4):
@@ -399,7 +399,7 @@ def test_networks_without_known_units_are_refused_and_left_as_they_are(case):
     assert not any(layer.trainable for layer in model.layers)
 
 
-def test_a_number_of_units_that_is_not_there_is_refused():
+def test_a_number_of_units_out_of_range_is_refused():
     for n in (-1, 5, 1.0, True):
         with pytest.raises(l2sp.InputError, match="has 4 units: give a number from 0 to 4"):
             freeze_first(small(), n)

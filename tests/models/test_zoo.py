@@ -96,7 +96,7 @@ def test_models_that_cannot_get_a_head_are_refused():
         l2sp.with_new_head(Net(), 3)
 
 
-def test_weights_of_known_origin_say_how_they_see_pixels():
+def test_weights_of_known_origin_have_a_pixel_format():
     assert zoo.pixels_of(None) == zoo.pixels_of(None, "rgb") == PIXELS["rgb"]
     assert zoo.pixels_of("imagenet") == zoo.pixels_of("imagenet", "bgr") == PIXELS["bgr"]
     for weights, given in ((None, "torch"), ("imagenet", "rgb")):

@@ -127,7 +127,7 @@ def test_two_devices_step_as_one(mirrored):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_a_loss_scale_factor_of_the_inner_optimizer_goes_on_working():
+def test_a_loss_scale_factor_of_the_inner_optimizer_still_works():
     weights = []
     for factor in (None, 1024.0):
         model, coverage = attached("l2_sp")
@@ -155,7 +155,7 @@ def test_it_survives_a_save_with_its_state_and_its_learning_rate_can_be_set(tmp_
         np.testing.assert_array_equal(one.numpy(), two.numpy())
 
 
-def test_a_hidden_decay_to_zero_is_told():
+def test_a_hidden_decay_to_zero_brings_a_warning():
     for optimizer in (keras.optimizers.AdamW(), keras.optimizers.SGD(weight_decay=0.01)):
         with pytest.warns(UserWarning, match=f"{type(optimizer).__name__} has weight_decay=0.0.*set weight_decay=0"):
             l2sp.Decoupled(optimizer)

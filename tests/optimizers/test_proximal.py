@@ -119,7 +119,7 @@ def _check_minimum(strength, f, s, d, x):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", KINKED)
-def test_what_is_frozen_is_bit_by_bit_the_anchor(name, dtype):
+def test_frozen_weights_equal_the_anchor_bit_by_bit(name, dtype):
     w0 = keras.ops.convert_to_numpy(keras.ops.cast(np.random.default_rng(0).normal(size=(4, 3)), dtype))
     w0[0] = -0.0
     w = (w0.astype("float32") * 1.001 + 1e-3).astype(w0.dtype)
@@ -261,7 +261,7 @@ def test_the_gradient_is_of_the_loss_alone_and_the_step_is_the_map(name):
 
 
 @pytest.mark.parametrize("kind", ["momentum", "Adam"])
-def test_a_saved_model_goes_on_as_if_it_had_not_stopped(kind, tmp_path):
+def test_a_saved_model_resumes_as_if_it_had_not_stopped(kind, tmp_path):
     model = network()
     anchors = l2sp.Anchors.of(model)
     coverage = attached(model, anchors, optimizer=OPTIMIZERS[kind](0.3))
@@ -281,7 +281,7 @@ def test_a_saved_model_goes_on_as_if_it_had_not_stopped(kind, tmp_path):
         np.testing.assert_allclose(one.numpy(), two.numpy(), atol=1e-6)
 
 
-def test_detached_it_stops():
+def test_a_detached_model_stops():
     model = network()
     attached(model, l2sp.Anchors.of(model))
     l2sp.detach(model)
@@ -292,7 +292,7 @@ def test_detached_it_stops():
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_compiled_otherwise_the_penalty_is_in_the_gradient_again(run_eagerly):
+def test_another_optimizer_puts_the_penalty_back_into_the_gradient(run_eagerly):
     """Plain steps after a proximal run equal those of a model without one."""
     models = [network(), network()]
     anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(models[0]).items()})
@@ -324,7 +324,7 @@ def test_a_plain_run_before_does_not_count_as_the_same_step(run_eagerly):
 
 
 @pytest.mark.parametrize("run_eagerly", [False, True])
-def test_what_would_count_twice_is_refused(run_eagerly):
+def test_a_penalty_that_would_count_twice_is_refused(run_eagerly):
     """A stepping optimizer without `of`, in the attached model and in a model around it."""
     part = network()
     l2sp.attach(part, l2sp.L1SP(0.1), l2sp.Anchors.of(part), new=("b",))
@@ -337,7 +337,7 @@ def test_what_would_count_twice_is_refused(run_eagerly):
     whole.fit(X, Y, verbose=0)
 
 
-def test_a_loop_of_ones_own_leaves_the_penalties_out_of_its_loss():
+def test_a_custom_loop_leaves_the_penalties_out_of_its_loss():
     model = network()
     anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(model).items()})
     l2sp.attach(model, l2sp.L2SP(0.7), anchors, new=("b",))
@@ -355,7 +355,7 @@ def test_a_loop_of_ones_own_leaves_the_penalties_out_of_its_loss():
             np.testing.assert_allclose(kernel.numpy(), proximal_map(kernel.regularizer, moved, 0.1), atol=1e-6)
 
 
-def test_a_step_with_gradients_that_are_not_finite_is_skipped_whole():
+def test_a_step_with_non_finite_gradients_is_skipped_entirely():
     model = network()
     anchors = l2sp.Anchors({key: a + np.float32(0.3) for key, a in l2sp.Anchors.of(model).items()})
     l2sp.attach(model, l2sp.L1SP(0.1), anchors, 0.01, new=("b",))
@@ -423,8 +423,8 @@ def test_what_cannot_be_stepped_is_refused_in_a_sentence():
         (keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()), "goes outside"),
         (keras.optimizers.Ftrl(), "Ftrl cannot be wrapped"),
         (used, "This SGD is wrapped already"),
-        ("sdg", "none that Keras knows"),
-        (None, "none that Keras knows"),
+        ("sdg", "Keras does not know"),
+        (None, "Keras does not know"),
     ):
         with pytest.raises(l2sp.InputError, match=message):
             l2sp.Proximal(optimizer)

@@ -101,7 +101,7 @@ def test_every_dtype_survives(dtype, tmp_path):
     assert loaded["a/kernel"].dtype == np.dtype(dtype)
 
 
-def test_the_digest_tells_every_difference():
+def test_the_digest_changes_with_every_difference():
     base = {"a": np.zeros((2, 3), "float32"), "b": np.zeros(2, "float32")}
     digest = l2sp.Anchors(base).digest
     assert l2sp.Anchors(dict(reversed(base.items()))).digest == digest
@@ -123,7 +123,7 @@ def test_a_damaged_file_is_refused_in_a_sentence(small_network, tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(l2sp.InputError, match="damaged|no file of anchors|does not list"):
+        with pytest.raises(l2sp.InputError, match="damaged|not a file of anchors|does not list"):
             l2sp.Anchors.load(path)
     for length in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -133,11 +133,11 @@ def test_a_damaged_file_is_refused_in_a_sentence(small_network, tmp_path):
         l2sp.Anchors.load(tmp_path / "missing.safetensors")
 
 
-def test_arrays_of_another_kind_are_no_anchors(tmp_path):
+def test_arrays_of_another_kind_are_not_anchors(tmp_path):
     save_arrays(tmp_path / "x", {"a": np.zeros(3)}, "another", {"of": "its own"})
-    with pytest.raises(l2sp.InputError, match="no file of anchors"):
+    with pytest.raises(l2sp.InputError, match="not a file of anchors"):
         l2sp.Anchors.load(tmp_path / "x")
-    assert json.loads(json.dumps(load_arrays(tmp_path / "x", "another", "no other", "it")[1])) == {"of": "its own"}
+    assert json.loads(json.dumps(load_arrays(tmp_path / "x", "another", "not another", "it")[1])) == {"of": "its own"}
 
 
 def test_restore_gives_the_pretrained_model_back(small_network):

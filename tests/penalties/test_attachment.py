@@ -155,14 +155,14 @@ def test_resnet101_has_104_kernels_in_s_and_one_in_s_bar():
     assert coverage.counts["S-bar"][0] == 1
 
 
-def test_an_anchor_of_another_shape_is_new_and_says_so(small_network):
+def test_a_weight_whose_anchor_has_another_shape_is_new(small_network):
     coverage = l2sp.attach(small_network(classes=5), l2sp.L2SP(0.1), l2sp.Anchors.of(small_network()))
     row = next(w for w in coverage.weights if w.key == "predictions/kernel")
     assert row.group == "S-bar"
     assert "(5, 3)" in row.reason
 
 
-def test_all_trainable_weights_are_penalised_unless_kernels_are_asked_for(small_network):
+def test_all_trainable_weights_are_penalised_by_default(small_network):
     """The default of `attach` agrees with `Recipe()` and the paper."""
     for options, expected in (({}, 8), ({"params": "all"}, 8), ({"params": "kernels"}, 3)):
         model = small_network()
@@ -178,7 +178,7 @@ def test_a_layer_named_new_is_new_though_its_shape_fits(small_network):
         l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model), new=["missing"])
 
 
-def test_frozen_weights_are_left_out_and_said_to_be_frozen(small_network):
+def test_frozen_weights_are_left_out_with_the_reason(small_network):
     model = small_network()
     model.get_layer("conv1_conv").trainable = False
     coverage = l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
@@ -212,7 +212,7 @@ def test_a_frozen_backbone_has_l2_on_its_head_and_one_call_when_it_is_unfrozen(s
                 model.fit(*batch(), verbose=0, callbacks=[guard])
 
 
-def test_what_keras_does_not_train_is_frozen_whatever_its_own_flag_says():
+def test_a_weight_that_keras_does_not_train_is_frozen_whatever_its_flag_says():
     model = nested()
     model.trainable = False
     model.layers[1].get_layer("a").trainable = True  # inside a frozen model
@@ -420,7 +420,7 @@ def test_attaching_in_the_middle_of_a_training_takes_effect_at_the_next_step():
 
 
 @pytest.mark.parametrize("params", ["kernels", "all"])
-def test_attach_takes_off_what_was_attached_before(params):
+def test_attach_removes_earlier_penalties(params):
     model = sequential()
     anchors, _ = anchors_and_key(model)
     l2sp.attach(model, l2sp.L1SP(0.7), anchors, params="all")
@@ -494,7 +494,7 @@ def head_of_the_old_name(pretrained):
     return model
 
 
-def test_a_new_head_of_the_old_name_and_weights_never_loaded_are_told(small_network):
+def test_a_new_head_of_the_old_name_and_weights_never_loaded_bring_a_warning(small_network):
     pretrained = small_network()
     anchors = l2sp.Anchors.of(pretrained)
     with pytest.warns(UserWarning, match=r"The values of predictions/kernel \(.*new=\.\.\."):

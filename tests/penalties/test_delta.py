@@ -123,7 +123,7 @@ def test_a_new_head_is_whole_and_the_rest_of_a_frozen_model_is_free(small_networ
     model = l2sp.with_new_head(pretrained, 7, seed=1)
     size = round_trip(model, anchors, tmp_path / "d.safetensors", l2sp.with_new_head(pretrained, 7, seed=2))
     assert size.encodings == {"equal": 8, "whole": 2}
-    stored, _ = load_arrays(tmp_path / "d.safetensors", FORMAT, "no delta", "save_delta")
+    stored, _ = load_arrays(tmp_path / "d.safetensors", FORMAT, "not a delta", "save_delta")
     assert set(stored) == {"new_head/kernel", "new_head/bias"}
     np.testing.assert_array_equal(stored["new_head/kernel"], model.get_layer("new_head").kernel)
     assert [path.name for path in tmp_path.iterdir()] == ["d.safetensors"]
@@ -182,10 +182,10 @@ def test_a_damaged_file_is_refused_in_a_sentence(tmp_path):
         damaged = bytearray(whole)
         damaged[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(damaged)
-        with pytest.raises(l2sp.InputError, match="damaged|no delta|does not list|differs from anchors"):
+        with pytest.raises(l2sp.InputError, match="damaged|not a delta|does not list|differs from anchors"):
             l2sp.load_delta(other, anchors, path)
     anchors.save(path)
-    with pytest.raises(l2sp.InputError, match="is no delta"):
+    with pytest.raises(l2sp.InputError, match="is not a delta"):
         l2sp.load_delta(model, anchors, path)
 
 
@@ -204,7 +204,7 @@ def test_a_header_that_does_not_fit_is_refused(change, words, tmp_path):
     anchors = l2sp.Anchors.of(model)
     set_bits(model, "a/kernel", lambda bits: bits.__iadd__(np.uint32(3)))
     l2sp.save_delta(model, anchors, path)
-    stored, metadata = load_arrays(path, FORMAT, "no delta", "save_delta")
+    stored, metadata = load_arrays(path, FORMAT, "not a delta", "save_delta")
     entries = json.loads(metadata["weights"])
     change(entries[0])
     save_arrays(path, stored, FORMAT, {**metadata, "weights": json.dumps(entries)})

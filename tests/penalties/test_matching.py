@@ -157,7 +157,7 @@ def test_nested_anchors_fit_every_network_that_is_not_nested(network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_values_tell_every_layer_whatever_its_name(network):
+def test_values_identify_every_layer_under_any_name(network):
     keys = shapes(network)
     known = tagged(keys)
     rng = random.Random(0)
@@ -180,7 +180,7 @@ def _is_tiny(key, keys, truth):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_names_that_went_astray_are_conflicts_or_followed_but_never_lost(network):
+def test_swapped_names_are_followed_or_reported_as_conflicts(network):
     """Layers of equal shapes swap their names but keep their values."""
     keys = shapes(network)
     known = tagged(keys)
@@ -354,7 +354,7 @@ def test_restore_delta_transplant_and_report_find_the_layers_that_keras_renamed(
     np.testing.assert_array_equal(pretrained_of(model, anchors)(x), pretrained(x))
     size = l2sp.save_delta(model, anchors, tmp_path / "d.safetensors")
     assert sum(size.encodings.values()) == len(anchors)
-    entries = json.loads(load_arrays(tmp_path / "d.safetensors", FORMAT, "no delta", "save_delta")[1]["weights"])
+    entries = json.loads(load_arrays(tmp_path / "d.safetensors", FORMAT, "not a delta", "save_delta")[1]["weights"])
     assert {entry["name"]: entry["anchor"] for entry in entries} == by_place(model, pretrained)
     l2sp.load_delta(other, anchors, tmp_path / "d.safetensors")
     np.testing.assert_array_equal(other(x), model(x))
@@ -418,7 +418,7 @@ def test_names_fit_at_every_depth():
         (["x/kernel"], ["y/kernel"], {}),
         (["c/kernel"], ["c/bias"], {}),
         (["a/x/kernel"], ["b/x/kernel"], {}),
-        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a bare layer is no model of layers
+        (["a/kernel", "b/kernel"], ["kernel"], {}),  # a bare layer is not a model of layers
         (["kernel"], ["kernel"], {"kernel": "kernel"}),
     ]:
         assert match(dict.fromkeys(weights, (9, 8)), dict.fromkeys(known, (9, 8)), values=False).pairs == pairs
@@ -426,7 +426,7 @@ def test_names_fit_at_every_depth():
             assert match(dict.fromkeys(weights, a), dict.fromkeys(known, a)).pairs == pairs
 
 
-def test_another_shape_is_told_and_no_pair():
+def test_another_shape_is_reported_and_not_paired():
     found = match(arrays("c/kernel", "c/bias"), arrays("c/kernel", shape=(9, 7)))
     assert found.pairs == {} and found.other_shape == {"c/kernel": "c/kernel"}
     found = match({"c/kernel": (9, 8), "c/bias": (8,)}, {"c/kernel": (7, 8), "c/bias": (8,)}, values=False)
@@ -457,7 +457,7 @@ def test_constant_weights_follow_the_kernel_of_their_layer():
     assert found.pairs["x/bias"] == "dense_2/bias" and found.pairs["dense_1/bias"] == "dense/bias"
 
 
-def test_equal_layers_are_told_by_name_then_by_order():
+def test_equal_layers_are_matched_by_name_then_by_order():
     a = arrays("c/kernel")["c/kernel"]
     known = {"left/c/kernel": a, "right/c/kernel": a}
     assert match(known, known).pairs == {key: key for key in known}
@@ -506,7 +506,7 @@ def test_statistics_that_are_like_those_of_the_next_layer_are_those_of_their_own
             assert found.pairs == {key: key for key in known} and not found.conflicts and not found.ambiguous
 
 
-def test_towers_that_were_built_by_turns_are_told_by_rank():
+def test_towers_built_in_turns_are_matched_by_rank():
     for depth in (2, 3, 7):
         keys = {f"dense_{n}/kernel": (9, 8 + n % 3) for n in range(depth)}
         known = tagged(keys)
@@ -576,7 +576,7 @@ def test_any_string_is_a_key():
     assert found.pairs == {key: key for key in keys}
 
 
-def test_the_order_of_the_dicts_says_nothing():
+def test_the_order_of_the_dicts_does_not_matter():
     keys = shapes("InceptionV3")
     known = tagged(keys, constant=True)
     truth = RENAMINGS["nested, built later"](keys)

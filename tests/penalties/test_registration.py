@@ -74,7 +74,7 @@ def test_it_trains_in_the_models_loss_and_comes_back_from_a_file(tmp_path):
     assert l2sp.detach(loaded) == 4
 
 
-def test_it_is_stepped_where_it_says_how():
+def test_optimizers_step_it_if_it_defines_how():
     model = small()
     l2sp.attach(model, huber()(0.5), l2sp.Anchors.of(model), new=["b"])
     for optimizer in (l2sp.Proximal, l2sp.Decoupled):
@@ -98,22 +98,22 @@ def test_it_is_stepped_where_it_says_how():
     ("symbol", "grid", "message"),
     [
         ("l2_sp", (1.0,), r"The symbol l2_sp is that of l2sp_tf.penalties.formulas.L2SP"),
-        ("Huber SP", (1.0,), "The symbol 'Huber SP' is no word"),
+        ("Huber SP", (1.0,), "The symbol 'Huber SP' is not a word"),
         ("huber_sp", (), "The grid of Huber is empty"),
         ("huber_sp", (-1.0,), "grid is -1.0"),
     ],
 )
-def test_a_registration_that_cannot_be_is_refused(symbol, grid, message):
+def test_an_invalid_registration_is_refused(symbol, grid, message):
     class Huber(AnchoredPenalty):
         pass
 
     with pytest.raises(l2sp.InputError, match=message):
         register_penalty(symbol, "Huber", grid)(Huber)
-    with pytest.raises(l2sp.InputError, match="int is no subclass"):
+    with pytest.raises(l2sp.InputError, match="int is not a subclass"):
         register_penalty("other", "Other", (1.0,))(int)
 
 
-def test_installed_packages_make_theirs_known(monkeypatch):
+def test_penalties_of_installed_packages_are_imported(monkeypatch):
     entry = importlib.metadata.EntryPoint("huber", "no_such_module_of_penalties", "l2sp_tf.penalties")
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == entry.group else [])
     with pytest.raises(l2sp.InputError, match="The penalties of no_such_module_of_penalties cannot be imported"):

@@ -28,7 +28,7 @@ def test_every_published_table_is_redrawn_from_the_records(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_records_name_no_place_of_a_machine(name):
+def test_published_records_contain_no_path_of_a_machine(name):
     for path in (ROOT / "results" / name).glob("runs/*/run.json"):
         text = path.read_text()
         assert not any(place in text for place in ('"/', "/home", "/tmp", "/work", "/root")), path

@@ -12,7 +12,7 @@ from l2sp_tf.reports import significance
 
 
 def counted(a, b):
-    """Counts, one by one, in what share of all ways to name the runs the means differ at least as much."""
+    """Counts in which share of all assignments of the runs the means differ at least as much."""
     runs, observed = [*a, *b], abs(mean_of(a) - mean_of(b))
     ways = list(itertools.combinations(range(len(runs)), len(a)))
     others = [[i for i in range(len(runs)) if i not in way] for way in ways]
@@ -28,7 +28,7 @@ def mean_of(values):
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 5), (3, 4), (2, 6), (2, 2)])
-def test_permutation_test_counts_every_way_to_name_the_runs(n, m):
+def test_permutation_test_counts_every_assignment_of_the_runs(n, m):
     rng = np.random.default_rng(n)
     a, b = np.round(rng.normal(0.3, 1, n), 2), np.round(rng.normal(0, 1, m), 2)
     assert significance.permutation_test(a, b) == pytest.approx(counted(a, b))
@@ -85,7 +85,7 @@ def test_the_worst_run_is_held_against_the_best():
     assert not significance.worst_beats_best([runs[90], runs[50]], [runs[60]])[0]
 
 
-def test_what_cannot_be_compared_is_refused():
+def test_methods_that_cannot_be_compared_are_refused():
     with pytest.raises(InputError, match="0 runs"):
         significance.permutation_test([], [1, 2])
     with pytest.raises(InputError, match="1 runs"):

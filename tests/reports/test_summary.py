@@ -93,7 +93,7 @@ PATHS = [path for path in leaves(BASE) if path != ("recipe", "beta")]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
-def test_whatever_a_result_depends_on_makes_another_row_and_is_seen(path):
+def test_each_setting_that_changes_results_makes_another_row_and_is_shown(path):
     value = BASE
     for name in path:
         value = value[name]
@@ -253,7 +253,7 @@ def selection(chosen, alphas=(0.1, 1.0), **more):
     return found
 
 
-def test_a_selection_decides_which_rows_the_tables_are_about():
+def test_a_selection_decides_which_rows_the_tables_show():
     grid = made(("alpha",), 0.1, (0.9,)) + made(("alpha",), 1.0, (0.5, 0.6)) + made(("alpha",), 10.0, (0.7,))
     assert len(tables.table_2(grid).rows) == 3
     for alpha in (0.1, 1.0):
@@ -326,8 +326,8 @@ def test_fig_2_says_what_a_label_does_not_share_across_targets():
     for each in second:
         each["settings"]["alpha"] = 5.0
     drawing = figures.figure_2(first + second)
-    told = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
-    assert "alpha 5 on" in told.replace("\n", " ") and "alpha 0.1 on" in told.replace("\n", " ")
+    words = " ".join(text.get_text() for text in drawing.texts) + (drawing.get_supxlabel() or "")
+    assert "alpha 5 on" in words.replace("\n", " ") and "alpha 0.1 on" in words.replace("\n", " ")
     assert not figures.figure_2(first).get_supxlabel()
 
 

@@ -43,7 +43,7 @@ def test_the_numbers_are_those_of_the_authors_code():
     assert {name: getattr(digits, name) for name in OWN} == {name: getattr(r, name) for name in OWN}
 
 
-def test_the_papers_way_goes_unsaid_and_a_source_model_is_trained_alike_under_both():
+def test_records_leave_out_the_papers_values_and_both_protocols_train_source_models_alike():
     old = set(Recipe().record())
     assert not {*OWN[1:]} & old and "beta" in old
     assert set(Recipe.authors().record()) == old - {"blur_kernel", "blur_sigma"} | {*OWN[1:]}

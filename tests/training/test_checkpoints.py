@@ -80,7 +80,7 @@ def test_what_was_saved_is_loaded_in_its_own_dtype_and_two_are_kept(tmp_path):
     assert not store.folder.exists()
 
 
-def test_the_newest_is_told_by_its_step_whatever_the_clock_says(tmp_path, monkeypatch):
+def test_the_newest_checkpoint_has_the_largest_step_whatever_the_clock_says(tmp_path, monkeypatch):
     store = Checkpoints(tmp_path)
     zone = os.environ.get("TZ")
     for step, now, place in ((10, 2e9, "Asia/Tokyo"), (20, 1e9, "America/New_York")):
@@ -142,7 +142,7 @@ def test_a_process_killed_at_any_moment_of_a_save_leaves_the_old_or_the_new_one(
 
 @pytest.mark.parametrize("name", [module.ARRAYS, module.STATE, MANIFEST])
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone"])
-def test_a_damaged_checkpoint_is_passed_over_for_the_older_one(tmp_path, name, damage):
+def test_a_damaged_checkpoint_gives_way_to_the_older_one(tmp_path, name, damage):
     store = Checkpoints(tmp_path)
     store.save(1, ARRAYS, {"number": 1})
     store.save(2, ARRAYS, {"number": 2})
@@ -227,7 +227,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupt
         shutil.rmtree(place)
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(pretrained, tmp_path):
+def test_an_interrupted_run_resumes_from_its_checkpoint(pretrained, tmp_path):
     whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path / "a", verbose=0)
     options = {"run_dir": tmp_path / "b", "checkpoint_every": 3, "verbose": 0}
     with pytest.raises(CutOffError):
@@ -251,7 +251,7 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
     options = {"run_dir": tmp_path, "verbose": 0}
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     other = RECIPE.replace(learning_rate=0.02, momentum=0.5)
-    with pytest.raises(l2sp.InputError) as told:
+    with pytest.raises(l2sp.InputError) as caught:
         l2sp.finetune(pretrained, task(1), l2sp.L2SP(0.3), other, seed=4, **options)
     for part in (
         "recipe.learning_rate was 0.01 and is 0.02",
@@ -261,7 +261,7 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
         "alpha=0.3",
         "data.digest was",
     ):
-        assert part in str(told.value)
+        assert part in str(caught.value)
     moved = detached_copy(pretrained)
     moved.layers[1].set_weights([weight + 1 for weight in moved.layers[1].get_weights()])
     with pytest.raises(l2sp.InputError, match="start was .* and is"):
@@ -287,7 +287,7 @@ def test_anchors_beside_a_run_that_are_damaged_or_of_another_model_stop_it(pretr
 
 
 @pytest.mark.parametrize("fault", ["full disk", "no permission", "no folder"])
-def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_path, monkeypatch, fault):
+def test_a_failed_save_brings_a_warning_and_training_continues(pretrained, tmp_path, monkeypatch, fault):
     options = {"run_dir": tmp_path, "checkpoint_every": 3, "verbose": 0}
     save, calls = module.save_arrays, []
 
@@ -303,7 +303,7 @@ def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_pat
         (tmp_path / "checkpoints").write_text("in the way")
     else:
         monkeypatch.setattr(module, "save_arrays", failing)
-    with pytest.warns(UserWarning, match="checkpoint of step 6 could not be saved .*training goes on"):
+    with pytest.warns(UserWarning, match="checkpoint of step 6 could not be saved .*training continues"):
         run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     assert run.history[-1]["step"] == 12
     if fault != "no folder":
@@ -311,11 +311,11 @@ def test_a_save_that_fails_is_warned_of_and_training_goes_on(pretrained, tmp_pat
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000000003"]
 
 
-def test_a_log_that_cannot_be_written_is_warned_of_once(pretrained, tmp_path):
+def test_a_log_that_cannot_be_written_brings_one_warning(pretrained, tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
-    with pytest.warns(UserWarning, match="log in .* cannot be written") as told:
+    with pytest.warns(UserWarning, match="log in .* cannot be written") as caught:
         run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, verbose=0)
-    assert len([w for w in told if "cannot be written" in str(w.message)]) == 1 and len(run.history) == 3
+    assert len([w for w in caught if "cannot be written" in str(w.message)]) == 1 and len(run.history) == 3
 
 
 @pytest.fixture
@@ -338,11 +338,11 @@ def test_ctrl_c_and_sigterm_leave_a_checkpoint_and_take_their_usual_effect(pretr
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
         terminate = after(4, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(SystemExit) as told:
+        with pytest.raises(SystemExit) as caught:
             l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[terminate], **options)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert told.value.code == 143 and seen == [signal.SIGTERM]
+    assert caught.value.code == 143 and seen == [signal.SIGTERM]
     assert Checkpoints(tmp_path / "checkpoints").newest in (8, 9, 10)
     assert l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options).history[-1]["step"] == 12
 
@@ -389,11 +389,11 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint_before_and_names_a_layer
         variable.assign(variable * np.float32(1e30))
 
     callback = after(8, spoil)
-    with pytest.raises(FloatingPointError) as told:
+    with pytest.raises(FloatingPointError) as caught:
         l2sp.finetune(
             pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path, checkpoint_every=3, callbacks=[callback], verbose=0
         )
-    assert "after step 9" in str(told.value) and "conv2_block1_1_bn/moving_" in str(told.value)
+    assert "after step 9" in str(caught.value) and "conv2_block1_1_bn/moving_" in str(caught.value)
     found = Checkpoints(tmp_path / "checkpoints").load()
     assert found.step == 6 and all(np.isfinite(array.astype("float32")).all() for array in found.arrays.values())
 

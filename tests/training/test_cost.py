@@ -60,7 +60,7 @@ def test_the_forward_pass_agrees_with_the_profiler_of_tensorflow(small_network):
     assert {kind: ours[kind] for kind in kinds} == {kind: theirs[kind] for kind in kinds}
 
 
-def test_what_nothing_needs_is_not_counted():
+def test_unneeded_nodes_are_not_counted():
     def function(x):
         tf.matmul(x, x)
         return tf.square(x)

@@ -89,7 +89,7 @@ def test_two_workers_fine_tune_as_one_process_under_every_penalty(tmp_path, on_o
 
 
 @pytest.mark.slow
-def test_a_killed_worker_stops_the_other_and_a_restart_goes_on_from_the_checkpoint(tmp_path, on_one_device):
+def test_a_killed_worker_stops_the_other_and_a_restart_resumes_from_the_checkpoint(tmp_path, on_one_device):
     codes, outputs = run_workers("die", tmp_path)
     assert codes == [1, -9] and "A worker of this run was lost in step" in outputs[0], outputs
     codes, outputs = run_workers("restart", tmp_path)
@@ -103,7 +103,7 @@ def test_a_killed_worker_stops_the_other_and_a_restart_goes_on_from_the_checkpoi
     assert [float(row["cross_entropy"]) for row in rows] == pytest.approx([row["cross_entropy"] for row in history], abs=1e-4)
 
 
-def test_a_mirrored_run_that_is_cut_off_goes_on_from_its_checkpoint(mirrored, on_one_device, tmp_path):
+def test_an_interrupted_mirrored_run_resumes_from_its_checkpoint(mirrored, on_one_device, tmp_path):
     stop = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: [][0] if batch == 2 else None)
     with pytest.raises(IndexError):
         job.finetuned("l2_sp", mirrored, tmp_path, [stop])
@@ -202,7 +202,7 @@ def test_a_batch_that_replicas_cannot_share_is_refused(mirrored):
         )
 
 
-def test_a_plan_is_told_at_start_what_cannot_be_distributed(mirrored, tmp_path, monkeypatch):
+def test_a_plan_that_cannot_be_distributed_is_refused_at_the_start(mirrored, tmp_path, monkeypatch):
     made = small_plan(tmp_path, distribute="mirrored")
     with pytest.raises(InputError, match="batch_size is 15"):
         run_plans([made.replace(recipe=made.setup.recipe.replace(batch_size=15))])
@@ -238,7 +238,7 @@ def test_a_plan_on_two_devices_leaves_the_record_of_one(mirrored, tmp_path):
         '{"cluster": {"worker": ["a:1", "b:1"], "ps": ["c:1"]}, "task": {"type": "worker", "index": 1}}',
     ],
 )
-def test_a_missing_or_wrong_cluster_is_told(config, monkeypatch):
+def test_a_missing_or_wrong_cluster_is_refused(config, monkeypatch):
     if config is None:
         monkeypatch.delenv("TF_CONFIG", raising=False)
     else:
@@ -247,7 +247,7 @@ def test_a_missing_or_wrong_cluster_is_told(config, monkeypatch):
         devices.make_strategy("multiworker")
 
 
-def test_other_strategies_are_told(monkeypatch):
+def test_other_strategies_are_refused(monkeypatch):
     config = {"cluster": {"worker": ["localhost:1", "localhost:2"]}, "task": {"type": "worker", "index": 0}}
     monkeypatch.setenv("TF_CONFIG", json.dumps(config))
     tf.constant(0)

@@ -39,7 +39,7 @@ def test_the_optimizer_is_sgd_with_momentum_and_no_decay_of_its_own():
     assert (optimizer.momentum, optimizer.nesterov, optimizer.weight_decay) == (0.9, False, None)
 
 
-def test_the_papers_kind_of_steps_goes_unsaid_in_a_record():
+def test_records_leave_out_the_papers_kind_of_step():
     assert not {"solver", "penalty_step"} & set(l2sp.Recipe().record())
     said = l2sp.Recipe(solver="adam", penalty_step="decoupled")
     assert said.record()["solver"] == "adam" and said.record()["penalty_step"] == "decoupled"
@@ -104,7 +104,7 @@ def test_numbers_of_numpy_are_kept_as_plain_ones():
     assert {type(value) for value in (r.iterations, r.beta, r.alpha["l2"], *r.images.blur_sigma)} == {int, float}
 
 
-def test_strengths_that_nobody_published_must_be_given():
+def test_unpublished_strengths_must_be_given():
     assert l2sp.Recipe().alpha_for("l2_sp") == 0.1
     with pytest.raises(l2sp.InputError, match="no published strength for the penalty l1_sp"):
         l2sp.Recipe().alpha_for("l1_sp")

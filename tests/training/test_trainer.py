@@ -65,7 +65,7 @@ def test_a_run_leaves_log_tensorboard_anchors_and_model(pretrained, tmp_path):
 
 @pytest.mark.parametrize("frozen", [0, 2])
 @pytest.mark.parametrize("before", ["units", "model", "weights"])
-def test_what_was_frozen_in_the_pretrained_model_or_its_file_does_not_count(before, frozen, pretrained, tmp_path):
+def test_layers_frozen_in_the_pretrained_model_or_its_file_do_not_count(before, frozen, pretrained, tmp_path):
     if before == "units":
         freeze_first(pretrained, 3)
     elif before == "model":
@@ -147,7 +147,7 @@ def test_each_logged_rate_is_the_one_that_its_step_took(pretrained):
 
 
 @pytest.mark.parametrize("layer", [keras.layers.Dense, keras.layers.Conv2D, keras.layers.ActivityRegularization])
-def test_what_layers_add_of_their_outputs_is_in_the_loss_and_not_in_the_penalty(layer):
+def test_losses_on_layer_outputs_are_in_the_loss_and_not_in_the_penalty(layer):
     keras.utils.set_random_seed(0)
     added = {
         keras.layers.Dense: lambda: layer(4, activity_regularizer="l2"),
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(pretrained):
         l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE.replace(learning_rate=1e20), verbose=0)
 
 
-def test_anchors_given_are_those_pulled_to(pretrained):
+def test_the_penalty_pulls_to_the_given_anchors(pretrained):
     zero = l2sp.Anchors({key: np.zeros_like(a) for key, a in l2sp.Anchors.of(pretrained).items()})
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, anchors=zero, verbose=0)
     same = l2sp.finetune(pretrained, task(), l2sp.L2(0.1), RECIPE, verbose=0)
@@ -211,7 +211,7 @@ def test_evaluation_counts_every_image_once(pretrained):
         l2sp.evaluate(pretrained, [])
 
 
-@pytest.mark.parametrize("output", ["logits", "softmax", "half", "told"])
+@pytest.mark.parametrize("output", ["logits", "softmax", "half", "given"])
 def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
     # large logits: averaging them differs from averaging probabilities, and a second softmax would change the result
     pretrained.layers[-1].set_weights([40 * weight for weight in pretrained.layers[-1].get_weights()])
@@ -227,10 +227,10 @@ def test_ten_crops_vote_by_their_mean_probability(pretrained, output):
     votes = np.argmax(means, axis=1)
     expected = int(np.sum(votes == t.test.labels))
     assert not np.array_equal(votes, np.argmax(means_of_logits, axis=1))  # else the test could not fail
-    told = {"from_logits": True} if output == "told" else {}
-    assert l2sp.evaluate(model, t, batch_size=30, crops=10, **told)["correct"] == expected
+    given = {"from_logits": True} if output == "given" else {}
+    assert l2sp.evaluate(model, t, batch_size=30, crops=10, **given)["correct"] == expected
     right = Task(t.name, t.classes, t.digest, t.train, Images(t.test.pixels, np.int32(votes)), t.mean, t.preprocessing)
-    assert l2sp.evaluate(model, right, crops=10, **told)["accuracy"] == 1.0  # checks every vote, not only their count
+    assert l2sp.evaluate(model, right, crops=10, **given)["accuracy"] == 1.0  # checks every vote, not only their count
 
 
 def test_crops_are_one_or_ten(pretrained):
@@ -314,7 +314,7 @@ def test_frozen_units_stay_where_they_were(pretrained):
         assert moved != key.startswith(("conv1", "conv2")), key
 
 
-def test_evaluate_tells_which_images_are_right(pretrained):
+def test_evaluate_returns_which_images_are_right(pretrained):
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, verbose=0)
     made = task()
     result = l2sp.evaluate(run.model, made, answers=True)
