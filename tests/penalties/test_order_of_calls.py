@@ -13,6 +13,7 @@ import tensorflow as tf
 from reference.penalties import penalty as reference
 
 import l2sp_tf as l2sp
+from l2sp_tf.models.units import unfreeze
 from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.penalties.weights import keyed_weights
 
@@ -64,7 +65,7 @@ class Bench:
         self.model.compile(self.model.optimizer, LOSS)
 
     def unfreeze(self):
-        self.model.trainable = True
+        unfreeze(self.model)  # `trainable = True` on a model that has it already does not reach the layers of an inner one
         self.model.compile(self.model.optimizer, LOSS)
 
     def plain(self):
