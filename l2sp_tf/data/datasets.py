@@ -1,14 +1,21 @@
 """Data sets and their splits: the embedded digits, a folder of images, a zip of one, or a prepared set of TFDS."""
 
+import collections
+import dataclasses
+import pathlib
+import re
+import unicodedata
+
 from l2sp_tf.data.folders import load_files
 from l2sp_tf.data.sets import TFDS_NAME
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.files.reading import refusing
 
 TABLE_1 = ("caltech256/30", "caltech256/60", "stanford_dogs", "mit_indoors67")
 PROTOCOLS = ("paper", "authors")
 
 
-def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=None, cache_dir=None):
+def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="paper", data_dir=None, cache_dir=None):
     """Finds a data set and checks its layout; decodes no image on disk and downloads nothing.
 
     Args:
@@ -25,6 +32,8 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
             from the first 60 of each class, and the 61st to the 80th are for test.
         seed: the seed of that drawing. None takes the first images, except for Caltech 256 under the paper's
             protocol, which draws them at random: there None means 0.
+        classes: the classes of a network's outputs in their order, as `class_names` takes them, if they are more or in
+            another order than the set's; labels then count them, and the splits may have different ones.
         protocol: "paper" or "authors"; they differ in Caltech 256 only.
         data_dir: the folder of TFDS's sets; None for its default.
         cache_dir: the folder for unpacked zips and the indices of TFDS sets, each made once; by default a
@@ -42,7 +51,8 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol is {protocol!r}: give paper or authors.")
     seed = drawing_seed(spec, per_class, seed, protocol)
-    dataset = load_files(spec, cache_dir)
+    names = None if classes is None else class_names(classes)
+    dataset = load_files(spec, cache_dir, partial=names is not None)
     if dataset is None:
         from l2sp_tf.data import tfds_sets  # TensorFlow Datasets takes seconds to import, and the other sets do not need it
 
@@ -50,7 +60,46 @@ def load_dataset(spec, *, per_class=None, seed=None, protocol="paper", data_dir=
         if name.partition("/")[0] == "caltech256":
             return tfds_sets.load_caltech256(name, per_class, seed, protocol, data_dir, cache_dir)
         dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
-    return dataset if per_class is None else dataset.subset(per_class, seed)
+    dataset = dataset if per_class is None else dataset.subset(per_class, seed)
+    return dataset if names is None else _among(dataset, names)
+
+
+def class_names(classes):
+    """Returns the classes of a network's outputs in their order.
+
+    Args:
+        classes: "imagenet" for the WordNet identifiers of ImageNet's 1000 classes; the path of a text file with one class a
+            line; or a list of names. A line "0-999" stands for the numbers from 0 to 999, and then "007" is the class 7.
+
+    Raises:
+        InputError: there is no such file, or it names a class twice or none.
+    """
+    if isinstance(classes, str | pathlib.Path):
+        path = pathlib.Path(__file__).with_name("imagenet_classes.txt") if classes == "imagenet" else pathlib.Path(classes)
+        if not path.is_file():
+            raise InputError(f"There is no file {path} of class names: give imagenet, or a text file with one class a line.")
+        with refusing(f"{path} is not a text file of class names"):
+            classes = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    classes = tuple(unicodedata.normalize("NFC", name) for name in classes)
+    if len(classes) == 1 and (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", classes[0])):
+        classes = tuple(map(str, range(int(ends[1]), int(ends[2]) + 1)))
+        return NumberedClasses(classes)
+    twice = next((name for name, count in collections.Counter(classes).items() if count > 1), None)
+    if twice is not None or not classes:
+        raise InputError(f"The class names have {twice!r} twice: give each once." if classes else "There are no class names.")
+    return classes
+
+
+class NumberedClasses(tuple):
+    """Class names that are numbers, and are compared as numbers."""
+
+
+def _among(dataset, names):
+    """Labels a set by the classes of a network, compared as numbers if they are numbered."""
+    own = tuple(unicodedata.normalize("NFC", name) for name in dataset.classes)
+    if isinstance(names, NumberedClasses):
+        own = tuple(str(int(name)) if name.isascii() and name.isdigit() else name for name in own)
+    return dataclasses.replace(dataset, classes=own).among(names)
 
 
 def drawing_seed(spec, per_class, seed, protocol):

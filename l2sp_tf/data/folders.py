@@ -57,8 +57,11 @@ def _folder_entries(root):
                     yield from (f"{top.name}/{path.name}/{e.name}" + "/" * (not e.is_file()) for e in entries)
 
 
-def _layout(entries, where):
-    """Sorts relative paths into {split: {class: [file, ...]}}, or raises for a wrong layout."""
+def _layout(entries, where, partial=False):
+    """Sorts relative paths into {split: {class: [file, ...]}}, or raises for a wrong layout.
+
+    If `partial`, a split may lack classes.
+    """
     entries = sorted(entry for entry in entries if not _is_hidden(entry))
     _check_splits(entries, where)
     layout = {split: {} for split in SPLITS}
@@ -73,7 +76,10 @@ def _layout(entries, where):
             if len(rest) > 2 or entry.endswith("/") or not entry.lower().endswith(ENDINGS):
                 raise InputError(f"{where}/{entry} is not an image: class folders hold {', '.join(ENDINGS)} files only.")
             files.append(rest[1])
-    _check_classes(layout, where)
+    _check_classes(layout, where, partial)
+    for classes in layout.values():
+        for name in set().union(*layout.values()):
+            classes.setdefault(name, [])
     return layout
 
 
@@ -96,11 +102,13 @@ def _check_splits(entries, where):
         raise InputError(f"{where} has folders other than train and test: {_some(others)}.")
 
 
-def _check_classes(layout, where):
+def _check_classes(layout, where, partial):
     train, test = (layout[split] for split in SPLITS)
     for split in SPLITS:
         if not any(layout[split].values()):
             raise InputError(f"{where}/{split} holds no images.")
+    if partial:
+        return
     if train.keys() != test.keys():
         raise InputError(
             f"The classes of {where}/train and {where}/test differ: only in train: {_some(train.keys() - test.keys())}; "
@@ -135,7 +143,7 @@ def _from_files(name, root, layout, shown=None, memory=None):
     return Dataset(name, classes, split("train"), split("test"))
 
 
-def _zip(name, archive, path, cache_dir):
+def _zip(name, archive, path, cache_dir, partial):
     """Builds the data set in the zip `archive`; `path` is the path of the zip, or of a folder in it."""
     inside = path.relative_to(archive).as_posix()
     prefix = "" if inside == "." else f"{inside}/"
@@ -144,7 +152,7 @@ def _zip(name, archive, path, cache_dir):
         members.pop("", None)
         if not members:
             raise InputError(f"{archive} has no folder {inside!r}.")
-        layout = _layout(_with_folders(members), path)
+        layout = _layout(_with_folders(members), path, partial)
         folder = cache_dir / _cache_name(archive, prefix)
         if not folder.is_dir():
             with refusing(f"{archive} is damaged", "copy it again"):
@@ -185,8 +193,11 @@ def _extract(file, members, layout, folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def load_files(spec, cache_dir):
-    """Loads the digits, or the data set of a folder or zip; returns None if `spec` may be a TFDS name instead."""
+def load_files(spec, cache_dir, partial=False):
+    """Loads the digits, or the data set of a folder or zip; returns None if `spec` may be a TFDS name instead.
+
+    If `partial`, one of its splits may lack classes of the other.
+    """
     if str(spec) in ("digits/source", "digits/target"):
         return _digits(str(spec))
     if not str(spec):
@@ -194,10 +205,11 @@ def load_files(spec, cache_dir):
     path = pathlib.Path(spec).expanduser()
     if path.is_dir():
         memory = None if cache_dir is None else pathlib.Path(cache_dir) / "digests.index"
-        return _from_files(str(spec), path, _layout(_folder_entries(path), path), memory=memory)
+        return _from_files(str(spec), path, _layout(_folder_entries(path), path, partial), memory=memory)
     archive = next((part for part in (*reversed(path.parents), path) if part.is_file()), None)
     if archive is None and TFDS_NAME.fullmatch(str(spec)):
         return None
     if archive is None or not (zipfile.is_zipfile(archive) or archive.suffix.lower() == ".zip"):
         raise InputError(f"There is no data set {str(spec)!r}: give {ACCEPTED}.")
-    return _zip(str(spec), archive, path, default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir))
+    folder = default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir)
+    return _zip(str(spec), archive, path, folder, partial)

@@ -127,6 +127,27 @@ class Dataset:
             row |= {name: len(split), f"{name}_per_class": (int(counts.min()), int(counts.max()))}
         return row
 
+    def among(self, classes):
+        """Returns the same images with labels that count `classes`, of which the set has all or a part.
+
+        Args:
+            classes: the names of all classes, in the order of a network's outputs.
+
+        Raises:
+            InputError: a class of the set is not among them.
+        """
+        labels = {name: label for label, name in enumerate(classes)}
+        lost = [name for name in self.classes if name not in labels]
+        if lost:
+            listed = ", ".join(map(repr, lost[:3])) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            raise InputError(
+                f"{self.name} has classes that are not among the {len(labels)} of the network's outputs ({listed}): rename "
+                "its folders, or give other classes."
+            )
+        moved = np.array([labels[name] for name in self.classes], np.int32)
+        train, test = (dataclasses.replace(split, labels=moved[split.labels]) for split in (self.train, self.test))
+        return dataclasses.replace(self, classes=tuple(classes), train=train, test=test)
+
     def subset(self, per_class, seed=None):
         """Returns the task with `per_class` training images of each class; the test split stays whole.
 
