@@ -16,6 +16,7 @@ import safetensors.numpy
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import check_members, refusing
 
+AVERAGES = ("ema", "swa", "average")  # words in the names of running averages of the weights
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle in files from before PyTorch 1.6
 DTYPES = {
     "FloatStorage": np.dtype("<f4"),
@@ -31,21 +32,23 @@ DTYPES = {
 }
 
 
-def read_state_dict(path):
+def read_state_dict(path, state=None):
     """Reads the weights in a PyTorch file: safetensors, or `torch.save` of any version.
 
-    A training checkpoint may hold the state dict under "state_dict". Names may begin with "module.",
-    as in models that were trained in parallel. Pickled code is never run: besides containers and numbers,
-    a file may only name functions and classes that describe tensors.
+    A training checkpoint may hold one or several state dicts under names such as "state_dict", "model" or "model_ema".
+    Pickled code is never run: besides containers and numbers, a file may only name functions and classes that describe
+    tensors.
 
     Args:
         path: the file.
+        state: the name of the state dict in a checkpoint; by default the only one that is no running average (of which
+            the name would say "ema", "swa" or "average"), or the only one.
 
     Returns:
         A dict from name to array.
 
     Raises:
-        InputError: the file is missing, is damaged, holds something other than a state dict, or
+        InputError: the file is missing, is damaged, holds no state dict or several of them to choose from, or
             asks for a function or class that describes no tensor.
     """
     path = pathlib.Path(path)
@@ -56,21 +59,44 @@ def read_state_dict(path):
         if path.suffix == ".safetensors":
             return safetensors.numpy.load(content)
         found = _read_zip(path, content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
-        return _weights(found)
+        states = _states(found.contents)
+    tensors = states[_chosen(path, states, state)]
+    with refusing(f"{path} is damaged or no state dict of PyTorch"):
+        return {name: found.array(tensor) for name, tensor in tensors.items()}
 
 
-def _weights(found):
-    """Returns the state dict in a file's contents, with arrays for tensors and without the "module." of parallel training."""
-    state = found.contents
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"it holds a {type(state).__name__}, not names and tensors")
-    others = [name for name, tensor in state.items() if not isinstance(tensor, _Tensor)]
-    if others or not state:
+def _states(contents):
+    """Returns the state dicts in a file's contents by name; a file that is one state dict has it under None."""
+    if not isinstance(contents, dict) or not all(isinstance(name, str) for name in contents):
+        raise ValueError(f"it holds a {type(contents).__name__}, not names and tensors")
+    if _is_state(contents):
+        return {None: contents}
+    states = {name: value for name, value in contents.items() if _is_state(value)}
+    if not states:
+        known = next((contents[name] for name in ("state_dict", "model") if isinstance(contents.get(name), dict)), contents)
+        others = [str(name) for name, value in known.items() if not isinstance(value, _Tensor)]
         raise ValueError(f"it holds {', '.join(others[:5]) or 'nothing'} besides tensors")
-    parallel = all(name.startswith("module.") for name in state)
-    return {name.removeprefix("module.") if parallel else name: found.array(tensor) for name, tensor in state.items()}
+    return states
+
+
+def _is_state(value):
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, _Tensor) for name, tensor in value.items())
+    )
+
+
+def _chosen(path, states, state):
+    """Returns the name of the state dict to read."""
+    names = ", ".join(str(name) for name in states if name is not None) or "one without a name"
+    if state is not None and state not in states:
+        raise InputError(f"{path} has no state dict called {state!r}: it has {names}.")
+    plain = [name for name in states if name is None or not any(word in name.lower() for word in AVERAGES)]
+    choices = [state] if state is not None else plain or list(states)
+    if len(choices) > 1:
+        raise InputError(f"{path} holds several state dicts: choose one of {names} by --state.")
+    return choices[0]
 
 
 class _Storage(collections.namedtuple("_Storage", "key dtype count")):
