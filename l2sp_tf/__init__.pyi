@@ -11,6 +11,7 @@ from .fisher.estimator import fisher_diagonal as fisher_diagonal
 from .models.batch_norm import fuse_batch_norm as fuse_batch_norm
 from .models.heads import with_new_head as with_new_head
 from .models.units import freeze_first as freeze_first
+from .models.zoo import load_pretrained as load_pretrained
 from .optimizers.decoupled import Decoupled as Decoupled
 from .optimizers.proximal import Proximal as Proximal, frozen_share as frozen_share
 from .penalties.anchors import Anchors as Anchors

@@ -29,6 +29,7 @@ report = Section(FLAGS, "What a model kept of its pre-training")
 report.string("report", None, "Write a report to this HTML file, on --model or on the run in --workdir.")
 report.string("anchors", None, "For a --model: the file of the anchors that it started from.")
 report.string("source", None, "For a --model: the source task, named as for train.py. Without it, accuracies are left out.")
+report.string("source_classes", None, "For a --model: the classes of its outputs before, as for train.py.")
 report.string("pretrained", None, "For a --model: the .keras file that it started from, if the anchors do not determine it.")
 
 predictions = Section(FLAGS, "The classes of new images")
@@ -104,7 +105,7 @@ def write_report(values, path):
     if (values.model is None) != (values.anchors is None):
         raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
     if values.model is not None:
-        names = ("source", "pretrained", "data_dir", *IMAGES)
+        names = ("source", "source_classes", "pretrained", "data_dir", *IMAGES)
         found = report_of_files(values.model, values.anchors, **{name: values[name].value for name in names})
     else:
         found = report_of_run(values.workdir[0])

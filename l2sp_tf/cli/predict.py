@@ -18,7 +18,7 @@ MOST_ROWS = 20
 def define_images(values):
     """Defines the flags that say how a model's images are made, for this command and `eval.py`."""
     images = Section(values, "How the images of a --model are made, if its file does not say")
-    images.enum("pixels", None, ["rgb", "bgr", "torch"], "How the model sees pixels.")
+    images.enum("pixels", None, ["rgb", "bgr", "torch", "raw", "tf"], "How the model sees pixels.")
     images.list("mean", None, "R,G,B: what to subtract from the images.")
     images.integer("resize", None, "Side of images before the crop; by default 256 / 224 of the crop.")
     images.enum("resize_mode", None, ["squash", "shorter_side"], "Squash both sides to --resize, or keep the aspect ratio.")

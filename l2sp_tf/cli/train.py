@@ -26,10 +26,16 @@ task.list(
     "prepare.py has prepared: imagenet2012, places365_small, stanford_dogs, caltech256, mit_indoors67 or another of TensorFlow "
     "Datasets.",
 )
+task.string(
+    "source_classes",
+    None,
+    "The classes of the network's outputs in their order, if the source has a part of them: imagenet, or a text file with one "
+    "class a line. A line 0-999 stands for numbers, so that the class 7 may be called 007.",
+)
 task.list(
     "weights",
     "none",
-    "Pre-trained weights, one for each source: none (trains a source model), imagenet, or a .safetensors, .weights.h5 or "
+    "Pre-trained weights, one for each source: none (trains a source model), imagenet, or a .safetensors, .weights.h5, .h5 or "
     ".keras file.",
 )
 task.integer("per_class", None, "Training images of each target class; by default all (digits: 25).", lower_bound=1)
@@ -113,10 +119,15 @@ network = Section(FLAGS, "The network")
 network.string(
     "backbone",
     "small",
-    "small, resnet50, resnet101, resnet152, or a network of TF-slim or PyTorch: resnet50_slim, resnet18_torch, ... "
-    "Not for a .keras file, which is a whole model.",
+    "small; a network of keras.applications, such as resnet50 or EfficientNetV2B0; efficientnet_lite0 to 2; or a ResNet of "
+    "TF-slim or PyTorch, such as resnet50_slim or resnet18_torch. Not for a .keras file, which is a whole model.",
 )
-network.enum("pixels", None, ["rgb", "bgr", "torch"], "How the weights see pixels, if their file does not say.")
+network.enum(
+    "pixels",
+    None,
+    ["rgb", "bgr", "torch", "raw", "tf"],
+    "How the weights see pixels, if their file does not say. raw: the network rescales them itself. tf: from -1 to 1.",
+)
 network.list("widths", "16,32,64", "Channels in each stage of the small backbone.")
 network.list("depths", "1,1,1", "Blocks in each stage of the small backbone.")
 network.enum("block", "basic", ["basic", "bottleneck"], "Kind of block in the small backbone.")

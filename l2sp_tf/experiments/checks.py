@@ -6,7 +6,8 @@ from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.experiments.selection import check_folds
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import keras_files, zoo
-from l2sp_tf.models.units import unit_count
+from l2sp_tf.models.rescaling import rescaling_of
+from l2sp_tf.models.units import graph_of, unit_count
 
 SMALL = 75  # pixels; no backbone needs larger images
 
@@ -48,9 +49,7 @@ def _check_writable(workdir):
 
 def _check_weights(setup):
     """Checks that the weights exist, name their pixel format and accept the recipe's images."""
-    if setup.backbone not in zoo.BACKBONES:
-        raise InputError(f"The backbone {setup.backbone!r} is unknown: give one of {', '.join(zoo.BACKBONES)}.")
-    zoo.pixels_of(setup.given_weights, setup.pixels)
+    _ = setup.pixel_format  # raises if it is unknown
     shape = keras_files.input_shape(setup.weights) if setup.is_whole_model else None
     if shape is None:
         return
@@ -96,11 +95,40 @@ def _check_data(plan, found):
     target = load(setup.target, per_class=setup.per_class, seed=setup.subset_seed)
     if plan.sweep.folds and not setup.skip_bad_images:
         check_folds(plan.sweep.folds, target)
-    source = None if setup.source is None else load(setup.source)
+    source = None if setup.source is None else load(setup.source, classes=setup.source_classes)
     classes = None if setup.weights in ("none", "imagenet") else keras_files.head_classes(setup.weights)
     classes = 1000 if setup.weights == "imagenet" else classes
     if source is not None and classes is not None:
         check_classes(classes, source)
+
+
+def check_head(setup, network, source):
+    """Checks that a pre-trained network can classify the source's images: it has a head, of as many classes.
+
+    Raises:
+        InputError: it cannot.
+    """
+    check_classes(network.output_shape[-1], source)
+    if setup.weights not in ("none", "imagenet") and not keras_files.has_head(setup.weights, network):
+        raise InputError(
+            f"{setup.weights} has no head, so that it cannot classify the images of {source.name}: give a file with one, or "
+            "leave --source out."
+        )
+
+
+def check_rescaling(setup, network, pixels):
+    """Checks that a network which rescales pixels itself gets them raw, unless its file or --mean names another mean.
+
+    Raises:
+        InputError: it would get other pixels.
+    """
+    rescaling = rescaling_of(network) if graph_of(network) is not None else None
+    stored = None if setup.weights in ("none", "imagenet") else keras_files.stored_pixels(setup.weights)
+    if rescaling is not None and setup.recipe.mean is None and stored is None and not pixels.is_raw:
+        raise InputError(
+            f"The network {network.name!r} rescales pixels itself ({rescaling!r}), but --pixels says {pixels}: leave --pixels "
+            "out, or name with --mean what is subtracted before."
+        )
 
 
 def check_classes(count, source):

@@ -23,7 +23,7 @@ RECIPE = [field.name for field in dataclasses.fields(Recipe) if field.name not i
 # plan fields whose flag has the same name and value
 PLAIN = (
     *("data_dir", "subset_seed", "protocol", "block", "pixels", "skip_bad_images", "save_models", "checkpoint_every"),
-    *("deterministic", "distribute", "backbone"),
+    *("deterministic", "distribute", "backbone", "source_classes"),
 )
 JIT = {"auto": "auto", "on": True, "off": False}
 OF_BACKBONE = ("backbone", "widths", "depths", "block")
@@ -312,7 +312,7 @@ def values_of(plan, setting):
     numbers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)} | recipe.images.plain()
     values |= {name: numbers[name] for name in RECIPE}
     values |= {
-        "mean": [recipe.mean] if isinstance(recipe.mean, str) else list(recipe.mean),
+        "mean": [recipe.mean] if isinstance(recipe.mean, str) else recipe.mean and list(recipe.mean),
         "blur_sigma": list(recipe.images.blur_sigma),
     }
     source = plan.setup.source_recipe

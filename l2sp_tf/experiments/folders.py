@@ -156,12 +156,12 @@ def report_of_run(folder):
     return RetentionReport(title, facts, layers, new, results.get("source"), settings["source"], results.get("r2", {}))
 
 
-def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=None, **given):
+def report_of_files(model, anchors, *, source=None, source_classes=None, pretrained=None, data_dir=None, **given):
     """Reports on a `.keras` file and its anchors; source images are prepared by the file's `Interface`.
 
     Args:
         model, anchors: the paths.
-        source: the source task as `load_dataset` takes it, or None.
+        source, source_classes: the source task and its classes as `load_dataset` takes them, or None.
         pretrained: the path of the `.keras` file that training started from, if the anchors cannot restore it.
         data_dir: the folder of TensorFlow Datasets.
         given: image settings that the file lacks, as `interface_at` takes them.
@@ -173,7 +173,7 @@ def report_of_files(model, anchors, *, source=None, pretrained=None, data_dir=No
     task, crops = None, 1
     if source is not None:
         interface = interface_at(model, tuned, **given)
-        dataset, crops = load_dataset(source, data_dir=data_dir), interface.crops
+        dataset, crops = load_dataset(source, classes=source_classes, data_dir=data_dir), interface.crops
         # the file's mean may be that of the target's images: apply the same choice of mean to the source
         mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
         task = prepare(dataset, preprocessing_for(interface), mean=mean)

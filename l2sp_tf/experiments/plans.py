@@ -9,6 +9,7 @@ from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.fisher.diagonal import MODES
+from l2sp_tf.models import zoo
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.penalties.formulas import PAPER, PENALTIES, FisherPenalty
 from l2sp_tf.training.devices import Devices
@@ -125,10 +126,11 @@ class Setup:
         workdir: the folder for anchors/, sources/ and runs/.
         source, target: data sets, as `load_dataset` takes them. `source` may be None if the weights are given; then
             source accuracy is not measured.
+        source_classes: the classes of the network's outputs, as `class_names` takes them, if the source has a part of them.
         backbone: as `zoo.backbone` takes it, with widths, depths and block.
         weights: "none" to train the source model from scratch, "imagenet", or a file.
         recipe, source_recipe: for fine-tuning and for training from scratch.
-        pixels: "rgb", "bgr" or "torch": the pixel format of the weights, if their file lacks it.
+        pixels: a name of PIXELS: the pixel format of the weights, if their file lacks it.
         per_class: training images per class of the target; None for all.
         subset_seed: the seed that draws them; None as `load_dataset` takes it.
         protocol: the splits of the "paper" or the "authors".
@@ -148,6 +150,7 @@ class Setup:
     weights: str
     recipe: Recipe
     source_recipe: Recipe
+    source_classes: str | None = None
     pixels: str | None = None
     widths: tuple = (16, 32, 64)
     depths: tuple = (1, 1, 1)
@@ -161,6 +164,7 @@ class Setup:
     deterministic: bool = False
 
     def __post_init__(self):
+        object.__setattr__(self, "backbone", zoo.known_name(self.backbone))
         for name, least in (("per_class", 1), ("subset_seed", 0)):
             if getattr(self, name) is not None:
                 fields.whole(name, getattr(self, name), least)
@@ -189,6 +193,11 @@ class Setup:
     def given_weights(self):
         """The weights as `zoo.backbone` takes them: None if the source model is trained from scratch."""
         return None if self.weights == "none" else self.weights
+
+    @property
+    def pixel_format(self):
+        """The `PixelFormat` of the weights; raises InputError if it is unknown."""
+        return zoo.pixels_of(self.given_weights, self.pixels, None if self.is_whole_model else self.backbone)
 
     @property
     def cache_dir(self):

@@ -25,7 +25,7 @@ from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.formulas import PENALTIES, Penalty
 from l2sp_tf.training.recipe import Recipe
-from l2sp_tf.training.trainer import as_task, images_digest
+from l2sp_tf.training.trainer import images_digest, task_for
 
 LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
 AXES = ("alpha", "beta", "learning_rate")
@@ -243,7 +243,7 @@ def cross_validate(
     if isinstance(penalty, str) or not isinstance(penalty, type) or penalty not in PENALTIES.values():
         names = ", ".join(known.__name__ for known in PENALTIES.values())
         raise InputError(f"penalty is {penalty!r}: give a class, one of {names}; alphas are its strengths.")
-    task = as_task(data, recipe, pixels)
+    task, recipe = task_for(pretrained, data, recipe, pixels, print if verbose else lambda line: None)
     parts = fold_tasks(task, folds, seed)
     axes = [
         _axis("alphas", alphas, recipe.grid_for(penalty.symbol)),

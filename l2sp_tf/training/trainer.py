@@ -18,7 +18,8 @@ from l2sp_tf.models.batch_norm import fuse_batch_norm, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
 from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
-from l2sp_tf.models.units import freeze_first, unfreeze
+from l2sp_tf.models.rescaling import rescaling_of
+from l2sp_tf.models.units import freeze_first, graph_of, unfreeze
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.optimizers.proximal import Proximal
 from l2sp_tf.penalties.anchors import Anchors
@@ -90,7 +91,8 @@ def finetune(
         data: a `Task`, or a `Dataset`, which the recipe prepares.
         penalty: such as `L2SP(0.1)`.
         recipe: a `Recipe`; the paper's by default.
-        pixels: for a `Dataset`, the pixel format of `pretrained`: a `PixelFormat`, or "rgb", "bgr" or "torch".
+        pixels: for a `Dataset`, the pixel format of `pretrained`: a `PixelFormat`, or "rgb", "bgr", "torch", "tf" or "raw".
+            It may be left out for a network that rescales pixels itself, as it sees them "raw".
         anchors: the weights to which the penalty pulls; by default the current weights of `pretrained`.
         fisher: for the Fisher penalties, a mapping from weight to F_jj.
         seed: of the head, the order of the images and their augmentation.
@@ -109,9 +111,7 @@ def finetune(
         ConnectionError: one of several machines was lost.
     """
     recipe, how = recipe or Recipe(), Execution(**execution)
-    if isinstance(data, Dataset) and pixels is None:
-        raise InputError('pixels was not given: say how the pre-trained model sees pixels, "rgb", "bgr" or "torch".')
-    task = as_task(data, recipe, pixels)
+    task, recipe = task_for(pretrained, data, recipe, pixels, how.say)
     anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
@@ -149,6 +149,30 @@ def train_source(
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
     return _fit(Training(model, coverage, None, task, recipe, seed), how)
+
+
+def task_for(pretrained, data, recipe, pixels, say):
+    """Returns the `Task` of a fine-tuning and its recipe with the mean decided; a network that rescales pixels gets them raw.
+
+    Raises:
+        InputError: the pixel format is unknown, or a network that rescales pixels itself would get others and the
+            recipe does not name their mean.
+    """
+    rescaling = rescaling_of(pretrained) if graph_of(pretrained) is not None else None
+    if isinstance(data, Dataset) and pixels is None:
+        if rescaling is None:
+            names = f"{', '.join(map(repr, list(PIXELS)[:-1]))} or {list(PIXELS)[-1]!r}"
+            raise InputError(f"pixels was not given: say how the pre-trained model sees pixels, {names}.")
+        pixels = PIXELS["raw"]
+        if recipe.mean is None:
+            say(f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}): it gets them raw, from 0 to 255.")
+    task = as_task(data, recipe, pixels)
+    if rescaling is not None and recipe.mean is None and not task.pixels.is_raw:
+        raise InputError(
+            f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}), but would get them as {task.pixels}: leave "
+            'pixels out or give "raw", or name the mean in the recipe, as in mean="training".'
+        )
+    return task, recipe.seen_by(task.preprocessing.pixels)
 
 
 def as_task(data, recipe, pixels):

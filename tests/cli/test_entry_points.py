@@ -182,7 +182,7 @@ def test_weights_without_a_pixel_format_need_the_flag(finished, tmp_path):
     folder = make_folder(tmp_path / "images")
     arguments = [f"--workdir={tmp_path / 'w'}", f"--target={folder}", "--resize=10", "--crop=8", "--penalty=l2_sp", *QUICK]
     arguments += ["--seeds=0", "--nosave_models"]
-    assert "--pixels=rgb, bgr or torch" in refused("train.py", *arguments, f"--weights={bare}")
+    assert "--pixels=rgb, bgr, torch, raw or tf" in refused("train.py", *arguments, f"--weights={bare}")
     for flags, expected in (
         ([f"--weights={weights}", "--mean=weights"], PixelFormat(**anchors.metadata["pixels"])),
         ([f"--weights={bare}", "--pixels=torch", "--mean=1,2,3"], PIXELS["torch"].with_mean((1, 2, 3))),

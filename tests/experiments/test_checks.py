@@ -38,7 +38,6 @@ def recipe(size):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": "vgg"}, "The backbone 'vgg' is unknown"),
         ({"backbone": "resnet50", **recipe(31)}, "Images of 31 pixels are too small for the backbone resnet50"),
         ({"frozen": (0, 9)}, "frozen is 9, but of this backbone's units at most 2 can be frozen"),
         ({"folds": 26, "per_class": 25}, "26 folds were asked for, but the smallest class of digits/target has 25"),

@@ -235,7 +235,7 @@ def test_the_file_of_a_run_names_the_fields_that_no_flag_can_set():
 def test_every_value_of_a_run_has_a_flag():
     from test_docs import flags_of
 
-    recipe = Recipe(decay_at=5, log_every=2, batch_norm_decay=0.9)
+    recipe = Recipe(decay_at=5, log_every=2, batch_norm_decay=0.9, mean="training")
     made = plan(per_class=3, subset_seed=1, data_dir="d", pixels="rgb", recipe=recipe)
     made = made.replace(fisher=FisherPlan(images=4, tolerance=0.5))
     assert set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01))) <= set(flags_of("train.py"))

@@ -108,6 +108,7 @@ def test_mistakes_are_reported():
         ({"widths": (4,)}, "1 widths and 3 depths"),
         ({"widths": (4, 0, 1)}, "widths is 0"),
         ({"protocol": "author"}, "Did you mean authors"),
+        ({"backbone": "vgg"}, "The backbone 'vgg' is unknown"),
     ):
         with pytest.raises(l2sp.InputError, match=message):
             plan(**changes)

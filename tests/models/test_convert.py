@@ -106,18 +106,53 @@ def test_numbers_of_weights_are_the_published_ones():
         assert sum(np.prod(w.shape) for w in resnets.imagenet_resnet(name, 1000, 32).trainable_weights) == count
 
 
-def parallel(state):
-    return {"epoch": 90, "arch": "resnet18", "best_prec1": 54.7, "state_dict": {f"module.{k}": a for k, a in state.items()}}
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.backbone."])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_ema", "network"])
+def test_checkpoints_of_any_trainer_are_unwrapped(key, prefix, tmp_path):
+    """A trainer's file has the weights under some key, beside other things, and all names may share a prefix."""
+    state = {f"{prefix}a.weight": np.arange(6.0, dtype="float32"), f"{prefix}a.b.c": np.ones(2, "float32")}
+    others = {"epoch": 90, "arch": "resnet18", "optimizer": {"lr": 0.1}, "scheduler": {}}
+    torch_writer.torch_zip(tmp_path / "x.pth", state, lambda tensors: tensors if key is None else {**others, key: tensors})
+    found = convert._without_shared_prefix(read_state_dict(tmp_path / "x.pth"))
+    assert list(found) == ["a.weight", "a.b.c"]
+    for one, two in zip(found.values(), state.values(), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("kind", list(WRITERS))
-def test_checkpoints_of_parallel_training_are_unwrapped(kind, tmp_path):
-    state = {"a.weight": np.arange(6, dtype="float32").reshape(2, 3), "n": np.array(4)}
-    WRITERS[kind](tmp_path / "x.pth.tar", state, parallel)
-    found = read_state_dict(tmp_path / "x.pth.tar")
-    assert list(found) == list(state)
-    for name in state:
-        np.testing.assert_array_equal(found[name], state[name])
+def test_the_state_dict_is_chosen_among_several(tmp_path):
+    path, one, two = tmp_path / "x.pth", np.zeros(2, "float32"), np.ones(2, "float32")
+
+    def write(**states):
+        wrap = lambda tensors: {"epoch": 1, **{name: {"w": tensors[key]} for name, key in states.items()}}  # noqa: E731
+        torch_writer.torch_zip(path, {"one": one, "two": two}, wrap)
+
+    write(model="one", model_ema="two")
+    np.testing.assert_array_equal(read_state_dict(path)["w"], one)
+    np.testing.assert_array_equal(read_state_dict(path, "model_ema")["w"], two)
+    with pytest.raises(l2sp.InputError, match="no state dict called 'ema': it has model, model_ema"):
+        read_state_dict(path, "ema")
+    write(generator="one", critic="two")
+    with pytest.raises(l2sp.InputError, match="several state dicts: choose one of generator, critic by --state"):
+        read_state_dict(path)
+    torch_writer.torch_zip(path, {"w": one})
+    with pytest.raises(l2sp.InputError, match="no state dict called 'ema': it has one without a name"):
+        read_state_dict(path, "ema")
+
+
+def test_a_file_without_a_head_leaves_the_networks_own(tmp_path):
+    _, weights = torch_net("resnet18")
+    body = {f"module.{name}": a for name, a in weights.items() if not name.startswith("fc.")}
+    torch_writer.torch_zip(tmp_path / "a.pth", body)
+    assert main([str(tmp_path / "a.pth"), str(tmp_path / "w.safetensors"), "--backbone=resnet18_torch"]) == 0
+    model = zoo.backbone("resnet18_torch", 7, image_size=32, weights=tmp_path / "w.safetensors")
+    assert not keras_files.has_head(tmp_path / "w.safetensors", model)
+    np.testing.assert_array_equal(model.get_layer("conv1_conv").get_weights()[0], weights["conv1.weight"].transpose(2, 3, 1, 0))
+    del body["module.layer1.0.conv1.weight"]
+    torch_writer.torch_zip(tmp_path / "b.pth", body)
+    with pytest.raises(l2sp.InputError, match=r"layer1.0.conv1.weight \(3, 3, 64, 64\) / missing"):
+        convert.convert_torch(tmp_path / "b.pth", "resnet18_torch")
+    with pytest.raises(l2sp.InputError, match="fc.weight .* / missing"):  # classes asks for a head
+        convert.convert_torch(tmp_path / "a.pth", "resnet18_torch", classes=5)
 
 
 def test_safetensors_of_torchvision_are_read(tmp_path):

@@ -1,5 +1,9 @@
 """Weights files round-trip, say how their weights see pixels, and are refused if they do not fit."""
 
+import functools
+import re
+
+import h5py
 import numpy as np
 import pytest
 
@@ -68,7 +72,7 @@ def test_files_without_a_pixel_format_need_the_flag(ending, tmp_path):
         ".weights.h5": lambda: model.save_weights(path),
         ".keras": lambda: model.save(path),
     }[ending]()
-    with pytest.raises(l2sp.InputError, match=f"m{ending} does not say .* give --pixels=rgb, bgr or torch"):
+    with pytest.raises(l2sp.InputError, match=f"m{ending} does not say .* give --pixels=rgb, bgr, torch, raw or tf"):
         zoo.pixels_of(path)
     assert zoo.pixels_of(path, "torch") == PIXELS["torch"]
     with pytest.raises(l2sp.InputError, match="no weights file"):
@@ -80,3 +84,65 @@ def test_the_head_of_a_file_is_counted(tmp_path):
     assert keras_files.head_classes(tmp_path / "m.safetensors") == 7
     l2sp.Anchors({"a/kernel": np.zeros(3)}).save(tmp_path / "n.safetensors")
     assert keras_files.head_classes(tmp_path / "n.safetensors") is keras_files.head_classes("m.keras") is None
+
+
+def write_published(path, model, drop=0):
+    """Writes weights in Keras' older format: for each layer, its arrays under a group, and their names in attributes."""
+    layers = [layer for layer in model.layers if layer.weights]
+    layers = layers[: len(layers) - drop]
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = np.array([layer.name.encode() for layer in [*model.layers[:1], *layers]])
+        file.create_group(model.layers[0].name).attrs["weight_names"] = np.array([], "S1")
+        for layer in layers:
+            group, variables = file.create_group(layer.name), layer.trainable_weights + layer.non_trainable_weights
+            group.attrs["weight_names"] = np.array([f"{layer.name}/{v.name}:0".encode() for v in variables])
+            for variable in variables:
+                group[f"{layer.name}/{variable.name}:0"] = variable.numpy()
+
+
+def test_published_weights_are_those_that_keras_reads(tmp_path):
+    """MobileNetV3 has convolutions with and without bias, batch norm, a Rescaling and a convolutional head."""
+    build = functools.partial(zoo.backbone, "mobilenet_v3_small", 5, image_size=32)
+    model, rng = build(), np.random.default_rng(0)
+    for weight in model.weights:
+        weight.assign(rng.uniform(0.5, 1, weight.shape))
+    write_published(tmp_path / "a.h5", model)
+    by_keras = build()
+    by_keras.load_weights(tmp_path / "a.h5")
+    ours = build(weights=tmp_path / "a.h5")
+    for one, two, three in zip(model.get_weights(), by_keras.get_weights(), ours.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+    assert keras_files.has_head(tmp_path / "a.h5", ours)
+    write_published(tmp_path / "b.h5", model, drop=1)
+    before = build()
+    random = before.get_weights()[-2:]
+    keras_files.load_weights(before, tmp_path / "b.h5")
+    for one, two in zip([*model.get_weights()[:-2], *random], before.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert not keras_files.has_head(tmp_path / "b.h5", before)
+    assert zoo.pixels_of(tmp_path / "b.h5", None, "mobilenetv3small") == PIXELS["raw"]
+    assert zoo.pixels_of(tmp_path / "b.h5", None, "mobilenetv2") == PIXELS["tf"]
+
+
+def test_published_weights_of_another_network_are_refused_and_change_nothing(tmp_path):
+    model = tiny()
+    before = model.get_weights()
+    others = ((tiny(depths=(1, 1)), 0, "missing"), (tiny(widths=(4, 6)), 0, "(3, 3, 4, 8)"), (tiny(), 2, "missing"))
+    for other, drop, message in others:
+        write_published(tmp_path / "a.h5", other, drop)
+        with pytest.raises(l2sp.InputError, match=f"not of the architecture of the model .*{re.escape(message)}"):
+            keras_files.load_weights(model, tmp_path / "a.h5")
+    content = (tmp_path / "a.h5").read_bytes()
+    for damaged in (content[: len(content) // 2], b"x" * 100):
+        (tmp_path / "a.h5").write_bytes(damaged)
+        with pytest.raises(l2sp.InputError, match="damaged or not in the format of keras.applications"):
+            keras_files.load_weights(model, tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.attrs["layer_names"] = ["a"]
+        file.create_group("a").attrs["weight_names"] = ["../../b"]
+        file["b"] = h5py.ExternalLink("other.h5", "/c")
+    with pytest.raises(l2sp.InputError, match="damaged or not in the format"):
+        keras_files.load_weights(model, tmp_path / "a.h5")
+    for one, two in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)

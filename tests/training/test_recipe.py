@@ -66,7 +66,7 @@ BAD = {
     "resize_filter": ("cubic", 0),
     "images": (None, 224, {"crop": 224}),
     "crops": (5, True, 1.0, "10"),
-    "mean": ("target", ("1", "2"), (1, 2, NAN), None, 3),
+    "mean": ("target", ("1", "2"), (1, 2, NAN), 3),
     "log_every": (0, 1.5, True),
     "solver": ("sgdw", None),
     "penalty_step": ("none", None),
