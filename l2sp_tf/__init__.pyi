@@ -8,7 +8,7 @@ from .experiments.selection import Selection as Selection, cross_validate as cro
 from .files.errors import InputError as InputError
 from .fisher.diagonal import Fisher as Fisher
 from .fisher.estimator import fisher_diagonal as fisher_diagonal
-from .models.batch_norm import fuse_batch_norm as fuse_batch_norm
+from .models.batch_norm import fuse_batch_norm as fuse_batch_norm, keep_statistics as keep_statistics
 from .models.heads import with_new_head as with_new_head
 from .models.units import freeze_first as freeze_first
 from .models.zoo import load_pretrained as load_pretrained

@@ -87,6 +87,8 @@ training.enum(
 training.integer("iterations", None, "Steps of fine-tuning.")
 training.list("learning_rate", "", "Initial learning rates of fine-tuning; each is divided by 10 after --decay_at steps.")
 training.integer("decay_at", None, "Step after which the learning rate is divided by 10; by default two thirds of --iterations.")
+training.integer("head_steps", None, "Steps that train the new head alone, before the --iterations; by default 0.", lower_bound=0)
+training.float("head_learning_rate", None, "Learning rate of these steps; by default 0.03.")
 training.integer("batch_size", None, "Images in each step, also when a source model is trained; by default 64.")
 training.enum("solver", None, ["sgd", "adam"], "The optimizer: SGD with momentum, as in the paper, or Adam.")
 training.float("momentum", None, "Momentum of SGD; by default 0.9.")
@@ -153,6 +155,12 @@ protocol = Section(FLAGS, "What the protocol decides")
 protocol.float("head_bias", None, "Initial biases of the new head; by default the protocol's.")
 protocol.float("smoothing", None, "Added inside the square roots of the penalties; by default the protocol's.")
 protocol.enum("moving_statistics", None, ["source", "fresh"], "Initial statistics of batch norm; by default the protocol's.")
+protocol.enum(
+    "batch_norm",
+    None,
+    ["batch", "source"],
+    "What batch norm normalises by in training: the batch, as in the paper, or the source's statistics, which then stay.",
+)
 protocol.float("batch_norm_decay", None, "Decay of these statistics during training; by default the protocol's.")
 
 machines = Section(FLAGS, "Machines")

@@ -54,7 +54,8 @@ class Work:
     def steps(self):
         """The number of training steps, including those of the source model if it is trained."""
         plan = self.made.plan
-        return len(self.left) * plan.setup.recipe.iterations + self.trains * plan.setup.source_recipe.iterations
+        each = plan.setup.recipe.iterations + plan.setup.recipe.head_steps
+        return len(self.left) * each + self.trains * plan.setup.source_recipe.iterations
 
     @property
     def measured(self):

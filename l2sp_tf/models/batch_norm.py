@@ -35,16 +35,51 @@ def fuse_batch_norm(model: keras.Model) -> keras.Model:
     Raises:
         InputError: `model` is not a Keras model.
     """
-    if not isinstance(model, keras.Model):
-        raise InputError(f"The model is a {type(model).__name__}: give a Keras model.")
+    _check_model(model)
     if keras.backend.backend() != "tensorflow":
         return 0
-    known = [layer for layer in model._flatten_layers() if getattr(type(layer), "call", None) is BatchNormalization.call]
+    known = [layer for layer in model._flatten_layers() if _runs_keras_call(layer)]
     for layer in known:
         object.__setattr__(layer, "call", types.MethodType(_call, layer))  # bypasses Keras' attribute tracking
     if known:
         forget_traced_steps(model)
     return len(known)
+
+
+def keep_statistics(model: keras.Model) -> int:
+    """Makes batch norm use and keep its moving statistics in training too, in place, while gamma and beta are trained.
+
+        y = gamma (x - moving mean) / sqrt(moving variance + epsilon) + beta, in training as in inference
+
+    For a fine-tuning with batches that are small or of small images, whose own statistics are noisy. Saved files and clones of
+    the model do not keep the change: call this again after loading or cloning. Call it before or after `fuse_batch_norm`.
+
+    Args:
+        model: a Keras model.
+
+    Returns:
+        The number of layers of batch norm.
+
+    Raises:
+        InputError: `model` is not a Keras model.
+    """
+    _check_model(model)
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, BatchNormalization)]
+    for layer in layers:
+        object.__setattr__(layer, "call", types.MethodType(_call_with_kept_statistics, layer))
+    if layers:
+        forget_traced_steps(model)
+    return len(layers)
+
+
+def _call_with_kept_statistics(self, inputs, training=None, mask=None):
+    """Replaces `BatchNormalization.call`, or that of a subclass: the mode of inference."""
+    return type(self).call(self, inputs, training=False, mask=mask)
+
+
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise InputError(f"The model is a {type(model).__name__}: give a Keras model.")
 
 
 def set_moving_statistics(model, *, fresh=False, decay=None):
@@ -65,6 +100,12 @@ def set_moving_statistics(model, *, fresh=False, decay=None):
             layer.moving_variance.assign(keras.ops.ones_like(layer.moving_variance))
         if decay is not None:
             layer.momentum = float(decay)
+
+
+def _runs_keras_call(layer):
+    """Whether a layer is batch norm with Keras' own `call`, which `keep_statistics` has not replaced."""
+    replaced = getattr(vars(layer).get("call"), "__func__", None)
+    return getattr(type(layer), "call", None) is BatchNormalization.call and replaced is not _call_with_kept_statistics
 
 
 def _call(self, inputs, training=None, mask=None):

@@ -44,6 +44,11 @@ class Execution:
         object.__setattr__(self, "callbacks", tuple(self.callbacks))
         object.__setattr__(self, "run_dir", None if self.run_dir is None else pathlib.Path(self.run_dir))
 
+    def for_head(self):
+        """Returns the execution of the phase that trains the head alone: in a folder of its own, without the callbacks."""
+        folder = None if self.run_dir is None else self.run_dir / "head"
+        return dataclasses.replace(self, run_dir=folder, save=False, callbacks=())
+
     @functools.cached_property
     def devices(self):
         """The `Devices` to train on."""

@@ -80,8 +80,6 @@ class Monitor(keras.callbacks.Callback):
 
     def _log(self, logs):
         layers = {"distance_by_layer": self._distances()}
-        if isinstance(unscaled(self.model.optimizer), Proximal):
-            layers["frozen_by_layer"] = frozen_share(self.model)
         row = {
             "step": self._step,
             **{name: float(value) for name, value in (logs or {}).items() if name != "loss" and not name.startswith("val_")},
@@ -89,8 +87,10 @@ class Monitor(keras.callbacks.Callback):
             "learning_rate": self._learning_rate,
             "distance": math.sqrt(sum(d * d for d in layers["distance_by_layer"].values())),
         }
-        if "frozen_by_layer" in layers:
-            row["frozen"] = layers["frozen_by_layer"].pop("all")
+        shares = frozen_share(self.model) if isinstance(unscaled(self.model.optimizer), Proximal) else {}
+        if shares:  # empty if no weight that is trained has an anchor
+            row["frozen"] = shares.pop("all")
+            layers["frozen_by_layer"] = shares
         self._logged.append((row, layers))
         if self._writer is not None:
             with self._warned():

@@ -25,6 +25,7 @@ CHOICES = {
     "solver": SOLVERS,
     "penalty_step": PENALTY_STEPS,
     "moving_statistics": ("source", "fresh"),
+    "batch_norm": ("batch", "source"),
 }
 # The means that the authors' code publishes, by the data set's name.
 AUTHORS_MEANS = {
@@ -64,6 +65,11 @@ class Recipe:
         moving_statistics: "source" for the pre-trained model's batch-norm statistics, or "fresh" for means of 0 and
             variances of 1, unless units are frozen.
         batch_norm_decay: the decay of these statistics in training; None for each layer's own momentum.
+        batch_norm: what batch norm normalises by in training: "batch", the statistics of the batch (the paper), or "source",
+            the pre-trained model's moving statistics, which then stay as they are (see `keep_statistics`).
+        head_steps: steps of a first phase that trains the new head alone, everything else frozen, before the iterations;
+            0 for none (the paper). "Linear probing, then fine-tuning" (Kumar et al. 2022, arXiv 2202.10054).
+        head_learning_rate: the rate of that phase, which is constant.
 
     Raises:
         InputError: a value has another type, is out of its range, or is not one of its choices.
@@ -87,6 +93,9 @@ class Recipe:
     smoothing: float = 0.0
     moving_statistics: str = "source"
     batch_norm_decay: float | None = None
+    batch_norm: str = "batch"
+    head_steps: int = 0
+    head_learning_rate: float = 0.03
 
     def __post_init__(self):
         for name in ("iterations", "batch_size"):
@@ -95,6 +104,8 @@ class Recipe:
             if getattr(self, name) is not None:
                 self._set(name, fields.whole(name, getattr(self, name)))
         self._set("learning_rate", fields.number("learning_rate", self.learning_rate, above=0))
+        self._set("head_steps", fields.whole("head_steps", self.head_steps, 0))
+        self._set("head_learning_rate", fields.number("head_learning_rate", self.head_learning_rate, above=0))
         self._set("momentum", fields.number("momentum", self.momentum, below=1))
         self._check_beta()
         self._set("head_bias", fields.number("head_bias", self.head_bias, least=-math.inf))
@@ -107,6 +118,11 @@ class Recipe:
         self._check_mean()
         if not isinstance(self.images, Preprocessing):
             raise InputError(f"images is {self.images!r}: give a Preprocessing.")
+        if self.batch_norm == "source" and self.moving_statistics == "fresh":
+            raise InputError(
+                "batch_norm is source, but moving_statistics is fresh, so that there are no statistics to normalise by: give one "
+                "of them another value."
+            )
         if self.decay_at is not None and self.decay_at > self.iterations:
             raise InputError(
                 f"decay_at is {self.decay_at}, but there are {self.iterations} iterations: give at most {self.iterations}, which "
@@ -160,6 +176,11 @@ class Recipe:
         rates = [self.learning_rate, self.learning_rate / 10]
         return keras.optimizers.schedules.PiecewiseConstantDecay([self.decay_step - 1], rates)
 
+    def for_head(self) -> "Recipe":
+        """Returns the settings of the first phase, in which the new head is trained alone."""
+        steps, rate = self.head_steps, self.head_learning_rate
+        return self.replace(iterations=steps, decay_at=steps, learning_rate=rate, head_steps=0, log_every=None)
+
     def optimizer(self) -> keras.optimizers.Optimizer:
         """Returns a new optimizer with the schedule, not yet wrapped for `penalty_step`."""
         if self.solver == "adam":
@@ -177,6 +198,10 @@ class Recipe:
             reasons["momentum"] = f"{self.solver} has none"
         if self.images.blur != "gaussian":
             reasons |= dict.fromkeys(("blur_kernel", "blur_sigma"), f"the blur is {self.images.blur}")
+        if self.batch_norm == "source" and self.batch_norm_decay is not None:
+            reasons["batch_norm_decay"] = "the statistics of batch norm stay those of the source"
+        if self.head_steps == 0:
+            reasons["head_learning_rate"] = "head_steps is 0"
         if self.penalty_step == "proximal":
             reasons["smoothing"] = "proximal steps have none"
         elif symbols is not None and not any(hasattr(PENALTIES[symbol](1.0), "epsilon") for symbol in symbols):
@@ -199,6 +224,7 @@ class Recipe:
         idle = self.idle(None if symbol is None else (symbol,))
         newer: dict[str, Any] = {"solver": "sgd", "penalty_step": "gradient"}
         newer |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
+        newer |= {"batch_norm": "batch", "head_steps": 0}
         kept = {name: value for name, value in values.items() if name not in newer or value != newer[name]}
         return {name: value for name, value in kept.items() if name not in idle}
 
@@ -288,5 +314,5 @@ class Recipe:
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
         # settings of fine-tuning or testing alone are reset, so that they do not cause another source training
         own = ["momentum", "beta", "params", "solver", "penalty_step", "log_every"]
-        own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay"]
+        own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "batch_norm", "head_steps"]
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -14,7 +14,7 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.plain import plain
 from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.files.types import Weights
-from l2sp_tf.models.batch_norm import fuse_batch_norm, set_moving_statistics
+from l2sp_tf.models.batch_norm import fuse_batch_norm, keep_statistics, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
 from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
@@ -79,8 +79,9 @@ def finetune(
 ) -> Run:
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
 
-    The copy gets a new head. Weights shared with `pretrained` are penalised with `penalty`, the head with L2 of the
-    recipe's beta. `pretrained` itself is unchanged. Python's, NumPy's and TensorFlow's random seeds are set to `seed`.
+    The copy gets a new head, which is trained alone first if the recipe has `head_steps`. Weights shared with `pretrained` are
+    penalised with `penalty`, the head with L2 of the recipe's beta. `pretrained` itself is unchanged. Python's, NumPy's and
+    TensorFlow's random seeds are set to `seed`.
 
     With a `run_dir` the run is saved there from time to time. If Ctrl-C, SIGTERM or a crash interrupts it, the same call
     resumes from the newest checkpoint. It then ends in the same weights and log as an uninterrupted run: to the bit if
@@ -115,14 +116,25 @@ def finetune(
     anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
+    options = {"anchors": anchors, "beta": recipe.beta_for(getattr(penalty, "symbol", "")), "fisher": fisher}
+    seconds = _train_head(model, penalty, task, recipe, seed, how, options) if recipe.head_steps else 0.0
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
     set_moving_statistics(model, fresh=recipe.moving_statistics == "fresh" and not frozen, decay=recipe.batch_norm_decay)
     penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
-    beta = recipe.beta_for(getattr(penalty, "symbol", ""))
-    coverage = attach(model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
-    return _fit(Training(model, coverage, anchors, task, recipe, seed), how)
+    coverage = attach(model, penalty, **options, params=recipe.params)
+    run = _fit(Training(model, coverage, anchors, task, recipe, seed), how)
+    return dataclasses.replace(run, seconds=run.seconds + seconds)
+
+
+def _train_head(model, penalty, task, recipe, seed, how, options):
+    """Trains the last layer of a model alone, in place, as a run of its own in the folder head/; returns its seconds."""
+    for layer in model._flatten_layers(include_self=False):
+        layer.trainable = False
+    model.outputs[0]._keras_history.operation.trainable = True
+    coverage = attach(model, penalty, **options, params=recipe.params)
+    return _fit(Training(model, coverage, None, task, recipe.for_head(), seed), how.for_head()).seconds
 
 
 def train_source(
@@ -280,6 +292,8 @@ def _fit(training, how):
     devices.check_same_run(identity)
     trained = devices.replicated(training.model)
     fuse_batch_norm(trained)
+    if recipe.batch_norm == "source":
+        keep_statistics(trained)
     with contextlib.ExitStack() as stack:
         if how.writes:
             stack.enter_context(locked(folder))

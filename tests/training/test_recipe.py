@@ -74,6 +74,9 @@ BAD = {
     "smoothing": (-1e-9, NAN, True, None),
     "moving_statistics": ("old", None),
     "batch_norm_decay": (1.0, -0.1, NAN, True),
+    "batch_norm": ("moving", None),
+    "head_steps": (-1, 1.5, True, None),
+    "head_learning_rate": (0, NAN, True, None),
 }
 
 
