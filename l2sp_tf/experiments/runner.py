@@ -178,7 +178,8 @@ def _run(start, plan, setting, say, verbose):
         record["fisher"] = _without_weights(fisher.provenance)
     if devices.is_chief:
         records.write_record(path, record)
-        checkpoints.remove()
+        for part in (checkpoints, Checkpoints(path.parent / "head" / "checkpoints")):
+            part.remove()
     devices.wait_for_chief()
     say(f"{_outcome(record, is_fold)} ({record['seconds']:.1f} s)")
     keras.utils.clear_session(free_memory=True)
