@@ -180,9 +180,10 @@ def task_for(pretrained, data, recipe, pixels, say):
             say(f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}): it gets them raw, from 0 to 255.")
     task = as_task(data, recipe, pixels)
     if rescaling is not None and recipe.mean is None and not task.pixels.is_raw:
+        advice = "prepare the task with mean=(0, 0, 0)" if isinstance(data, Task) else 'leave pixels out or give "raw"'
         raise InputError(
-            f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}), but would get them as {task.pixels}: leave "
-            'pixels out or give "raw", or name the mean in the recipe, as in mean="training".'
+            f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}), but would get them as {task.pixels}: "
+            f'{advice}, or name the mean in the recipe, as in mean="training".'
         )
     return task, recipe.seen_by(task.preprocessing.pixels)
 
