@@ -104,7 +104,7 @@ def test_the_files_of_a_run_repeat_its_record_to_the_last_image(way, tasks, fini
 def strip(path):
     """Removes the interface from a model's file."""
     with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist() if name != zoo.INTERFACE_MEMBER}
+        members = {name: archive.read(name) for name in archive.namelist() if name != keras_files.INTERFACE_MEMBER}
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)
