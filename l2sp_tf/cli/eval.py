@@ -100,10 +100,10 @@ def write_table_1(values, folder):
 
 def write_report(values, path):
     """Writes the HTML page, and the same data for TensorBoard to a folder beside it."""
-    from l2sp_tf.experiments.folders import report_of_files, report_of_run
-
     if (values.model is None) != (values.anchors is None):
         raise InputError("--report needs both --model and --anchors, or the --workdir of one run.")
+    from l2sp_tf.experiments.folders import report_of_files, report_of_run  # slow to import
+
     if values.model is not None:
         names = ("source", "source_classes", "pretrained", "data_dir", *IMAGES)
         found = report_of_files(values.model, values.anchors, **{name: values[name].value for name in names})

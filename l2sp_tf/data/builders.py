@@ -46,8 +46,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, path, places):
         """Yields the images of a tar file in the order of `places`, which are pairs of a member's name and its class."""
         with tarfile.open(path, "r:") as archive:
+            members = {member.name: member for member in archive}  # tarfile would search its list again for each name
             for number, (place, label) in enumerate(places):
-                content = archive.extractfile(place).read(MAX_IMAGE_BYTES)  # limited: a sparse member may claim any size
+                content = archive.extractfile(members[place]).read(MAX_IMAGE_BYTES)  # limited: sparse members may claim any size
                 yield number, {"image": as_jpeg_or_png(content), "label": label}
 
 

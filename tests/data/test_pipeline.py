@@ -264,10 +264,16 @@ def test_the_order_of_an_epoch_depends_on_seed_and_epoch_only():
     assert not np.array_equal(streams[0][:10], streams[0][10:20])
 
 
-@pytest.mark.parametrize("first_step", [0, 1, 5, 11, 12])
-def test_a_stream_resumes_to_the_bit(first_step):
+@pytest.fixture(scope="module")
+def full():
+    """The images and the 12 batches of a stream."""
     images = some_images(10)
-    full = list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=12).as_numpy_iterator())
+    return images, list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=12).as_numpy_iterator())
+
+
+@pytest.mark.parametrize("first_step", [0, 1, 5, 11, 12])
+def test_a_stream_resumes_to_the_bit(full, first_step):
+    images, full = full
     rest = training_batches(images, FULL, MEAN, batch_size=6, seed=3, first_step=first_step, iterations=12)
     resumed = list(rest.as_numpy_iterator())
     assert len(resumed) == 12 - first_step
@@ -277,14 +283,14 @@ def test_a_stream_resumes_to_the_bit(first_step):
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_the_parts_of_a_stream_make_up_the_stream(parts):
-    images = some_images(10)
+def test_the_parts_of_a_stream_make_up_the_stream(full, parts):
+    images, whole = full
 
     def stream(**options):
         return list(training_batches(images, FULL, MEAN, batch_size=6, seed=3, iterations=5, **options).as_numpy_iterator())
 
-    whole, pieces = stream(), [stream(part=(i, parts)) for i in range(parts)]
-    for batch, shares in zip(whole, zip(*pieces, strict=True), strict=True):
+    pieces = [stream(part=(i, parts)) for i in range(parts)]
+    for batch, shares in zip(whole[:5], zip(*pieces, strict=True), strict=True):
         for full, joined in zip(batch, map(np.concatenate, zip(*shares, strict=True)), strict=True):
             np.testing.assert_allclose(joined, full, atol=1e-4)  # out of 255: the blur's vector code depends on the batch size
     for wrong in ((0, 4), (2, 2), (-1, 2)):
@@ -305,7 +311,7 @@ def test_augmentation_applies_the_operations_in_order_with_separate_seeds(blur, 
     tall = [(6, 9), (6, 6), (13, 6), (6, 7), (7, 6), (6, 20), (6, 8)]
     images, batch_size, seed = some_images(7) if resize_mode == "squash" else packed_images(tall), 4, 5
     preprocessing = Preprocessing(resize=6, crop=4, blur=blur, resize_mode=resize_mode)
-    x, labels = collect(training_batches(images, preprocessing, MEAN, batch_size=batch_size, seed=seed, iterations=5))
+    x, labels = collect(training_batches(images, preprocessing, MEAN, batch_size=batch_size, seed=seed, iterations=3))
     for place, (result, index) in enumerate(zip(np.concatenate(x), np.concatenate(labels), strict=True)):
         key = (place // 7) * 2**32 + int(index)
         expected = images[index].astype(np.float32)

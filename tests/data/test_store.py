@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -139,6 +140,7 @@ def test_a_full_disk_raises_and_loses_nothing(split, tmp_path, decoded, monkeypa
 
 
 def in_a_process(folder, cache, queue, barrier):
+    load_dataset("digits/target")
     files = sorted(folder.iterdir())
     split = decoding_split(files)
     count, original = [], decoding._decoded
@@ -150,7 +152,7 @@ def in_a_process(folder, cache, queue, barrier):
     decoding._decoded = spied
     barrier.wait()
     images = decode(split, 6, memory_limit_bytes=0, cache_dir=cache)
-    queue.put((count, [int(images[i].sum()) for i in range(len(images))]))
+    queue.put((count, [int(images[i].sum()) for i in range(len(images))], "tensorflow_datasets" in sys.modules))
 
 
 def decoding_split(files):
@@ -159,17 +161,18 @@ def decoding_split(files):
     return Split(tuple(map(str, files)), np.arange(len(files), dtype=np.int32) % 2, files=tuple(files))
 
 
-def test_two_processes_at_once_decode_each_image_once(split, tmp_path):
+def test_two_processes_at_once_decode_each_image_once_and_import_no_tfds(split, tmp_path, decoded):
     context = multiprocessing.get_context("spawn")
-    queue, barrier = context.Queue(), context.Barrier(2)
-    arguments = (tmp_path / "images", tmp_path / "cache", queue, barrier)
-    processes = [context.Process(target=in_a_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    (one, sums), (two, others) = (queue.get(timeout=120) for _ in processes)
-    for process in processes:
-        process.join()
-    assert sorted(one + two) == list(split.names[:148]) and sums == others == [int(x.sum()) for x in decode(split, 6).pixels]
+    queue, barrier = context.Queue(), context.Barrier(2, timeout=120)
+    process = context.Process(target=in_a_process, args=(tmp_path / "images", tmp_path / "cache", queue, barrier))
+    process.start()
+    barrier.wait()
+    images = stored(split, tmp_path)
+    here, sums = list(decoded), [int(images[i].sum()) for i in range(len(images))]
+    there, others, imported_tfds = queue.get(timeout=120)
+    process.join()
+    assert sorted(here + there) == list(split.names[:148]) and sums == others == [int(x.sum()) for x in decode(split, 6).pixels]
+    assert not imported_tfds  # for digits and files of images
 
 
 def test_bad_images_are_named_each_time_and_the_good_ones_are_kept(split, tmp_path, decoded):

@@ -175,6 +175,8 @@ def test_every_form_of_data_and_labels_is_judged_alike(name, few):
         np.testing.assert_array_equal(result.pop("right"), right, err_msg=form)
         assert result == expected, form
     for form, labels in label_forms(y, classes):
+        if few and form not in ("int32 column", "one-hot"):
+            continue  # of the output, labels see only the number of classes
         assert l2sp.evaluate(model, (x, labels), batch_size=6, **options) == expected, form
         if form in ("int32 column", "one-hot"):
             assert l2sp.evaluate(model, [(x[:7], labels[:7]), (x[7:], labels[7:])], **options) == expected, form

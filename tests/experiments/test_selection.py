@@ -14,9 +14,24 @@ from l2sp_tf.models import zoo
 from l2sp_tf.penalties.formulas import PENALTIES
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pretrained():
-    return zoo.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))
+    return zoo.small_resnet((6, 6, 3), 4, widths=(4,), depths=(1,))
+
+
+@pytest.fixture
+def trained_once(monkeypatch):
+    """Trains the first run and gives its model to all others; returns the list of their penalties."""
+    calls, made = [], []
+
+    def finetune(pretrained, task, penalty, *args, **more):
+        calls.append(penalty)
+        if not made:
+            made.append(l2sp.finetune(pretrained, task, penalty, *args, **more))
+        return made[0]
+
+    monkeypatch.setattr(runs, "finetune", finetune)
+    return calls
 
 
 def test_folds_are_stratified_and_cover_every_training_image_once():
@@ -171,18 +186,18 @@ def test_a_diverging_setting_is_not_chosen(pretrained):
     assert selection.candidates[0].accuracies == (None, None) and selection.best.alpha == 0.1
 
 
-def test_an_interrupted_search_resumes_and_leaves_its_record(pretrained, tmp_path, monkeypatch):
+def test_an_interrupted_search_resumes_and_leaves_its_record(pretrained, trained_once, tmp_path, monkeypatch):
     options = {"alphas": (0.1,), "learning_rates": (0.05,), "folds": 2, "run_dir": tmp_path}
     made, recipe = task(), RECIPE.replace(iterations=2)
-    calls = []
+    calls, finetune = trained_once, runs.finetune
 
-    def counted(*args, **more):
-        calls.append(args[2])
+    def interrupted(*args, **more):
+        run = finetune(*args, **more)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return l2sp.finetune(*args, **more)
+        return run
 
-    monkeypatch.setattr(runs, "finetune", counted)
+    monkeypatch.setattr(runs, "finetune", interrupted)
     with pytest.raises(KeyboardInterrupt):
         l2sp.cross_validate(pretrained, made, l2sp.L2SP, recipe, **options)
     assert not list(tmp_path.glob("selections/*"))
@@ -209,7 +224,7 @@ def test_runs_on_other_images_preparations_and_models_are_not_confused(pretraine
     monkeypatch.setattr(runs, "finetune", diverging)
     options = {"alphas": (0.1,), "learning_rates": (0.05,), "folds": 2, "run_dir": tmp_path}
     options["anchors"] = l2sp.Anchors.of(pretrained)
-    other = zoo.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))
+    other = zoo.small_resnet((6, 6, 3), 4, widths=(4,), depths=(1,))
     other.layers[1].set_weights([weight + 1 for weight in other.layers[1].get_weights()])
     tasks = [
         made,
@@ -225,7 +240,7 @@ def test_runs_on_other_images_preparations_and_models_are_not_confused(pretraine
 
 
 @pytest.mark.usefixtures("as_given")
-def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, tmp_path):
+def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, trained_once, tmp_path):
     made, kernels = task(), {key: np.ones_like(value) for key, value in l2sp.Anchors.of(pretrained).items()}
     options = {"folds": 2, "fisher": kernels, "run_dir": tmp_path}
     first = l2sp.cross_validate(pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=(0.1, 1.0), learning_rates=(0.01,), **options)
@@ -233,12 +248,12 @@ def test_strengths_are_numbers_in_any_form_and_f_jj_any_mapping(pretrained, tmp_
     for alphas, rates in forms:
         found = l2sp.cross_validate(pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=alphas, learning_rates=rates, **options)
         assert found.candidates == first.candidates
-    assert len(list(tmp_path.glob("folds/*/run.json"))) == 4  # every form reuses the runs of the first
+    assert len(trained_once) == len(list(tmp_path.glob("folds/*/run.json"))) == 4  # every form reuses the runs of the first
     kernels = {key: value * 2 for key, value in kernels.items()}
     l2sp.cross_validate(
         pretrained, made, l2sp.L2SPFisher, RECIPE, alphas=0.1, learning_rates=0.01, **options | {"fisher": kernels}
     )
-    assert len(list(tmp_path.glob("folds/*/run.json"))) == 6
+    assert len(trained_once) == len(list(tmp_path.glob("folds/*/run.json"))) == 6
 
 
 @pytest.mark.parametrize(
