@@ -28,7 +28,7 @@ def network():
     from l2sp_tf.models.resnets import small_resnet
 
     keras.utils.set_random_seed(0)
-    body = small_resnet((8, 8, 3), 4, widths=(4, 8), depths=(1, 1))
+    body = small_resnet((8, 8, 3), 4, widths=(4,), depths=(1,))
     inputs, features = body.input, body.layers[-2].output
     x = keras.layers.Dropout(0.3, name="drop")(features)
     return keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
