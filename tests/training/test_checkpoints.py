@@ -202,10 +202,10 @@ def interrupted(folder, *how):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def check_same(folder, other, result, reference):
+def check_same(folder, other, result, digest):
     """Checks that everything a run leaves is the same to the bit."""
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == reference.stdout.split()[-1]
+    assert result.stdout.split()[2] == digest
     assert rows_of(folder) == rows_of(other)
     one, two = (keras.models.load_model(place / "model.keras").get_weights() for place in (folder, other))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
@@ -214,25 +214,26 @@ def check_same(folder, other, result, reference):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, interrupted(folder)
+    return folder, interrupted(folder).stdout.split()[-1]
 
 
-def test_a_run_killed_in_a_save_then_stopped_by_sigterm_ends_in_the_same_bits(uninterrupted, tmp_path):
-    folder, reference = uninterrupted
+def test_a_run_killed_in_a_save_then_stopped_by_sigterm_ends_in_the_same_bits(tmp_path_factory, tmp_path):
     died = interrupted(tmp_path, "write:9")
     assert died.returncode == -signal.SIGKILL and list(tmp_path.glob("checkpoints/.part-*"))
     stopped = interrupted(tmp_path, "term:8")
     assert stopped.returncode == -signal.SIGTERM
     assert Checkpoints(tmp_path / "checkpoints").newest % 5, "the stop leaves a checkpoint of its own step"
-    result = interrupted(tmp_path)
-    assert int(result.stdout.split()[-2]) > 5
-    check_same(tmp_path, folder, result, reference)
+    whole = tmp_path_factory.mktemp("whole")
+    result = interrupted(tmp_path, f"then:{whole}")  # an uninterrupted run follows in the same process
+    begins, resumed_at, _, again, first, digest = result.stdout.split()
+    assert (begins, again, first) == ("begins", "begins", "0") and int(resumed_at) > 5
+    check_same(tmp_path, whole, result, digest)
     assert not list(tmp_path.glob("checkpoints/.part-*"))
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupted, tmp_path):
-    folder, reference = uninterrupted
+    folder, digest = uninterrupted
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(ROOT / "tests/interrupted.py")]
     draw = random.Random(0)
@@ -246,7 +247,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupt
         child.kill()
         child.wait()
         child.stdout.close()
-        check_same(place, folder, interrupted(place), reference)
+        check_same(place, folder, interrupted(place), digest)
         shutil.rmtree(place)
 
 
