@@ -1,8 +1,9 @@
-"""A run that kills itself: `python interrupted.py FOLDER [step:N | write:N | term:N]`.
+"""A run that kills itself: `python interrupted.py FOLDER [step:N | write:N | term:N | then:OTHER]`.
 
 It trains in FOLDER, and prints the step from which it resumed and the digest of its weights.
 "step:N" is kill -9 after step N, "write:N" at the N-th flush of a file to the disk, in the middle
 of a save; "term:N" is SIGTERM in step N. Steps are counted from where this process resumed.
+"then:OTHER" is no interruption: when the run is over, another one follows in the folder OTHER.
 """
 
 import os
@@ -28,7 +29,7 @@ def network():
     from l2sp_tf.models.resnets import small_resnet
 
     keras.utils.set_random_seed(0)
-    body = small_resnet((8, 8, 3), 4, widths=(4, 8), depths=(1, 1))
+    body = small_resnet((8, 8, 3), 4, widths=(4,), depths=(1,))
     inputs, features = body.input, body.layers[-2].output
     x = keras.layers.Dropout(0.3, name="drop")(features)
     return keras.Model(inputs, keras.layers.Dense(4, name="logits")(x))
@@ -64,11 +65,13 @@ def die_after(kind, number):
 def main(folder, how=""):
     tf.config.experimental.enable_op_determinism()
     kind, _, number = how.partition(":")
-    callbacks = die_after(kind, int(number)) if kind else []
+    callbacks = die_after(kind, int(number)) if kind and kind != "then" else []
     options = {"pixels": "rgb", "run_dir": folder, "callbacks": callbacks, "checkpoint_every": EVERY, "verbose": 0}
     print("begins", flush=True)
     run = l2sp.finetune(network(), images(), l2sp.L2SP(0.1), RECIPE, **options)
     print(run.resumed_at, l2sp.Anchors.of(run.model).digest, flush=True)
+    if kind == "then":
+        main(number)
 
 
 if __name__ == "__main__":

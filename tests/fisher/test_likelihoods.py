@@ -403,7 +403,7 @@ def test_draws_have_the_mean_and_the_variance_of_the_formulas(name, slow, mode):
 
 
 @pytest.mark.parametrize("mode", fisher_module.MODES)
-@pytest.mark.parametrize("name", ["sigmoid", "sigmoids"])
+@pytest.mark.parametrize("name", [pytest.param("sigmoid", marks=pytest.mark.slow), "sigmoids"])
 def test_batches_order_and_parts_change_nothing(name, mode):
     model, x = randomise(MODELS[name][0]()), vectors(n=11, dtype="float32")
     many = {} if mode == "exact" else {"samples": 5}

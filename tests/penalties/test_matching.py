@@ -12,6 +12,7 @@ import keras
 import ml_dtypes
 import numpy as np
 import pytest
+from networks import MAKERS
 
 import l2sp_tf as l2sp
 from l2sp_tf.evaluation.accuracy import transplant
@@ -28,8 +29,9 @@ FAMILIES = ["ResNet50", "ResNet50V2", "MobileNet", "MobileNetV2", "MobileNetV3Sm
 FAMILIES += ["DenseNet121", "VGG16", "ConvNeXtTiny", "InceptionV3", "Xception"]
 ALL = [name for name, value in vars(keras.applications).items() if inspect.isfunction(value)]
 OTHERS = [name for name in ALL if name not in FAMILIES]
-QUICK = ("ResNet50", "MobileNetV2", "MobileNetV3Small", "EfficientNetB0", "ConvNeXtTiny", "InceptionV3", "Xception")
-NETWORKS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES + OTHERS]
+SHORT = ("ResNet", "EfficientNet", "ConvNeXt")  # members of fewer blocks than any in keras.applications
+QUICK = (*SHORT, "MobileNetV2", "MobileNetV3Small", "InceptionV3", "Xception")
+NETWORKS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES + OTHERS if name not in QUICK)]
 SMALLEST = {"InceptionV3": 75, "InceptionResNetV2": 75, "Xception": 71}
 OPTIONS = {"MobileNet": {"alpha": 0.25}, "MobileNetV2": {"alpha": 0.35}}
 # Names that Keras numbers through the process.
@@ -37,6 +39,8 @@ AUTOMATIC = ("conv2d", "batch_normalization", "dense", "normalization", "separab
 
 
 def build(name):
+    if name in SHORT:
+        return MAKERS[name]()
     side = SMALLEST.get(name, 32)
     return getattr(keras.applications, name)(weights=None, classes=7, input_shape=(side, side, 3), **OPTIONS.get(name, {}))
 

@@ -165,10 +165,10 @@ def check(calls, folder, guarded):
     assert found == refused(calls, guarded), calls
 
 
-@pytest.mark.parametrize("guarded", [False, True])
 @pytest.mark.parametrize("part", range(16))
-def test_some_orders_of_calls(part, guarded, tmp_path):
-    check(ORDERS[np.random.default_rng(part).integers(len(ORDERS))], tmp_path, guarded)
+def test_some_orders_of_calls(part, tmp_path):
+    """A sample of the slow test below; every second order ends under the guard."""
+    check(ORDERS[np.random.default_rng(part).integers(len(ORDERS))], tmp_path, guarded=part % 2 == 1)
 
 
 @pytest.mark.slow

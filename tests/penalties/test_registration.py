@@ -49,9 +49,10 @@ def test_its_runs_are_recorded_searched_and_shown_under_its_title(tmp_path):
     huber(grid=(0.5,))  # one strength, which is not extended
     options = {"widths": (2,), "depths": (1,), "per_class": 4, "recipe": RECIPE}
     options["source_recipe"] = RECIPE.replace(alpha={"l2": 1e-4})
-    made = plan(penalties=("huber_sp", "l2"), strengths={"l2": (1e-4,)}, folds=2, workdir=tmp_path, seeds=(0,), **options)
+    options |= {"workdir": tmp_path, "seeds": (0,)}
+    made = plan(penalties=("huber_sp",), folds=2, **options)
     assert [setting.alpha for setting in made.grid("huber_sp")] == [0.5]
-    found = run_plans([made], say=lambda line: None)
+    found = run_plans([made, plan(penalties=("l2",), strengths={"l2": (1e-4,)}, **options)], say=lambda line: None)
     PENALTIES.pop("huber_sp")  # tables must work from records alone, as in another process
     assert {r["settings"]["penalty"] for r in records.runs_of(records.read_records(tmp_path))} == {"huber_sp", "l2"}
     for text in (tables.overview(found).markdown(), tables.table_2(found).markdown(), tables.table_csv(found)):

@@ -23,9 +23,9 @@ def log_likelihood_gradients(model, image, logits):
         log_off = -tf.math.softplus(output) if logits else tf.math.log(1 - output)
         vectors = list(itertools.product([0, 1], repeat=output.shape[0]))
         log_p = [tf.reduce_sum(tf.where(np.array(y) == 1, log_on, log_off)) for y in vectors]
-    gradients = {}
-    for variable in model.trainable_variables:
-        rows = [tape.gradient(one, variable.value) for one in log_p]
+    variables, gradients = model.trainable_variables, {}
+    columns = [tape.gradient(one, [variable.value for variable in variables]) for one in log_p]
+    for variable, *rows in zip(variables, *columns, strict=True):
         gradients[keys[id(variable)]] = np.stack([np.zeros(variable.shape) if row is None else row.numpy() for row in rows])
     return np.exp([float(one) for one in log_p]), gradients
 

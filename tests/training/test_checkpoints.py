@@ -45,9 +45,15 @@ def task(seed=0):
     return prepare(Dataset("made", ("a", "b", "c"), split, split), RECIPE.images)
 
 
-@pytest.fixture
+def network():
+    return zoo.small_resnet((6, 6, 3), 4, widths=(4,), depths=(1,))
+
+
+@pytest.fixture(scope="module")
 def pretrained():
-    return zoo.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))
+    """One network for all tests, which leave it as it is."""
+    keras.utils.set_random_seed(0)
+    return network()
 
 
 def after(step, action):
@@ -61,6 +67,23 @@ class CutOffError(Exception):
 
 def cut_off():
     raise CutOffError
+
+
+@pytest.fixture(scope="module")
+def finished(pretrained, tmp_path_factory):
+    """A finished run and its folder, which tests copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    return l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=folder, verbose=0), folder
+
+
+@pytest.fixture(scope="module")
+def cut_off_run(pretrained, tmp_path_factory):
+    """The folder of the same run, interrupted after step 8, with a checkpoint of step 6; tests copy it."""
+    folder = tmp_path_factory.mktemp("cut_off")
+    options = {"run_dir": folder, "checkpoint_every": 3, "verbose": 0}
+    with pytest.raises(CutOffError):
+        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[after(8, cut_off)], **options)
+    return folder
 
 
 def test_what_was_saved_is_loaded_in_its_own_dtype_and_two_are_kept(tmp_path):
@@ -179,10 +202,10 @@ def interrupted(folder, *how):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
-def check_same(folder, other, result, reference):
+def check_same(folder, other, result, digest):
     """Checks that everything a run leaves is the same to the bit."""
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split()[-1] == reference.stdout.split()[-1]
+    assert result.stdout.split()[2] == digest
     assert rows_of(folder) == rows_of(other)
     one, two = (keras.models.load_model(place / "model.keras").get_weights() for place in (folder, other))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
@@ -191,25 +214,26 @@ def check_same(folder, other, result, reference):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, interrupted(folder)
+    return folder, interrupted(folder).stdout.split()[-1]
 
 
-def test_a_run_killed_in_a_save_then_stopped_by_sigterm_ends_in_the_same_bits(uninterrupted, tmp_path):
-    folder, reference = uninterrupted
+def test_a_run_killed_in_a_save_then_stopped_by_sigterm_ends_in_the_same_bits(tmp_path_factory, tmp_path):
     died = interrupted(tmp_path, "write:9")
     assert died.returncode == -signal.SIGKILL and list(tmp_path.glob("checkpoints/.part-*"))
     stopped = interrupted(tmp_path, "term:8")
     assert stopped.returncode == -signal.SIGTERM
     assert Checkpoints(tmp_path / "checkpoints").newest % 5, "the stop leaves a checkpoint of its own step"
-    result = interrupted(tmp_path)
-    assert int(result.stdout.split()[-2]) > 5
-    check_same(tmp_path, folder, result, reference)
+    whole = tmp_path_factory.mktemp("whole")
+    result = interrupted(tmp_path, f"then:{whole}")  # an uninterrupted run follows in the same process
+    begins, resumed_at, _, again, first, digest = result.stdout.split()
+    assert (begins, again, first) == ("begins", "begins", "0") and int(resumed_at) > 5
+    check_same(tmp_path, whole, result, digest)
     assert not list(tmp_path.glob("checkpoints/.part-*"))
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupted, tmp_path):
-    folder, reference = uninterrupted
+    folder, digest = uninterrupted
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, str(ROOT / "tests/interrupted.py")]
     draw = random.Random(0)
@@ -223,15 +247,13 @@ def test_a_run_killed_at_twenty_random_moments_ends_in_the_same_bits(uninterrupt
         child.kill()
         child.wait()
         child.stdout.close()
-        check_same(place, folder, interrupted(place), reference)
+        check_same(place, folder, interrupted(place), digest)
         shutil.rmtree(place)
 
 
-def test_an_interrupted_run_resumes_from_its_checkpoint(pretrained, tmp_path):
-    whole = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, run_dir=tmp_path / "a", verbose=0)
-    options = {"run_dir": tmp_path / "b", "checkpoint_every": 3, "verbose": 0}
-    with pytest.raises(CutOffError):
-        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[after(8, cut_off)], **options)
+def test_an_interrupted_run_resumes_from_its_checkpoint(pretrained, finished, cut_off_run, tmp_path):
+    whole, options = finished[0], {"run_dir": tmp_path / "b", "checkpoint_every": 3, "verbose": 0}
+    shutil.copytree(cut_off_run, tmp_path / "b")
     run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     assert (whole.resumed_at, run.resumed_at) == (0, 6)
     for one, two in zip(whole.model.get_weights(), run.model.get_weights(), strict=True):
@@ -247,9 +269,9 @@ def test_an_interrupted_run_resumes_from_its_checkpoint(pretrained, tmp_path):
     assert [path.name for path in (tmp_path / "b/checkpoints").iterdir()] == ["step-0000000012"]
 
 
-def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tmp_path):
-    options = {"run_dir": tmp_path, "verbose": 0}
-    run = l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
+def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, finished, tmp_path):
+    options, run = {"run_dir": tmp_path, "verbose": 0}, finished[0]
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     other = RECIPE.replace(learning_rate=0.02, momentum=0.5)
     with pytest.raises(l2sp.InputError) as caught:
         l2sp.finetune(pretrained, task(1), l2sp.L2SP(0.3), other, seed=4, **options)
@@ -268,17 +290,16 @@ def test_the_checkpoint_of_another_run_stops_with_all_differences(pretrained, tm
         l2sp.finetune(moved, task(), l2sp.L2SP(0.1), RECIPE, anchors=run.anchors, **options)
 
 
-def test_anchors_beside_a_run_that_are_damaged_or_of_another_model_stop_it(pretrained, tmp_path):
+def test_anchors_beside_a_run_that_are_damaged_or_of_another_model_stop_it(pretrained, cut_off_run, tmp_path):
     options = {"run_dir": tmp_path, "checkpoint_every": 3, "verbose": 0}
-    with pytest.raises(CutOffError):
-        l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, callbacks=[after(8, cut_off)], **options)
+    shutil.copytree(cut_off_run, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "anchors.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
     path.write_bytes(content)
     with pytest.raises(l2sp.InputError, match="damaged"):
         l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
-    l2sp.Anchors.of(zoo.small_resnet((6, 6, 3), 4, widths=(4, 8), depths=(1, 1))).save(path)
+    l2sp.Anchors.of(network()).save(path)
     with pytest.raises(l2sp.InputError, match="other anchors"):
         l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
     path.unlink()
@@ -416,9 +437,9 @@ def test_weights_that_are_not_finite_are_never_saved(pretrained, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_checkpoint_from_a_stranger_that_lacks_parts_is_refused(pretrained, tmp_path):
+def test_a_checkpoint_from_a_stranger_that_lacks_parts_is_refused(pretrained, finished, tmp_path):
     options = {"run_dir": tmp_path, "verbose": 0}
-    l2sp.finetune(pretrained, task(), l2sp.L2SP(0.1), RECIPE, **options)
+    shutil.copytree(finished[1], tmp_path, dirs_exist_ok=True)
     store = Checkpoints(tmp_path / "checkpoints")
     found = store.load()
     cases = [
