@@ -19,7 +19,9 @@ from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.penalties.weights import keyed_weights
 from l2sp_tf.training import devices
 
-RECIPE = l2sp.Recipe().replace(iterations=5, learning_rate=0.05, batch_size=8, resize=6, crop=5, blur="none", log_every=2)
+RECIPE = l2sp.Recipe(mean="training").replace(
+    iterations=5, learning_rate=0.05, batch_size=8, resize=6, crop=5, blur="none", log_every=2
+)
 
 
 def network(classes=3):

@@ -200,7 +200,7 @@ def test_losses_on_layer_outputs_are_in_the_loss_and_not_in_the_penalty():
     model = keras.Sequential([*layers, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(3)])
     model(np.ones((1, 6, 6, 3)))
     assert len(model.losses) == 3 and all(float(loss) > 0 for loss in model.losses)
-    run = l2sp.finetune(model, task(), l2sp.L2SP(0.3), RECIPE.replace(beta=0.01), verbose=0)
+    run = l2sp.finetune(model, task(), l2sp.L2SP(0.3), RECIPE.replace(beta=0.01, mean="training"), verbose=0)
     w = {key: weight.variable.numpy() for key, weight in keyed_weights(run.model).items() if key.endswith("kernel")}
     shared = sum(np.sum((value - run.anchors[key]) ** 2) for key, value in w.items() if key in run.anchors)
     head = sum(np.sum(value**2) for key, value in w.items() if key not in run.anchors)
