@@ -7,7 +7,6 @@ import pathlib
 import re
 
 import numpy as np
-import tensorflow as tf
 
 from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.files.errors import InputError
@@ -197,6 +196,8 @@ def _match(arrays, backbone, names_of, classes, path):
 
 def _read_checkpoint(path, files):
     """Returns the model's variables in a TensorFlow checkpoint as a dict from name to array."""
+    import tensorflow as tf  # only TF-slim's files need it
+
     with refusing(f"{path} is damaged or not a checkpoint"):  # TensorFlow raises errors of many kinds
         reader = tf.train.load_checkpoint(str(path))
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()

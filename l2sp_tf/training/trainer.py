@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -116,25 +117,24 @@ def finetune(
     anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
-    options = {"anchors": anchors, "beta": recipe.beta_for(getattr(penalty, "symbol", "")), "fisher": fisher}
-    seconds = _train_head(model, penalty, task, recipe, seed, how, options) if recipe.head_steps else 0.0
+    penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
+    beta = recipe.beta_for(getattr(penalty, "symbol", ""))
+    penalise = functools.partial(attach, model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
+    seconds = _train_head(model, penalise, task, recipe, seed, how) if recipe.head_steps else 0.0
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
     set_moving_statistics(model, fresh=recipe.moving_statistics == "fresh" and not frozen, decay=recipe.batch_norm_decay)
-    penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
-    coverage = attach(model, penalty, **options, params=recipe.params)
-    run = _fit(Training(model, coverage, anchors, task, recipe, seed), how)
+    run = _fit(Training(model, penalise(), anchors, task, recipe, seed), how)
     return dataclasses.replace(run, seconds=run.seconds + seconds)
 
 
-def _train_head(model, penalty, task, recipe, seed, how, options):
+def _train_head(model, penalise, task, recipe, seed, how):
     """Trains the last layer of a model alone, in place, as a run of its own in the folder head/; returns its seconds."""
     for layer in model._flatten_layers(include_self=False):
         layer.trainable = False
     model.outputs[0]._keras_history.operation.trainable = True
-    coverage = attach(model, penalty, **options, params=recipe.params)
-    return _fit(Training(model, coverage, None, task, recipe.for_head(), seed), how.for_head()).seconds
+    return _fit(Training(model, penalise(), None, task, recipe.for_head(), seed), how.for_head()).seconds
 
 
 def train_source(
