@@ -234,7 +234,7 @@ def test_a_file_cannot_ask_for_a_huge_head(tmp_path):
         zoo.backbone("resnet50_slim", classes, image_size=32, weights=path)
     arrays = {"fc.bias": np.zeros(10**6, "float32")}
     with pytest.raises(InputError, match="head of 1000000 classes, and with it more numbers"):
-        convert._match(arrays, "resnet50_torch", convert._torch_name, "fc.bias", None, path)
+        convert._match(arrays, "resnet50_torch", convert._torch_names, None, path)
 
 
 # Keras models and HDF5
