@@ -24,7 +24,7 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
         fisher: a `Fisher` or a mapping, for the Fisher penalties.
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
-    recipe = setting.recipe_of(recipe).seen_by(task.preprocessing.pixels)
+    recipe = setting.recipe_of(recipe).seen_by(task.pixels)
     if setting.frozen:
         recipe = recipe.replace(moving_statistics="source")  # with frozen units, `finetune` keeps the source statistics
     settings = {
@@ -67,7 +67,7 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         return {**record, "coverage": {"digest": coverage}, "results": {"diverged": reason}, "seconds": seconds}
 
     try:
-        run = finetune(pretrained, task, setting.penalty, recipe.seen_by(task.preprocessing.pixels), **options)
+        run = finetune(pretrained, task, setting.penalty, recipe.seen_by(task.pixels), **options)
     except FloatingPointError as error:
         return diverged(str(error))
     last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}

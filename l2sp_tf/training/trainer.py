@@ -160,7 +160,7 @@ def train_source(
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
-    return _fit(Training(model, coverage, None, task, recipe, seed), how)
+    return _fit(Training(model, coverage, None, task, recipe.seen_by(task.preprocessing.pixels), seed), how)
 
 
 def task_for(pretrained, data, recipe, pixels, say):
