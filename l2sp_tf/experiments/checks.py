@@ -7,7 +7,7 @@ from l2sp_tf.experiments.selection import check_folds
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.rescaling import rescaling_of
-from l2sp_tf.models.units import graph_of, unit_count
+from l2sp_tf.models.units import unit_count
 
 SMALL = 75  # pixels; no backbone needs larger images
 
@@ -122,7 +122,7 @@ def check_rescaling(setup, network, pixels):
     Raises:
         InputError: it would get other pixels.
     """
-    rescaling = rescaling_of(network) if graph_of(network) is not None else None
+    rescaling = rescaling_of(network)
     stored = None if setup.weights in ("none", "imagenet") else keras_files.stored_pixels(setup.weights)
     if rescaling is not None and setup.recipe.mean is None and stored is None and not pixels.is_raw:
         raise InputError(

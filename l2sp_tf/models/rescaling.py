@@ -2,7 +2,7 @@
 
 import keras
 
-from l2sp_tf.models.units import operations_of
+from l2sp_tf.models.units import graph_of, operations_of
 
 # Layers that move pixels, or leave them out, without changing their scale; at a network's beginning.
 MOVES = (
@@ -22,11 +22,10 @@ def rescaling_of(model):
         model: a functional or Sequential model, perhaps of nested ones.
 
     Returns:
-        Its name, or None if there is none.
-
-    Raises:
-        InputError: the model has no graph.
+        Its name, or None if there is none or the model has no graph.
     """
+    if graph_of(model) is None:
+        return None
     parents, seen = operations_of(model), set()
     for operation, read in parents.items():  # each after those that it reads
         if read <= seen:

@@ -3,6 +3,7 @@
 import functools
 import importlib.resources
 import math
+import re
 import sys
 
 import keras
@@ -16,11 +17,13 @@ from l2sp_tf.models.keras_files import existing, is_published, load_model, load_
 from l2sp_tf.models.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.models.rescaling import rescaling_of
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
+from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import restore
-from l2sp_tf.penalties.weights import values_of
+from l2sp_tf.penalties.weights import keyed_weights, values_of
 
 APPLICATIONS = {name.lower(): name for name in dir(keras.applications) if name[0].isupper()}
 BACKBONES = ("small", *APPLICATIONS, *LITE, *SLIM, *TORCH)
+DEVIATIONS = (0.229, 0.224, 0.225)  # of ImageNet's pixels from 0 to 1, in RGB order
 
 
 def known_name(name):
@@ -57,12 +60,19 @@ def backbone(name, num_classes, *, image_size=224, weights=None, widths=(16, 32,
         InputError: the name is unknown, or the weights are not available or of another architecture.
     """
     name = known_name(name)
+    model = _built(name, num_classes, image_size, weights, widths=widths, depths=depths, block=block)
+    if weights is not None and re.fullmatch(r"efficientnetb\d", name):
+        _divide_by_deviations(model)
+    return model
+
+
+def _built(name, num_classes, image_size, weights, **small):
     if weights == "imagenet":
         return _with_imagenet_weights(name, num_classes, image_size)
     limit = math.inf if weights is None else most_bytes(existing(weights))  # num_classes may come from the file
     with variables_within(limit, f"The backbone {name} with {num_classes} classes has"):
         if name == "small":
-            model = small_resnet((image_size, image_size, 3), num_classes, widths, depths, block)
+            model = small_resnet((image_size, image_size, 3), num_classes, **small)
         else:
             model = _published(name, num_classes, image_size)
     if weights is not None:
@@ -96,14 +106,30 @@ def _published(name, num_classes, image_size, weights=None):
     return getattr(keras.applications, APPLICATIONS[name])(weights=weights, **options)
 
 
+def _divide_by_deviations(model):
+    """Gives EfficientNet the variance that its published weights mean.
+
+    They hold ImageNet's standard deviations in the place of the variances of Normalization, which divides by a square root.
+    Keras' own `weights="imagenet"` makes up for it by another layer, which a network without these weights does not have.
+    """
+    layer = next(layer for layer in model.layers if isinstance(layer, keras.layers.Normalization))
+    if np.allclose(np.ravel(layer.variance), DEVIATIONS, rtol=1e-3):
+        (key,) = (key for key, weight in keyed_weights(model).items() if weight.variable is layer.adapt_variance)
+        assign(model, {key: np.square(DEVIATIONS, dtype=np.float32)})
+
+
 def _with_imagenet_weights(name, num_classes, image_size):
-    if name not in LITE and name not in APPLICATIONS:
-        raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
+    _check_published(name)
     if num_classes != 1000:
         raise InputError(f"The ImageNet weights are for 1000 classes, not {num_classes}.")
     model = _published(name, num_classes, image_size)
     restore(model, _packaged_weights(name) if name in LITE else _downloaded_weights(name))
     return model
+
+
+def _check_published(name):
+    if name not in LITE and name not in APPLICATIONS:
+        raise InputError(f"There are no ImageNet weights to download for the backbone {name}: give weights=none, or a file.")
 
 
 def _packaged_weights(name):
@@ -163,13 +189,16 @@ def pixels_of(weights, given=None, name=None):
         InputError: neither gives a format, or the two disagree.
     """
     given = None if given is None else named_pixels(given)
+    if weights == "imagenet":
+        _check_published(name)
     own = PIXELS["raw"] if name in LITE else pixels_of_application(name) if name in APPLICATIONS else None
-    if weights == "imagenet" or own is not None and (own.is_raw or is_published(weights)):
+    known = None if weights in (None, "imagenet") else stored_pixels(weights)
+    if known is None and own is not None and (own.is_raw or weights == "imagenet" or is_published(weights)):
         known = own
-    else:
-        known = PIXELS["rgb"] if weights is None else stored_pixels(weights)
-    if known is None and str(weights).endswith(".keras"):
-        known = PIXELS["raw"] if given is None and rescaling_of(load_model(weights)) else None
+    if known is None and weights is None:
+        known = PIXELS["rgb"]
+    if known is None and given is None and str(weights).endswith(".keras") and rescaling_of(load_model(weights)):
+        known = PIXELS["raw"]
     if known is None and given is None:
         names = f"{', '.join(list(PIXELS)[:-1])} or {list(PIXELS)[-1]}"
         raise InputError(f"The file {weights} does not say how its weights see pixels: give --pixels={names}.")

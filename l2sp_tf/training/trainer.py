@@ -20,7 +20,7 @@ from l2sp_tf.models.heads import with_new_head
 from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.rescaling import rescaling_of
-from l2sp_tf.models.units import freeze_first, graph_of, unfreeze
+from l2sp_tf.models.units import freeze_first, unfreeze
 from l2sp_tf.optimizers.decoupled import Decoupled
 from l2sp_tf.optimizers.proximal import Proximal
 from l2sp_tf.penalties.anchors import Anchors
@@ -170,7 +170,7 @@ def task_for(pretrained, data, recipe, pixels, say):
         InputError: the pixel format is unknown, or a network that rescales pixels itself would get others and the
             recipe does not name their mean.
     """
-    rescaling = rescaling_of(pretrained) if graph_of(pretrained) is not None else None
+    rescaling = rescaling_of(pretrained)
     if isinstance(data, Dataset) and pixels is None:
         if rescaling is None:
             names = f"{', '.join(map(repr, list(PIXELS)[:-1]))} or {list(PIXELS)[-1]!r}"

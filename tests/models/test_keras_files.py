@@ -6,6 +6,7 @@ import re
 import h5py
 import numpy as np
 import pytest
+from published import write_published
 
 import l2sp_tf as l2sp
 from l2sp_tf.models import keras_files, zoo
@@ -84,20 +85,6 @@ def test_the_head_of_a_file_is_counted(tmp_path):
     assert keras_files.head_classes(tmp_path / "m.safetensors") == 7
     l2sp.Anchors({"a/kernel": np.zeros(3)}).save(tmp_path / "n.safetensors")
     assert keras_files.head_classes(tmp_path / "n.safetensors") is keras_files.head_classes("m.keras") is None
-
-
-def write_published(path, model, drop=0):
-    """Writes weights in Keras' older format: for each layer, its arrays under a group, and their names in attributes."""
-    layers = [layer for layer in model.layers if layer.weights]
-    layers = layers[: len(layers) - drop]
-    with h5py.File(path, "w") as file:
-        file.attrs["layer_names"] = np.array([layer.name.encode() for layer in [*model.layers[:1], *layers]])
-        file.create_group(model.layers[0].name).attrs["weight_names"] = np.array([], "S1")
-        for layer in layers:
-            group, variables = file.create_group(layer.name), layer.trainable_weights + layer.non_trainable_weights
-            group.attrs["weight_names"] = np.array([f"{layer.name}/{v.name}:0".encode() for v in variables])
-            for variable in variables:
-                group[f"{layer.name}/{variable.name}:0"] = variable.numpy()
 
 
 def test_published_weights_are_those_that_keras_reads(tmp_path):

@@ -6,6 +6,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from published import write_published
 
 import l2sp_tf as l2sp
 from l2sp_tf.models import zoo
@@ -166,18 +167,44 @@ def test_a_network_is_found_under_the_names_that_people_type():
         zoo.known_name("resnet51")
 
 
-def test_imagenet_weights_serve_any_image_size(monkeypatch):
-    """Stands in for the download: the network of its own size, with weights that the one of another size must get."""
-    build, made = keras.applications.MobileNetV2, []
+PUBLISHED = ("EfficientNetB0", "MobileNetV2")
 
-    def downloaded(weights=None, **options):
-        model = build(weights=None, alpha=0.35, **options)
-        if weights == "imagenet":
-            made.append(model)
-        return model
 
-    monkeypatch.setattr(keras.applications, "MobileNetV2", downloaded)
-    model = l2sp.load_pretrained("mobilenet_v2", image_size=64)
-    assert made[0].input_shape[1] == 224 and model.input_shape[1] == 64
-    for one, two in zip(made[0].get_weights(), model.get_weights(), strict=True):
-        np.testing.assert_array_equal(one, two)
+@pytest.mark.parametrize(
+    "name", [n if n in PUBLISHED else pytest.param(n, marks=pytest.mark.slow) for n in zoo.APPLICATIONS.values()]
+)
+def test_published_weights_give_the_logits_of_keras_own_imagenet_model(name, tmp_path, monkeypatch):
+    """Keras builds its model from a file in place of the download; ours come from that file by hand, and by "imagenet"."""
+    build, rng = getattr(keras.applications, name), np.random.default_rng(0)
+    blank = build(weights=None, classifier_activation=None)
+    for weight in blank.weights:
+        weight.assign(np.abs(weight) + rng.uniform(0, 0.1, weight.shape) if weight.shape[:2] == (1,) else weight)
+    for layer in blank.layers:
+        if isinstance(layer, keras.layers.Normalization) and name.startswith("EfficientNetB"):
+            layer.set_weights([np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225]), *layer.get_weights()[2:]])
+        elif isinstance(layer, keras.layers.BatchNormalization):
+            layer.set_weights([rng.uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
+    path = tmp_path / "published.h5"
+    write_published(path, blank)
+    monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *arguments, **options: str(path))
+    size = blank.input_shape[1]
+    x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
+    expected = build(weights="imagenet", classifier_activation=None)(x, training=False).numpy()
+    for weights in (str(path), "imagenet"):
+        logits = zoo.backbone(name, 1000, image_size=size, weights=weights)(x, training=False).numpy()
+        assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected - expected.mean()).max(), weights
+    del blank
+    if name not in ("VGG16", "VGG19"):  # their dense layers see a fixed size
+        small = zoo.backbone(name, 1000, image_size=96, weights="imagenet")
+        assert small.input_shape[1] == 96 and small.count_params() == zoo.backbone(name, 1000, image_size=96).count_params()
+
+
+def test_imagenet_weights_of_networks_without_them_name_the_cause():
+    for name in ("small", "resnet50_slim"):
+        with pytest.raises(l2sp.InputError, match=f"no ImageNet weights to download for the backbone {name}"):
+            zoo.pixels_of("imagenet", None, name)
+
+
+def test_the_format_in_a_file_comes_before_that_of_its_network(tmp_path):
+    l2sp.Anchors({"a": np.zeros(1)}, {"pixels": PIXELS["rgb"].with_mean((1, 2, 3)).plain()}).save(tmp_path / "w.safetensors")
+    assert zoo.pixels_of(tmp_path / "w.safetensors", None, "efficientnet_lite0").mean == (1, 2, 3)
