@@ -58,8 +58,9 @@ def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="pap
 
         name = TFDS_NAME.fullmatch(str(spec))[1]
         if name.partition("/")[0] == "caltech256":
-            return tfds_sets.load_caltech256(name, per_class, seed, protocol, data_dir, cache_dir)
-        dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
+            dataset, per_class = tfds_sets.load_caltech256(name, per_class, seed, protocol, data_dir, cache_dir), None
+        else:
+            dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
     dataset = dataset if per_class is None else dataset.subset(per_class, seed)
     return dataset if names is None else _among(dataset, names)
 
@@ -82,12 +83,17 @@ def class_names(classes):
             classes = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     classes = tuple(unicodedata.normalize("NFC", name) for name in classes)
     if len(classes) == 1 and (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", classes[0])):
-        classes = tuple(map(str, range(int(ends[1]), int(ends[2]) + 1)))
-        return NumberedClasses(classes)
-    twice = next((name for name, count in collections.Counter(classes).items() if count > 1), None)
-    if twice is not None or not classes:
-        raise InputError(f"The class names have {twice!r} twice: give each once." if classes else "There are no class names.")
+        classes = NumberedClasses(map(str, range(int(ends[1]), int(ends[2]) + 1)))
+    if not classes:
+        raise InputError("There are no class names: give one a line.")
+    _check_each_once("The class names", classes)
     return classes
+
+
+def _check_each_once(what, names):
+    twice = next((name for name, count in collections.Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise InputError(f"{what} have {twice!r} twice: give each once.")
 
 
 class NumberedClasses(tuple):
@@ -99,6 +105,7 @@ def _among(dataset, names):
     own = tuple(unicodedata.normalize("NFC", name) for name in dataset.classes)
     if isinstance(names, NumberedClasses):
         own = tuple(str(int(name)) if name.isascii() and name.isdigit() else name for name in own)
+    _check_each_once(f"The classes of {dataset.name}", own)  # as "7" and "007", or one name in two Unicode forms
     return dataclasses.replace(dataset, classes=own).among(names)
 
 

@@ -1,6 +1,7 @@
 """Plans the runs of a pair of tasks, and of each table and figure of the paper."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -194,7 +195,7 @@ class Setup:
         """The weights as `zoo.backbone` takes them: None if the source model is trained from scratch."""
         return None if self.weights == "none" else self.weights
 
-    @property
+    @functools.cached_property  # a whole model is loaded to see whether it rescales pixels
     def pixel_format(self):
         """The `PixelFormat` of the weights; raises InputError if it is unknown."""
         return zoo.pixels_of(self.given_weights, self.pixels, None if self.is_whole_model else self.backbone)

@@ -113,6 +113,11 @@ def _turned(name, array):
     return array.transpose(turns.get(array.ndim, range(array.ndim)))
 
 
+def published_network(name, num_classes, image_size=224):
+    """Builds a network whose weights these converters read: one of SLIM, TORCH or LITE."""
+    return (efficientnet_lite if name in LITE else imagenet_resnet)(name, num_classes, image_size)
+
+
 def _check_backbone(backbone, known):
     if backbone not in known:
         raise InputError(f"The backbone {backbone!r} cannot be read from this kind of file: give one of {', '.join(known)}.")
@@ -173,8 +178,7 @@ def _match(arrays, backbone, names_of, classes, path):
     found = arrays[bias].size if bias in arrays else classes or 1
     limit = 2 * sum(array.nbytes for array in arrays.values()) + SPARE_BYTES  # half precision becomes single precision
     with variables_within(limit, f"{path} has a head of {found} classes, and with it"):
-        build = efficientnet_lite if backbone in LITE else imagenet_resnet
-        model = build(backbone, found, image_size=32)
+        model = published_network(backbone, found, image_size=32)
     weights = keyed_weights(model)
     names = names_of(weights)
     if not {names["predictions/kernel"], bias} & arrays.keys() and classes is None:

@@ -11,12 +11,12 @@ import numpy as np
 
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import variables_within
-from l2sp_tf.models.convert import convert_torch
-from l2sp_tf.models.efficientnet_lite import LITE, efficientnet_lite
+from l2sp_tf.models.convert import convert_torch, published_network
+from l2sp_tf.models.efficientnet_lite import LITE
 from l2sp_tf.models.keras_files import existing, is_published, load_model, load_weights, most_bytes, stored_pixels
 from l2sp_tf.models.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.models.rescaling import rescaling_of
-from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet, small_resnet
+from l2sp_tf.models.resnets import SLIM, TORCH, small_resnet
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import restore
 from l2sp_tf.penalties.weights import keyed_weights, values_of
@@ -101,7 +101,7 @@ def load_pretrained(name: str, *, image_size: int = 224) -> keras.Model:
 
 def _published(name, num_classes, image_size, weights=None):
     if name not in APPLICATIONS:
-        return (efficientnet_lite if name in LITE else imagenet_resnet)(name, num_classes, image_size)
+        return published_network(name, num_classes, image_size)
     options = {"input_shape": (image_size, image_size, 3), "classes": num_classes, "classifier_activation": None}
     return getattr(keras.applications, APPLICATIONS[name])(weights=weights, **options)
 

@@ -68,6 +68,20 @@ def test_numbers_are_numbers_only_if_asked(tmp_path):
         data.load_dataset(root, classes=[str(i) for i in range(12)])
 
 
+@pytest.mark.parametrize("names", [["7", "007"], ["cafe\u0301", "caf\u00e9"]])
+def test_folders_that_are_one_class_are_refused(names, tmp_path):
+    root = folder(tmp_path / "set", names, names[:1])
+    (tmp_path / "names.txt").write_text("0-11" if names[0] == "7" else "caf\u00e9\nb", "utf-8")
+    with pytest.raises(l2sp.InputError, match="classes of .* twice: give each once"):
+        data.load_dataset(root, classes=tmp_path / "names.txt")
+
+
+def test_a_range_without_numbers_is_refused(tmp_path):
+    (tmp_path / "names.txt").write_text("5-2")
+    with pytest.raises(l2sp.InputError, match="There are no class names: give one a line"):
+        class_names(tmp_path / "names.txt")
+
+
 def test_names_are_compared_in_one_unicode_form(tmp_path):
     root = folder(tmp_path / "set", ["cafe\u0301"], ["cafe\u0301"])  # as macOS writes "cafe" with an accent
     assert data.load_dataset(root, classes=["a", "caf\u00e9"]).train.labels.tolist() == [1, 1]

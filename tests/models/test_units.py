@@ -71,7 +71,7 @@ def small(name="small_resnet"):
 
 SMALL = {  # one of each family, most cut short: its builder, and its number of units
     "small_resnet": (small, 4),
-    "resnet18_torch": (lambda: zoo.imagenet_resnet("resnet18_torch", 3, 32), 9),
+    "resnet18_torch": (lambda: zoo.published_network("resnet18_torch", 3, 32), 9),
     "ResNet": (lambda: resnet(False), 5),
     "ResNetV2": (lambda: resnet(True), 5),
     "DenseNet": (lambda: smaller("DenseNet121", "DenseNet", (2, 1, 1, 2)), 7),
