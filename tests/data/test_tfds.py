@@ -190,6 +190,19 @@ def test_caltech_256_of_the_paper(load):
     assert data.name == "caltech256-30"
 
 
+@pytest.mark.parametrize("name", ["caltech256/30", "mit_indoors67"])
+def test_every_prepared_set_takes_the_classes_of_a_network(load, name):
+    plain = load(name)
+    classes = ("another", *reversed(plain.classes))
+    moved = load(name, classes=classes)
+    assert moved.classes == classes
+    for split in ("train", "test"):
+        names = [[one.classes[label] for label in getattr(one, split).labels] for one in (plain, moved)]
+        assert names[0] == names[1]
+    with pytest.raises(InputError, match="not among the 1 of the network's outputs"):
+        load(name, classes=("another",))
+
+
 def test_caltech_256_of_the_authors(load):
     data = load("caltech256", per_class=30, protocol="authors")
     few = dataclasses.replace(data, train=data.train.take(np.arange(90)), test=data.test.take(np.arange(40)))
