@@ -124,10 +124,17 @@ def check_rescaling(setup, network, pixels):
     """
     rescaling = rescaling_of(network)
     stored = None if setup.weights in ("none", "imagenet") else keras_files.stored_pixels(setup.weights)
-    if rescaling is not None and setup.recipe.mean is None and stored is None and not pixels.is_raw:
+    if rescaling is None or stored is not None:
+        return
+    if setup.recipe.mean is None and not pixels.is_raw:
         raise InputError(
             f"The network {network.name!r} rescales pixels itself ({rescaling!r}), but --pixels says {pixels}: leave --pixels "
             "out, or name with --mean what is subtracted before."
+        )
+    if setup.recipe.mean == "authors":  # the default of their protocol, whose networks do not rescale
+        raise InputError(
+            f"The network {network.name!r} rescales pixels itself ({rescaling!r}), but the authors' means would be subtracted "
+            "before: give --mean=weights to subtract nothing, or --mean=training."
         )
 
 

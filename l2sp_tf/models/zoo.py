@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 
+from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import variables_within
 from l2sp_tf.models.convert import convert_torch, published_network
@@ -35,7 +36,11 @@ def known_name(name):
     plain = {other.replace("_", ""): other for other in BACKBONES}
     found = name if name in BACKBONES else plain.get(str(name).lower().replace("_", "").replace("-", ""))
     if found is None:
-        raise InputError(f"The backbone {name!r} is unknown: give one of {', '.join(BACKBONES)}.")
+        like = fields.nearest(str(name).lower(), BACKBONES)
+        raise InputError(
+            f"The backbone {name!r} is unknown: give small, the name of a network of keras.applications, {', '.join(LITE)}, or "
+            f"one of {', '.join((*SLIM, *TORCH))}.{f' Did you mean {like}?' if like else ''}"
+        )
     return found
 
 

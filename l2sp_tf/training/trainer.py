@@ -179,7 +179,7 @@ def task_for(pretrained, data, recipe, pixels, say):
         if recipe.mean is None:
             say(f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}): it gets them raw, from 0 to 255.")
     task = as_task(data, recipe, pixels)
-    if rescaling is not None and recipe.mean is None and not task.pixels.is_raw:
+    if rescaling is not None and recipe.mean in (None, "authors") and not task.pixels.is_raw:
         advice = "prepare the task with mean=(0, 0, 0)" if isinstance(data, Task) else 'leave pixels out or give "raw"'
         raise InputError(
             f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}), but would get them as {task.pixels}: "

@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -205,3 +206,27 @@ def test_starts_are_prepared_once_and_held_no_longer_than_needed(folder, tmp_pat
         kept.append(list(runner._STARTS.values()))
     runner._STARTS.clear()
     assert kept == [[2], [2], [3], [2]]
+
+
+def test_a_network_that_rescales_pixels_gets_them_raw_unless_the_mean_is_named(folder, tmp_path):
+    layers = keras.layers
+    inner = keras.Sequential([layers.RandomFlip(), layers.Rescaling(1 / 255)])
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, layers.Dense(2)(layers.GlobalAveragePooling2D()(layers.Conv2D(3, 3)(inner(inputs)))))
+    model.save(tmp_path / "m.keras")
+
+    def outline(mean=None, **changes):
+        recipe = RECIPE.replace(mean=mean)
+        asked = made(folder, tmp_path, recipe=recipe, source_recipe=Recipe.source(recipe))
+        return starts.outline(asked.replace(weights=str(tmp_path / "m.keras"), **changes), say=lambda line: None)
+
+    said = outline()
+    assert said.pixels == PIXELS["raw"]
+    for task in said.tasks:
+        np.testing.assert_array_equal(task.mean, [0, 0, 0])
+    for mean in ("training", MEAN):
+        assert outline(mean).tasks[0].mean.all()  # the source's stay as its training saw them
+    np.testing.assert_array_equal([task.mean for task in outline(MEAN).tasks], np.float32([MEAN, MEAN]))
+    for changes in ({"pixels": "rgb"}, {"pixels": "tf"}, {"pixels": "bgr"}, {"mean": "authors"}):
+        with pytest.raises(l2sp.InputError, match="rescales pixels itself"):
+            outline(**changes)

@@ -77,6 +77,8 @@ def test_fine_tuning_gives_it_raw_pixels_and_refuses_others(tmp_path, capsys):
             l2sp.finetune(model, images, l2sp.L2SP(0.1), RECIPE, pixels=pixels, verbose=0)
         with pytest.raises(l2sp.InputError, match=r"rescales pixels itself"):
             l2sp.cross_validate(model, images, l2sp.L2SP, RECIPE, pixels=pixels, alphas=[1], folds=2)
+    with pytest.raises(l2sp.InputError, match="rescales pixels itself"):  # the authors' networks do not
+        l2sp.finetune(model, images, l2sp.L2SP(0.1), RECIPE.replace(mean="authors"), verbose=0)
     by_name = l2sp.finetune(model, images, l2sp.L2SP(0.1), RECIPE.replace(mean="training"), pixels="rgb", verbose=0)
     assert by_name.interface.pixels.mean != (0, 0, 0) and by_name.interface.mean == "training"
 

@@ -163,7 +163,7 @@ def test_a_network_is_found_under_the_names_that_people_type():
     typed |= {"ResNet50": "resnet50", "resnet50_torch": "resnet50_torch", "EfficientNetLite0": "efficientnet_lite0"}
     for given, name in typed.items():
         assert zoo.known_name(given) == name
-    with pytest.raises(l2sp.InputError, match="'resnet51' is unknown"):
+    with pytest.raises(l2sp.InputError, match="'resnet51' is unknown: .* Did you mean resnet50"):
         zoo.known_name("resnet51")
 
 
