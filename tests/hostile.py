@@ -267,7 +267,7 @@ def read_checkpoint(path):
 
 def picture(kind, seed=0):
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7, 3), np.uint8)).save(file, kind)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (9, 7, 3), np.uint8)).save(file, kind, lossless=True)
     return file.getvalue()
 
 
@@ -365,8 +365,11 @@ FORMATS = {
     "zip": (make_zip, read_zip, functools.partial(forged_zip, change=lambda name, content, rng: content), True, 100),
     "jpeg": (functools.partial(make_image, "JPEG"), read_image, None, False, 8),
     "png": (functools.partial(make_image, "PNG"), read_image, None, False, 8),
-    "gif": (functools.partial(make_image, "GIF"), read_odd_image, None, False, 100),
-    "bmp": (functools.partial(make_image, "BMP"), read_odd_image, None, False, 100),
+    "gif": (functools.partial(make_image, "GIF"), read_image, None, False, 8),
+    "bmp": (functools.partial(make_image, "BMP"), read_image, None, False, 8),
+    "webp": (functools.partial(make_image, "WebP"), read_image, None, False, 8),
+    "gif of a builder": (functools.partial(make_image, "GIF"), read_odd_image, None, False, 100),
+    "bmp of a builder": (functools.partial(make_image, "BMP"), read_odd_image, None, False, 100),
     "tar": (make_tar, read_tar, None, False, 200),
     "tfrecord": (functools.partial(make_shard, "*train.tfrecord-00000*"), read_shard, None, True, 8),
     "tfds features": (functools.partial(make_shard, "features.json"), read_shard, only(forged_json), False, 8),

@@ -4,10 +4,9 @@ import collections
 import dataclasses
 import pathlib
 import re
-import unicodedata
 
 from l2sp_tf.data.folders import load_files
-from l2sp_tf.data.sets import TFDS_NAME
+from l2sp_tf.data.sets import TFDS_NAME, one_form
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import refusing
 
@@ -21,9 +20,11 @@ def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="pap
     Args:
         spec: one of
             - "digits/source" or "digits/target";
-            - the path of a folder <split>/<class>/<image> with the splits train and test;
+            - the path of a folder <split>/<class>/<image> with the splits train and test. If there is no test, the only one
+              of val, validation and valid is the test split. Capital letters do not matter, files of the system are left
+              out, and a folder that is alone is stepped into;
             - the path of a zip of such a folder, with the folder's path inside the zip appended if it
-              has one ("objects.zip/target");
+              is one of several ("objects.zip/target");
             - the name of a prepared set of TensorFlow Datasets, with its configuration if it has several
               ("name/config"), and with "tfds:" in front if a folder has the same name.
         per_class: the number of training images to take of each class, as in `Dataset.subset`; None for
@@ -41,11 +42,12 @@ def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="pap
             folder's files.
 
     Returns:
-        A Dataset. Classes and files are sorted by name; the images of a TFDS set keep their order.
+        A Dataset. Classes and files are sorted by name; the images of a TFDS set keep their order. The names of classes are in
+        the Unicode form NFC, and `Dataset.notes` say what was left out or taken for something else.
 
     Raises:
-        InputError: the data set does not exist or is not prepared, its layout is another, a class is too
-            small, or the zip is damaged or unsafe.
+        InputError: the data set does not exist or is not prepared, its layout is another, it has one class, a class is
+            too small, or the zip is damaged or unsafe.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if protocol not in PROTOCOLS:
@@ -62,7 +64,11 @@ def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="pap
         else:
             dataset = tfds_sets.load_tfds(name, data_dir, cache_dir)
     dataset = dataset if per_class is None else dataset.subset(per_class, seed)
-    return dataset if names is None else _among(dataset, names)
+    if names is not None:
+        return _among(dataset, names)
+    if len(dataset.classes) < 2:
+        raise InputError(f"{dataset.name} has one class, {dataset.classes[0]!r}: a classifier needs at least two.")
+    return dataset
 
 
 def class_names(classes):
@@ -81,7 +87,7 @@ def class_names(classes):
             raise InputError(f"There is no file {path} of class names: give imagenet, or a text file with one class a line.")
         with refusing(f"{path} is not a text file of class names"):
             classes = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    classes = tuple(unicodedata.normalize("NFC", name) for name in classes)
+    classes = tuple(map(one_form, classes))
     if len(classes) == 1 and (ends := re.fullmatch(r"(\d{1,6})-(\d{1,6})", classes[0])):
         classes = NumberedClasses(map(str, range(int(ends[1]), int(ends[2]) + 1)))
     if not classes:
@@ -102,10 +108,10 @@ class NumberedClasses(tuple):
 
 def _among(dataset, names):
     """Labels a set by the classes of a network, compared as numbers if they are numbered."""
-    own = tuple(unicodedata.normalize("NFC", name) for name in dataset.classes)
+    own = tuple(map(one_form, dataset.classes))
     if isinstance(names, NumberedClasses):
         own = tuple(str(int(name)) if name.isascii() and name.isdigit() else name for name in own)
-    _check_each_once(f"The classes of {dataset.name}", own)  # as "7" and "007", or one name in two Unicode forms
+    _check_each_once(f"The classes of {dataset.name}", own)  # as "7" and "007"
     return dataclasses.replace(dataset, classes=own).among(names)
 
 

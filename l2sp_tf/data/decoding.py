@@ -9,14 +9,15 @@ import numpy as np
 import tensorflow as tf
 
 from l2sp_tf.data import images as ops
+from l2sp_tf.data.codecs import check, decode_bytes
+from l2sp_tf.data.headers import header_of, too_large
 from l2sp_tf.data.sets import default_cache_dir
 from l2sp_tf.data.store import PixelStore
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.memory import shared_tensor
-from l2sp_tf.files.reading import MAX_IMAGE_BYTES, MAX_PIXELS
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 DECODE_BATCH = 64
 MEMORY_LIMIT_BYTES = 2**26  # takes about a second to decode: not worth a file
 MEASURED_IMAGES = 100  # images whose headers are read to estimate a split's size
@@ -156,6 +157,10 @@ def decode(
 ):
     """Reads and decodes every image of a split, converts it to three channels and resizes it.
 
+    Files are JPEG, PNG, GIF, BMP or WebP, whatever their names. They are turned upright as their Exif orientation says,
+    and transparent ones are drawn on white. Records of TensorFlow Datasets are JPEG or PNG, and are read as it reads
+    them: neither turned nor drawn on white.
+
     A large result lies in the `PixelStore` of the cache folder, mapped into memory. An image that any process has decoded
     there in the same way is not decoded again, in any split.
 
@@ -173,8 +178,8 @@ def decode(
         Images, in the order of the split.
 
     Raises:
-        InputError: an image is empty, truncated, neither a JPEG nor a PNG, has more than 2^28 bytes, or has
-            more than 178,956,970 pixels before or after resizing; or a class has no image left.
+        InputError: an image is empty, truncated or of another kind, has more than 2^28 bytes, or has more than
+            178,956,970 pixels before or after resizing; or a class has no image left.
         OSError: a file cannot be read, or the cache cannot be written.
     """
     size = fields.whole("size", size)
@@ -210,10 +215,10 @@ def decoded_bytes(split, size, mode="squash"):
 
 
 def _sides(content):
-    """Returns height and width from the header of a JPEG or PNG, zeros without such a header."""
+    """Returns the height and width that an image file states, zeros if it states none."""
     try:
-        return tuple(int(side) for side in _header(tf.constant(content)))
-    except tf.errors.InvalidArgumentError:
+        return header_of(content).sides
+    except ValueError:
         return 0, 0
 
 
@@ -278,7 +283,7 @@ def _decoded_files(split, how):
 
     @tf.autograph.experimental.do_not_convert
     def make(i, place):
-        return i, _decode_bytes(read(place), *how)
+        return i, decode_bytes(read(place), *how, as_stored=split.files is None)
 
     dataset = dataset.map(make, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     first, decoded = 0, {}
@@ -298,52 +303,19 @@ def _with_second_try(split, how, first, last, decoded):
         if i not in decoded:
             content = split.read(i)  # raises OSError if the disk is at fault, not the image
             try:
-                if len(content) <= MAX_IMAGE_BYTES:
-                    decoded[i] = _decode_bytes(tf.constant(content), *how).numpy()
-                    continue
-            except tf.errors.InvalidArgumentError:
-                pass
-            reasons[i] = _reason(content)
+                check(content, how, as_stored=split.files is None)
+                decoded[i] = decode_bytes(tf.constant(content), *how, as_stored=split.files is None).numpy()
+            except ValueError as error:
+                reasons[i] = _reason(split, i, error)
+            except tf.errors.OpError:
+                reasons[i] = "truncated or damaged"
     return [decoded[i] for i in range(first, last) if i in decoded], reasons
 
 
-@tf.function(autograph=False)
-def _decode_bytes(content, size, mode, filter):
-    """Decodes and resizes a JPEG or PNG: uint8 [h, w, 3]. Raises InvalidArgumentError for any other content."""
-    is_jpeg, sides = tf.io.is_jpeg(content), _header(content)
-    long = tf.cast(sides, tf.int64)
-    count = tf.reduce_prod(long)
-    if mode == "shorter_side":  # a thin line of pixels would become a long band
-        count = tf.maximum(count, tf.reduce_max(long) * size // tf.reduce_min(long) * size)
-    checks = [
-        tf.debugging.assert_positive(sides),
-        tf.debugging.assert_less_equal(count, tf.constant(MAX_PIXELS, tf.int64)),
-    ]
-    with tf.control_dependencies(checks):  # checked before a huge image is decoded
-        content = tf.identity(content)
-    image = tf.cond(is_jpeg, lambda: tf.io.decode_jpeg(content, channels=3), lambda: tf.io.decode_png(content, channels=3))
-    return ops.resize(image, size, mode, filter)
-
-
-def _header(content):
-    """Reads height and width from the header of a JPEG or PNG: int32 [2]."""
-    return tf.cond(tf.io.is_jpeg(content), lambda: tf.io.extract_jpeg_shape(content)[:2], lambda: _png_sides(content))
-
-
-def _png_sides(content):
-    """Reads height and width from the header of a PNG: int32 [2]."""
-    is_png = tf.equal(tf.strings.substr(content, 0, 8), PNG_SIGNATURE)
-    is_whole = tf.strings.length(content) >= 24  # else the error of substr quotes bytes that are not text
-    with tf.control_dependencies([tf.debugging.Assert(is_png & is_whole, ["neither JPEG nor PNG"])]):
-        return tf.io.decode_raw(tf.strings.substr(content, 16, 8), tf.int32, little_endian=False)[::-1]
-
-
-def _reason(content):
-    if not content:
-        return "empty"
-    if not content.startswith((b"\xff\xd8\xff", PNG_SIGNATURE)):
-        return "neither a JPEG nor a PNG"
-    return "truncated, damaged or too large"
+def _reason(split, i, error):
+    """Returns why an image is not even decoded; of a file that is too large only the beginning was read."""
+    size = split.files[i].stat().st_size if split.files is not None else 0
+    return too_large(size, MAX_IMAGE_BYTES, "bytes") if size > MAX_IMAGE_BYTES else str(error)
 
 
 def _bad_images_message(split, bad):

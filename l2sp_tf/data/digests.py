@@ -1,4 +1,4 @@
-"""The sha256 of image files; a file is read again only after a change."""
+"""What identifies the content of image files, and how they are read; a file is read again only after a change."""
 
 import concurrent.futures
 import hashlib
@@ -9,19 +9,24 @@ import filelock
 import numpy as np
 
 from l2sp_tf.data.entries import EntryFile
+from l2sp_tf.data.headers import READER, reading_of
+from l2sp_tf.files.reading import MAX_IMAGE_BYTES
 
 SETTLED_SECONDS = 2  # a file that changed this recently may change again with the same time
 
 
 def file_digests(files, memory=None):
-    """Returns the size and the sha256 of each file's content.
+    """Returns the size of each file, a digest of its pixels as they are read, and how they are read.
+
+    The digest is the sha256 of the content. Images that earlier versions read otherwise, or not at all, have another: the
+    sha256 of that sha256 and of how they are read. So what was made of their earlier pixels is not used for them.
 
     Args:
         files: paths.
         memory: a file that remembers digests by path, size and times of change; None to read all files.
 
     Returns:
-        A list of (size, 32 bytes).
+        A list of (size, 32 bytes, `headers.Header.reading`).
 
     Raises:
         OSError: a file cannot be read.
@@ -36,7 +41,7 @@ def file_digests(files, memory=None):
     new = {keys[i]: read[i] for i in unknown if max(states[i].st_mtime, states[i].st_ctime) < settled}
     if memory is not None and new:
         _remember(memory, new)
-    return [(state.st_size, read[i] if i in read else found[keys[i]]) for i, state in enumerate(states)]
+    return [(state.st_size, *(read[i] if i in read else found[keys[i]])) for i, state in enumerate(states)]
 
 
 def _key(path, state):
@@ -46,24 +51,30 @@ def _key(path, state):
 
 def _digest(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+        content = file.read(MAX_IMAGE_BYTES + 1)
+        if len(content) > MAX_IMAGE_BYTES:  # no image
+            file.seek(0)
+            return hashlib.file_digest(file, "sha256").digest(), 0
+    digest, reading = hashlib.sha256(content).digest(), reading_of(content)
+    return hashlib.sha256(digest + bytes([READER, reading])).digest() if reading else digest, reading
 
 
 def _entry_file(path):
-    return EntryFile(path, [("sha256", "V32")])
+    return EntryFile(path, [("digest", "V32"), ("reading", "u1")])
 
 
 def _remembered(path):
     entries, places = _entry_file(path).read()
-    content = entries["sha256"]
-    return {key: content[i].tobytes() for key, i in places.items()}
+    digests, readings = entries["digest"], entries["reading"].tolist()
+    return {key: (digests[i].tobytes(), readings[i]) for key, i in places.items()}
 
 
 def _remember(path, digests):
     file = _entry_file(path)
     entries = np.zeros(len(digests), file.dtype)
     entries["key"] = np.array([np.void(key) for key in digests])
-    entries["sha256"] = np.array([np.void(digest) for digest in digests.values()])
+    entries["digest"] = np.array([np.void(digest) for digest, _ in digests.values()])
+    entries["reading"] = [reading for _, reading in digests.values()]
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{path}.lock"):
         file.append(entries)

@@ -7,6 +7,8 @@ import os
 import pathlib
 import re
 import tempfile
+import unicodedata
+import warnings
 
 import numpy as np
 
@@ -15,12 +17,17 @@ from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import MAX_IMAGE_BYTES
 
 ACCEPTED = (
-    "digits/source, digits/target, a folder <split>/<class>/<image> with the splits train and test, "
+    "digits/source, digits/target, a folder <split>/<class>/<image> with the splits train and test (or val), "
     "a zip of such a folder, with or without the path of a folder in it (objects.zip/target), "
     "or the name of one of stanford_dogs, caltech256, mit_indoors67, imagenet2012, places365_small "
     "and the other image classification sets of TensorFlow Datasets"
 )
 TFDS_NAME = re.compile(r"(?:tfds:)?([a-z]\w*(?:/[\w.-]+)?)")
+
+
+def one_form(name):
+    """Returns a name in the Unicode form NFC: macOS may write the same letters in another."""
+    return unicodedata.normalize("NFC", name)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,34 +81,44 @@ class Split:
 
     @functools.cached_property
     def digests(self):
-        """The (size, sha256) of each file, read on first use."""
+        """The (size, digest, reading) of each file as in `file_digests`, read on first use."""
         return file_digests(self.files, self.memory)
 
     @functools.cached_property
     def keys(self):
         """16 bytes for each image that identify its content."""
         if self.files is not None:
-            return [digest[:16] for _, digest in self.digests]
+            return [digest[:16] for _, digest, _ in self.digests]
         kind, images = ("array", self.pixels) if self.records is None else ("record", self.records.prints)
         return [hashlib.sha256(repr((kind, image.shape)).encode() + image.tobytes()).digest()[:16] for image in images]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification task: the names of its classes and its two splits."""
+    """A classification task.
+
+    Attributes:
+        name: its name in messages.
+        classes: the names of its classes.
+        train, test: its splits, a `Split` each.
+        notes: what was left out of its folder or taken for something else, in words.
+    """
 
     name: str
     classes: tuple
     train: Split
     test: Split
+    notes: tuple = ()
 
     @functools.cached_property
     def digest(self):
         """The sha256 of classes, labels and images, in hexadecimal: equal digests mean equal data, in any place.
 
-        Images on disk count by their bytes and their places <class>/<file>. They are read on first use, unless
-        they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes, computed
-        when the set was first loaded.
+        Images on disk count by their bytes, how they are read, and their places <class>/<file>. They are read on first
+        use, unless they were read before (`digests.file_digests`). Records count by 64 bits of a hash of their bytes,
+        computed when the set was first loaded.
+
+        Warns if files for training are files for test too.
         """
         sha = hashlib.sha256(repr(self.classes).encode())
         for split in (self.train, self.test):
@@ -111,9 +128,38 @@ class Dataset:
             elif split.records is not None:
                 sha.update(split.records.prints.tobytes())
             else:
-                for path, (size, content) in zip(split.files, split.digests, strict=True):
-                    sha.update(repr((path.parts[-2:], size, content.hex())).encode())
+                for path, (size, content, _) in zip(split.files, split.digests, strict=True):
+                    sha.update(repr(((one_form(path.parts[-2]), path.name), size, content.hex())).encode())
+        self._warn_of_shared_images()
         return sha.hexdigest()
+
+    def _warn_of_shared_images(self):
+        if self.train.files is None or self.test.files is None:
+            return
+        train = dict(zip(self.train.keys, self.train.names, strict=True))
+        shared = [(train[key], name) for key, name in zip(self.test.keys, self.test.names, strict=True) if key in train]
+        if shared:
+            warnings.warn(
+                f"{len(shared)} of the {len(self.test)} test images of {self.name} are training images too, such as "
+                f"{shared[0][1]}, which is {shared[0][0]}: the test accuracy says too much.",
+                stacklevel=3,
+            )
+
+    @functools.cached_property
+    def changes(self):
+        """What is done to the pixels of its files, in words; reads them as `digest` does."""
+        splits = [split for split in (self.train, self.test) if split.files is not None]
+        readings = np.array([reading for split in splits for _, _, reading in split.digests], int)
+        counts = {
+            "turned upright by Exif": (readings & 7 > 0).sum(),
+            "with transparency drawn on white": (readings & 8 > 0).sum(),
+        }
+        return tuple(f"{count} {what}" for what, count in counts.items() if count)
+
+    def remarks(self):
+        """Returns `notes` and `changes` as one line, or an empty one if there are none."""
+        count = len(self.train) + len(self.test)
+        return "; ".join((f"{self.name}: {count} images", *self.notes, *self.changes)) if self.notes + self.changes else ""
 
     def characteristics(self):
         """Returns Table 1's row as a dict: name, classes, and numbers of images in all and per class.

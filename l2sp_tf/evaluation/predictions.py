@@ -1,6 +1,7 @@
 """Predicts the classes of new images, prepared as the model's file says."""
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 import warnings
@@ -8,7 +9,8 @@ import warnings
 import numpy as np
 
 from l2sp_tf.data.decoding import decode
-from l2sp_tf.data.folders import ENDINGS
+from l2sp_tf.data.headers import FIRST_BYTES, KINDS
+from l2sp_tf.data.layout import is_image, is_system
 from l2sp_tf.data.pipeline import preprocessing_for, test_batches
 from l2sp_tf.data.sets import Split
 from l2sp_tf.evaluation.answers import Judge
@@ -52,7 +54,7 @@ def predict(model, images, interface, *, batch_size=64, skip_bad_images=False):
 
     Args:
         model: a Keras classifier with one output.
-        images: a folder, searched with its subfolders, or a list of files, JPEG or PNG.
+        images: a folder, searched with its subfolders, or a list of files: JPEG, PNG, GIF, BMP or WebP.
         interface: how images are made, and the class of each output. Outputs without names are called by their number.
         batch_size: crops per step.
         skip_bad_images: whether to leave out images that cannot be decoded, with a warning, instead of raising.
@@ -91,24 +93,23 @@ def _files(images):
     found, others = [], []
     for path in map(pathlib.Path, images):
         if path.is_dir():
-            below = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-            found += [p for p in below if p.suffix.lower() in ENDINGS]
-            others += [p for p in below if p.suffix.lower() not in ENDINGS]
+            for below in sorted(p for p in path.rglob("*") if p.is_file() and not any(map(is_system, p.relative_to(path).parts))):
+                (found if is_image(below.name, functools.partial(_head, below)) else others).append(below)
         elif path.is_file():
             found.append(path)
         else:
             raise InputError(f"There is no image {path}: give image files, or a folder of them.")
     if not found:
         where = ", ".join(map(str, images)) or "an empty list"
-        raise InputError(f"There are no images in {where}: give {', '.join(ENDINGS)} files, or a folder of them.")
+        raise InputError(f"There are no images in {where}: give {KINDS} files, or a folder of them.")
     if others:
-        kinds = ", ".join(ENDINGS)
-        warnings.warn(f"{len(others)} files are not {kinds} and were left out, such as {others[0]}.", stacklevel=4)
+        warnings.warn(f"{len(others)} files are not {KINDS} and were left out, such as {others[0]}.", stacklevel=4)
     return tuple(dict.fromkeys(found))
 
 
-def _is_hidden(path):
-    return any(part.startswith(".") for part in path.parts)
+def _head(path):
+    with path.open("rb") as file:
+        return file.read(FIRST_BYTES)
 
 
 def _classes(model, interface):

@@ -194,7 +194,7 @@ def predict_images(
 
     Args:
         model: the path of a `.keras` file or of a run's folder with one, or a Keras classifier with one output.
-        images: a folder, searched recursively, or a list of JPEG or PNG files.
+        images: a folder, searched recursively, or a list of JPEG, PNG, GIF, BMP or WebP files.
         interface: the image settings and the class of each output, such as the `interface` of a `Run`; by default
             a path's own. Unnamed outputs are called by their number.
         batch_size: crops per step.

@@ -161,7 +161,7 @@ class Outline:
     def _task(self, dataset, recipe, mean, origin, **options):
         preprocessing, strictness = _preparation(self.plan, recipe, self.pixels)
         task = prepare(dataset, preprocessing, mean=mean, **strictness, **options)
-        self.say(f"{dataset.name}: pixels {task.pixels}, {origin}")
+        self.say(f"{dataset.name}: {'; '.join((f'pixels {task.pixels}, {origin}', *dataset.changes))}")
         return task
 
 
@@ -232,7 +232,7 @@ def outline(plan, *, say=print):
         if dataset is not None:
             recipe.mean_for(dataset.name, pixels)  # raises if the mean is unknown
             counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
-            say(f"{dataset.name}: {counts}")
+            say(f"{dataset.name}: {'; '.join((counts, *dataset.notes))}")
     network = _network(plan.setup, source)
     check_rescaling(plan.setup, network, pixels)
     if source is not None:

@@ -156,7 +156,8 @@ def train_source(
     Returns:
         A `Run` without anchors.
     """
-    how, task = Execution(**execution), as_task(data, recipe, pixels)
+    how = Execution(**execution)
+    task = as_task(data, recipe, pixels, how.say)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
@@ -178,7 +179,7 @@ def task_for(pretrained, data, recipe, pixels, say):
         pixels = PIXELS["raw"]
         if recipe.mean is None:
             say(f"The model {pretrained.name!r} rescales pixels itself ({rescaling!r}): it gets them raw, from 0 to 255.")
-    task = as_task(data, recipe, pixels)
+    task = as_task(data, recipe, pixels, say)
     if rescaling is not None and recipe.mean in (None, "authors") and not task.pixels.is_raw:
         advice = "prepare the task with mean=(0, 0, 0)" if isinstance(data, Task) else 'leave pixels out or give "raw"'
         raise InputError(
@@ -188,8 +189,8 @@ def task_for(pretrained, data, recipe, pixels, say):
     return task, recipe.seen_by(task.preprocessing.pixels)
 
 
-def as_task(data, recipe, pixels):
-    """Returns `data` if it is a `Task`, or prepares a `Dataset` by the recipe; errors as in `finetune`."""
+def as_task(data, recipe, pixels, say):
+    """Returns `data` if it is a `Task`, or prepares a `Dataset` by the recipe and says its remarks; errors as in `finetune`."""
     pixels = None if pixels is None else named_pixels(pixels)
     if isinstance(data, Task):
         if pixels is not None and not pixels.agrees_with(data.preprocessing.pixels):
@@ -197,6 +198,8 @@ def as_task(data, recipe, pixels):
         return data
     if isinstance(data, Dataset):
         pixels = pixels or PIXELS["rgb"]
+        if remarks := data.remarks():
+            say(remarks)
         return prepare(data, recipe.images.with_pixels(pixels), mean=recipe.mean_for(data.name, pixels))
     raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
 

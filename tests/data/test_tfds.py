@@ -268,7 +268,7 @@ def test_the_digest_follows_images_and_labels(tmp_path):
 
 
 def test_a_bad_image_is_named(tmp_path):
-    write_set(tmp_path, "mnist", {"train": [(encoded(), 0), (b"no image", 0)], "test": [(encoded(), 0)]}, 1)
+    write_set(tmp_path, "mnist", {"train": [(encoded(), 0), (b"no image", 0)], "test": [(encoded(), 0)]}, 2)
     data = load_dataset("mnist", data_dir=tmp_path, cache_dir=tmp_path / "cache")
     with pytest.raises(InputError, match=r"mnist train image 1 \(neither a JPEG nor a PNG\)"):
         decode(data.train, 4)
@@ -277,7 +277,7 @@ def test_a_bad_image_is_named(tmp_path):
 
 def test_the_index_is_made_once_and_again_for_other_shards(tmp_path, monkeypatch):
     examples = [(encoded(i), 0) for i in range(4)]
-    write_set(tmp_path, "mnist", {"train": examples, "test": examples}, 1)
+    write_set(tmp_path, "mnist", {"train": examples, "test": examples}, 2)
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     first = load_dataset("mnist", **options)
     with monkeypatch.context() as patch:
@@ -296,7 +296,7 @@ def test_the_index_is_made_once_and_again_for_other_shards(tmp_path, monkeypatch
 def test_the_validation_images_serve_where_test_has_no_labels(tmp_path):
     splits = {"train": [(encoded(), 0)] * 2, "validation": [(encoded(), 0)] * 3, "test": [(encoded(), -1)] * 4}
     for name in ("places365_small", "mnist"):
-        write_set(tmp_path, name, splits, 1)
+        write_set(tmp_path, name, splits, 2)
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     assert len(load_dataset("places365_small", **options).test) == 3
     with pytest.raises(InputError, match="The test images of mnist have no labels"):
@@ -306,7 +306,7 @@ def test_the_validation_images_serve_where_test_has_no_labels(tmp_path):
 def test_a_set_with_a_configuration(tmp_path):
     for size in (8, 16):
         examples = [(encoded(size), 0)]
-        write_set(tmp_path, f"imagenet_resized/{size}x{size}", {"train": examples, "validation": examples}, 1)
+        write_set(tmp_path, f"imagenet_resized/{size}x{size}", {"train": examples, "validation": examples}, 2)
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
     for size in (8, 16):
         assert grey(load_dataset(f"tfds:imagenet_resized/{size}x{size}", **options).train).tolist() == [size]
@@ -314,7 +314,7 @@ def test_a_set_with_a_configuration(tmp_path):
 
 def test_sets_that_are_not_classification_tasks_are_refused(tmp_path):
     options = {"data_dir": tmp_path, "cache_dir": tmp_path / "cache"}
-    write_set(tmp_path, "mnist", {"train": [(encoded(), 0)] * 2}, 1)
+    write_set(tmp_path, "mnist", {"train": [(encoded(), 0)] * 2}, 2)
     with pytest.raises(InputError, match=r"mnist has only the splits train, but train and test \(or validation\) are needed"):
         load_dataset("mnist", **options)
     text = tfds.features.Text()
@@ -324,7 +324,7 @@ def test_sets_that_are_not_classification_tasks_are_refused(tmp_path):
 
 
 def test_keys_that_the_features_lack_are_refused(tmp_path):
-    write_set(tmp_path, "mnist", {"train": [(encoded(), 0)], "test": [(encoded(), 0)]}, 1)
+    write_set(tmp_path, "mnist", {"train": [(encoded(), 0)], "test": [(encoded(), 0)]}, 2)
     (path,) = tmp_path.glob("mnist/*/dataset_info.json")
     path.write_text(path.read_text().replace('"input": "image"', '"input": "picture"').replace('"image"', '"picture"'))
     with pytest.raises(InputError, match=r"mnist has no image with a class as its label \(its features: image, label\)"):

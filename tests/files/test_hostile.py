@@ -465,23 +465,40 @@ def huge_jpeg(width, height):
     return good[:place] + struct.pack(">HH", height, width) + good[place + 4 :]
 
 
+def huge(kind):
+    """An image whose header declares 60,000 x 60,000 pixels, or as many as a WebP can."""
+    content = bytearray(hostile.picture(kind))
+    if kind == "GIF":
+        content[6:10] = struct.pack("<HH", 60_000, 60_000)
+    elif kind == "BMP":
+        content[18:26] = struct.pack("<ii", 60_000, 60_000)
+    else:  # VP8L: 14 bits for each side less one
+        assert content[12:16] == b"VP8L"
+        content[21:25] = struct.pack("<I", 2**28 - 1)
+    return bytes(content)
+
+
 @pytest.mark.parametrize(
-    ("content", "mode"),
+    ("content", "mode", "reason"),
     [
-        (png(60_000, 60_000), "squash"),
-        (png(2**31 - 1, 2**31 - 1), "squash"),
-        (png(2**31, 2), "squash"),
-        (png(0, 2), "shorter_side"),
-        (huge_jpeg(60_000, 60_000), "squash"),
-        (huge_jpeg(65_500, 65_500), "shorter_side"),
-        (long_png(10**6), "shorter_side"),  # 1 x 10^6 pixels would become 256 x 256,000,000
+        (png(60_000, 60_000), "squash", "too large: 3,600,000,000 pixels, more than the 178,956,970 allowed"),
+        (png(2**31 - 1, 2**31 - 1), "squash", "too large: 4,611,686,014,132,420,609 pixels, .*"),
+        (png(2**31, 2), "squash", "too large: 4,294,967,296 pixels, .*"),
+        (png(0, 2), "shorter_side", "truncated or damaged"),
+        (huge_jpeg(60_000, 60_000), "squash", "too large: 3,600,000,000 pixels, .*"),
+        (huge_jpeg(65_500, 65_500), "shorter_side", "too large: 4,290,250,000 pixels, .*"),
+        (huge("GIF"), "squash", "too large: 3,600,000,000 pixels, .*"),
+        (huge("BMP"), "squash", "too large: 3,600,000,000 pixels, .*"),
+        (huge("WebP"), "squash", "too large: .*"),
+        # 1 x 10^6 pixels would become 256 x 256,000,000
+        (long_png(10**6), "shorter_side", "too large: 65,536,000,000 pixels once the shorter side is 256, more than .*"),
     ],
 )
-def test_images_of_absurd_size(tmp_path, content, mode):
+def test_images_of_absurd_size(tmp_path, content, mode, reason):
     path = tmp_path / "i.png"
     path.write_bytes(content)
     split = Split(("the image",), np.zeros(1, np.int32), files=(path,))
-    with pytest.raises(InputError, match=r"the image \(truncated, damaged or too large\)"):
+    with pytest.raises(InputError, match=rf"the image \({reason}\)\. "):
         decode(split, 256, mode=mode)
 
 
@@ -496,7 +513,7 @@ def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
         file.write(hostile.picture("PNG"))
         file.truncate(2**40)  # sparse: the disk stores none of it
     split = Split(("sparse",), np.zeros(1, np.int32), files=(tmp_path / "i.png",))
-    with pytest.raises(InputError, match=r"sparse \(truncated, damaged or too large\)"):
+    with pytest.raises(InputError, match=r"sparse \(too large: 1,099,511,627,776 bytes, more than the 268,435,456 allowed\)"):
         decode(split, 8)
 
 
