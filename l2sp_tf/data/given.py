@@ -47,8 +47,6 @@ def given(data, model, *, batch_size, num_classes=None, name=None, say=print):
         return PyDatasetStream(data, model, num_classes, name)
     if not are_arrays(data, model):
         raise InputError(f"data is a {describe(data)}: give {FORMS}, or what l2sp_tf.data.load_dataset or prepare returns.")
-    if name is not None:
-        raise InputError(f"data_name is {name!r}, but arrays are known again by their content: leave it out.")
     return _arrays_of(data, model, num_classes, say)
 
 

@@ -135,7 +135,7 @@ def finetune(
     task, recipe = task_for(pretrained, data, recipe, pixels, how.say, num_classes=num_classes, name=data_name)
     objective = Objective.of(task, recipe, class_weight)
     validation = validation_of(pretrained, validation_data, task, recipe.batch_size, data_name)
-    check_streams(task, validation, how)
+    check_streams(task, validation, how, data_name)
     anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
@@ -163,17 +163,19 @@ def _train_head(model, training, recipe, how):
     return _fit(training(None, recipe.for_head()), how.for_head()).seconds
 
 
-def check_streams(task, validation, how):
+def check_streams(task, validation, how, name):
     """Says what is promised of a run in a folder that reads streams of the caller's.
 
     Raises:
-        InputError: the folder would not know them again.
+        InputError: the folder would not know them again, or there is a name but no stream.
     """
+    streams = [data for data in (task, validation and validation.data) if isinstance(data, GivenStream)]
+    if name is not None and not streams:
+        raise InputError(f"data_name is {name!r}, but there is no stream, and arrays are known by their content: leave it out.")
     if how.run_dir is None:
         return
-    for data in (task, validation and validation.data):
-        if isinstance(data, GivenStream):
-            data.check_known_again()
+    for stream in streams:
+        stream.check_known_again()
     if isinstance(task, GivenStream):
         how.say(
             "The data are a stream: an interrupted run resumes from its checkpoint and skips the batches before it, and ends as "
@@ -206,7 +208,7 @@ def train_source(
         recipe = recipe.seen_by(task.preprocessing.pixels)
     else:
         task, recipe = taken_as_given(model, data, recipe, pixels, num_classes=model.output_shape[-1])
-        check_streams(task, None, how)
+        check_streams(task, None, how, None)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
@@ -226,10 +228,8 @@ def task_for(pretrained, data, recipe, pixels, say, **options):
         return data, recipe
     if not isinstance(data, (Task, Dataset)):
         return taken_as_given(pretrained, data, recipe, pixels, say=say, **options)
-    for name, value in options.items():
-        if value is not None:
-            name = {"name": "data_name"}.get(name, name)
-            raise InputError(f"{name} is {value!r}, but a {type(data).__name__} has its own: leave it out.")
+    if options.get("num_classes") is not None:
+        raise InputError(f"num_classes is {options['num_classes']}, but a {type(data).__name__} has its own: leave it out.")
     rescaling = rescaling_of(pretrained)
     if isinstance(data, Dataset) and pixels is None:
         if rescaling is None:

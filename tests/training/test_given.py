@@ -255,6 +255,10 @@ def test_a_stream_that_does_not_repeat_is_known_by_its_name_alone(pretrained, tm
     finetune(pretrained, shuffled)  # without a folder nothing has to be known again
     finetune(pretrained, shuffled, run_dir=tmp_path, data_name="one")
     assert finetune(pretrained, shuffled, run_dir=tmp_path, data_name="one").resumed_at == RECIPE.iterations
+    options = {"run_dir": tmp_path / "arrays", "validation_data": shuffled}
+    with pytest.raises(l2sp.InputError, match="gives another first batch"):
+        finetune(pretrained, (X, Y), **options)
+    assert "val_accuracy" in finetune(pretrained, (X, Y), **options, data_name="validation").history[-1]
     with pytest.raises(l2sp.InputError, match='is of another run .*data.digest was "named one" and is "named two"'):
         finetune(pretrained, shuffled, run_dir=tmp_path, data_name="two")
 
@@ -379,7 +383,7 @@ OTHERS = {
     "labels for two outputs": (lambda: (X, {"a": Y, "b": Y}), {}, "labels are a dict"),
     "a dataset without labels": (lambda: slices(X, Y).map(lambda x, y: x).batch(2), {}, "not images with their labels"),
     "a number of classes that is unknown": (lambda: slices(X, Y).batch(8), {"num_classes": None}, "give num_classes"),
-    "a name for arrays": (lambda: (X, Y), {"data_name": "a"}, "data_name is 'a', but arrays"),
+    "a name for arrays": (lambda: (X, Y), {"data_name": "a"}, "data_name is 'a', but there is no stream"),
     "classes of a task": (task, {}, "num_classes is 3, but a Task has its own"),
     "validation without end": (lambda: (X, Y), {"validation_data": slices(X, Y).repeat()}, "validation_data never ends"),
     "validation of other classes": (lambda: (X, Y), {"validation_data": (X, Y + 1)}, "contain 3, but it has 3 classes"),
