@@ -89,6 +89,7 @@ training.list("learning_rate", "", "Initial learning rates of fine-tuning; each 
 training.integer("decay_at", None, "Step after which the learning rate is divided by 10; by default two thirds of --iterations.")
 training.integer("head_steps", None, "Steps that train the new head alone, before the --iterations; by default 0.", lower_bound=0)
 training.float("head_learning_rate", None, "Learning rate of these steps; by default 0.03.")
+training.float("label_smoothing", None, "Share of each label that is spread over all classes; by default 0.")
 training.integer("batch_size", None, "Images in each step, also when a source model is trained; by default 64.")
 training.enum("solver", None, ["sgd", "adam"], "The optimizer: SGD with momentum, as in the paper, or Adam.")
 training.float("momentum", None, "Momentum of SGD; by default 0.9.")

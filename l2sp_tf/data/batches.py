@@ -27,16 +27,16 @@ def labelled_batches(data, model, *, size, crops=1):
     """
     if isinstance(data, tf.data.Dataset):
         batches = _of_dataset(data, model, size, crops)
-    elif _are_arrays(data, model):
+    elif are_arrays(data, model):
         batches = _of_arrays(data, model, size)
     else:
         batches = _of_iterable(data)
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-            raise InputError(f"A batch is a {_describe(batch)}, not images with their labels: {FORMS}.")
+            raise InputError(f"A batch is a {describe(batch)}, not images with their labels: {FORMS}.")
         x, y, *weights = batch
         x = keras.tree.map_structure(_tensor, tuple(x) if isinstance(x, list) else x)
-        _check_shapes(x, model, crops)
+        check_shapes(x, model, crops)
         if any(0 in part.shape[:1] for part in tf.nest.flatten(x)):
             continue
         yield x, y, weights[0] if weights else None
@@ -60,17 +60,30 @@ def _reads_once(data):
 
 
 def _of_dataset(data, model, size, crops):
-    spec = data.element_spec
-    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
-        raise InputError(f"The elements of the tf.data.Dataset are {_describe(spec)}, not images with their labels: {FORMS}.")
-    _check_ends(data.cardinality() == tf.data.INFINITE_CARDINALITY)
-    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # the spec lacks the ranks: look at an element
-        for element in data.take(1):
-            spec = tf.nest.map_structure(tf.type_spec_from_value, element)
-    if _is_batched(spec, model, crops):
+    batched = is_batched(data, model, crops)
+    _check_ends(data)
+    if batched:
         return data
     sizes = [part.shape for part in tf.nest.flatten(data.element_spec)]
     return data.batch(size if all(shape.is_fully_defined() for shape in sizes) else 1)  # images of different sizes do not stack
+
+
+def is_batched(data, model, crops=1):
+    """Whether the elements of a `tf.data.Dataset` are batches, and not single images.
+
+    Args:
+        data, model, crops: as in `labelled_batches`.
+
+    Raises:
+        InputError: the elements are not images with their labels.
+    """
+    spec = data.element_spec
+    if not isinstance(spec, tuple) or len(spec) not in (2, 3):
+        raise InputError(f"The elements of the tf.data.Dataset are {describe(spec)}, not images with their labels: {FORMS}.")
+    if any(part.shape.rank is None for part in tf.nest.flatten(spec)):  # the spec lacks the ranks: look at an element
+        for element in data.take(1):
+            spec = tf.nest.map_structure(tf.type_spec_from_value, element)
+    return _is_batched(spec, model, crops)
 
 
 def _is_batched(spec, model, crops):
@@ -95,7 +108,8 @@ def _fits(shape, expected):
     return dropped or any(shape.is_compatible_with(form) for form in forms)
 
 
-def _check_shapes(x, model, crops):
+def check_shapes(x, model, crops=1):
+    """Raises an InputError unless x is a batch of what a model takes."""
     for part, expected in _beside_inputs(x, model, crops):
         if not _fits(part.shape, expected):
             raise InputError(
@@ -115,8 +129,8 @@ def _beside_inputs(x, model, crops):
     return list(zip(parts, shapes.values(), strict=True)) if len(parts) == len(shapes) else []
 
 
-def _are_arrays(data, model):
-    """Whether the data are (x, y) or (x, y, weights), and not a tuple of batches."""
+def are_arrays(data, model):
+    """Whether the data are arrays (x, y) or (x, y, weights), and not a tuple of batches."""
     if not isinstance(data, tuple) or len(data) not in (2, 3):
         return False
     x, y = data[:2]
@@ -138,8 +152,16 @@ def _holds_arrays(value):
     return any(_is_array(part) or isinstance(part, dict) for part in value)
 
 
-def _of_arrays(data, model, size):
-    """Yields batches of `size` images from arrays, or nests of arrays, of equal length."""
+def aligned_arrays(data, model):
+    """Returns x, labels and weights if there are any, as arrays or nests of arrays of equal length.
+
+    Args:
+        data: (x, y) or (x, y, weights).
+        model: the Keras model, whose inputs show whether a list is one input or several.
+
+    Raises:
+        InputError: the lengths differ.
+    """
     x, *others = (_as_arrays(part) for part in data if part is not None)
     inputs = getattr(model, "inputs", None)
     if isinstance(x, tuple) and inputs and len(inputs) == 1:  # a list of images, or Keras' list of one input
@@ -149,8 +171,14 @@ def _of_arrays(data, model, size):
         counts = [" and ".join(map(str, sorted(found))) for found in lengths]
         names = [f"{count} {name}" for count, name in zip(counts, ("images", "labels", "sample weights"), strict=False)]
         raise InputError(f"The data have {' but '.join(names)}: give as many of each.")
-    for start in range(0, lengths[0].pop(), size):
-        yield tuple(keras.tree.map_structure(lambda a, i=start: a[i : i + size], part) for part in (x, *others))
+    return x, *others
+
+
+def _of_arrays(data, model, size):
+    """Yields batches of `size` images from arrays, or nests of arrays, of equal length."""
+    parts = aligned_arrays(data, model)
+    for start in range(0, _length(keras.tree.flatten(parts)[0]), size):
+        yield keras.tree.map_structure(lambda a, i=start: a[i : i + size], parts)
 
 
 def _as_arrays(part):
@@ -169,10 +197,10 @@ def _length(part):
 
 def _of_iterable(data):
     if isinstance(data, keras.utils.PyDataset):
-        _check_ends(data.num_batches is None)
+        _check_ends(data)
         return _of_py_dataset(data)
     if not hasattr(data, "__iter__") or isinstance(data, (dict, str)) or _is_array(data):
-        raise InputError(f"The data are a {_describe(data)}: {FORMS}.")
+        raise InputError(f"The data are a {describe(data)}: {FORMS}.")
     return iter(data)
 
 
@@ -183,8 +211,15 @@ def _of_py_dataset(data):
     data.on_epoch_end()
 
 
-def _check_ends(never):
-    if never:
+def never_ends(data):
+    """Whether a `tf.data.Dataset` or a `keras.utils.PyDataset` is known to have no end."""
+    if isinstance(data, tf.data.Dataset):
+        return bool(data.cardinality() == tf.data.INFINITE_CARDINALITY)
+    return isinstance(data, keras.utils.PyDataset) and data.num_batches is None
+
+
+def _check_ends(data):
+    if never_ends(data):
         raise InputError("The data never end: give a finite part of them, such as data.take(n).")
 
 
@@ -193,7 +228,8 @@ def _tensor(leaf):
     return tf.cast(tensor, tf.float32) if tensor.dtype == tf.uint8 else tensor
 
 
-def _describe(value):
+def describe(value):
+    """Names the class of a value with its length or shape, for messages."""
     if isinstance(value, (tuple, list)):
         return f"{type(value).__name__} of {len(value)}"
     return f"{type(value).__name__}" + (f" of shape {tuple(value.shape)}" if getattr(value, "shape", None) is not None else "")

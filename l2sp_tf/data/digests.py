@@ -44,6 +44,11 @@ def file_digests(files, memory=None):
     return [(state.st_size, *(read[i] if i in read else found[keys[i]])) for i, state in enumerate(states)]
 
 
+def digest_of_rows(images):
+    """Identifies a part of a data set: a hash of its labels and of the places of its images, in hexadecimal."""
+    return hashlib.sha256(images.labels.tobytes() + images.places.tobytes()).hexdigest()
+
+
 def _key(path, state):
     identity = repr((os.path.abspath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
     return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()[:16]

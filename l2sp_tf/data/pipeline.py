@@ -89,6 +89,14 @@ class Task:
         """The pixel format of a network that is trained on this task: order and scale, with the mean of the task."""
         return self.preprocessing.pixels.with_mean([float(str(value)) for value in self.mean])  # 0.1, not 0.10000000149
 
+    def train_batches(self, **options):
+        """Returns the stream of `training_batches`, whose options are given."""
+        return training_batches(self.train, self.preprocessing, self.mean, **options)
+
+    def test_data(self, batch_size, crops=1):
+        """Returns the stream of `test_batches`."""
+        return test_batches(self.test, self.preprocessing, self.mean, batch_size=batch_size, crops=crops)
+
 
 def prepare(dataset, preprocessing, *, mean=None, mean_of=None, train=None, **options):
     """Makes a Dataset ready for a Preprocessing, and computes the mean of its training images unless a mean is given.
@@ -164,20 +172,10 @@ def training_batches(images, preprocessing, mean, *, batch_size, seed, first_ste
         InputError: an argument is out of its range.
     """
     _check_stream(images, preprocessing, batch_size)
-    if not 0 <= seed < 2**60:
-        raise InputError(f"seed is {seed}: give a number from 0 to below 2^60.")
-    if not 0 <= first_step <= iterations:
-        raise InputError(f"first_step is {first_step}, but there are {iterations} iterations: give one from 0 to {iterations}.")
-    index, parts = part
-    if not 0 <= index < parts or batch_size % parts:
-        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor.")
-    size = batch_size // parts
-    rows = slice(index * size, (index + 1) * size)
-    spec = tf.TensorSpec([size], tf.int64)
-    places = tf.data.Dataset.from_generator(
-        lambda: ((e[rows], i[rows]) for e, i in _training_order(len(images), batch_size, seed, first_step, iterations)),
-        output_signature=(spec, spec),
-    )
+    order = {"batch_size": batch_size, "seed": seed, "first_step": first_step, "iterations": iterations, "part": part}
+    rows = training_rows(len(images), **order)
+    spec = tf.TensorSpec([batch_size // part[1]], tf.int64)
+    places = tf.data.Dataset.from_generator(rows, output_signature=(spec, spec))
     read, labels = images.reader, tf.constant(images.labels)
     mean = tf.constant(mean, tf.float32)
 
@@ -240,6 +238,31 @@ def _check_stream(images, preprocessing, batch_size):
         raise InputError(f"The images are decoded at {wrong[0]} pixels, but resize is {preprocessing.resize}.")
     if preprocessing.resize_mode == "squash" and not (images.sides == preprocessing.resize).all():
         raise InputError('The images kept their aspect, but resize_mode is squash: decode them with mode="squash".')
+
+
+def training_rows(count, *, batch_size, seed, first_step, iterations, part=(0, 1)):
+    """Returns the order of training: a function that yields the epoch and the index of each image of each batch.
+
+    Args:
+        count: number of images.
+        batch_size, seed, first_step, iterations, part: as in `training_batches`.
+
+    Returns:
+        A function that returns a generator of pairs of int64 [batch_size / n].
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+    if not 0 <= seed < 2**60:
+        raise InputError(f"seed is {seed}: give a number from 0 to below 2^60.")
+    if not 0 <= first_step <= iterations:
+        raise InputError(f"first_step is {first_step}, but there are {iterations} iterations: give one from 0 to {iterations}.")
+    index, parts = part
+    if not 0 <= index < parts or batch_size % parts:
+        raise InputError(f"part is {part} and batch_size is {batch_size}: give (i, n) with 0 <= i < n and n a divisor.")
+    size = batch_size // parts
+    rows = slice(index * size, (index + 1) * size)
+    return lambda: ((e[rows], i[rows]) for e, i in _training_order(count, batch_size, seed, first_step, iterations))
 
 
 def _training_order(count, batch_size, seed, first_step, iterations):

@@ -7,7 +7,8 @@ import keras
 import numpy as np
 
 from l2sp_tf.data.batches import check_readable_again, labelled_batches
-from l2sp_tf.data.pipeline import Task, test_batches
+from l2sp_tf.data.given import GivenArrays
+from l2sp_tf.data.pipeline import Task
 from l2sp_tf.evaluation.answers import Judge
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models.batch_norm import is_statistic
@@ -66,8 +67,8 @@ def _accuracy(model, data, judge, batch_size, answers=False):
     if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
         raise InputError(f"batch_size is {batch_size!r}: give an integer that is at least 1.")
     size = max(1, batch_size // judge.crops)
-    if isinstance(data, Task):
-        data = test_batches(data.test, data.preprocessing, data.mean, batch_size=size, crops=judge.crops)
+    if isinstance(data, (Task, GivenArrays)):
+        data = data.test_data(size, judge.crops)
     judged = [judge(*batch) for batch in labelled_batches(data, model, size=size, crops=judge.crops)]
     if not judged:
         again = ", in data that can be read again if they have been read before" if hasattr(data, "__next__") else ""

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from l2sp_tf.data.labels import classes_of, weights_of
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.fisher.likelihoods import FAMILIES, count_classes, likelihood_of
 
@@ -185,75 +186,6 @@ def right_answers(scores, labels, *, threshold=None, what="the output"):
 def answers_of(scores, threshold=None):
     """Returns the answers [n] to scores [n, K]: the first class of the highest score; if K = 1, 1 above the threshold, else 0."""
     return (scores[:, 0] > threshold).astype(np.int64) if scores.shape[1] == 1 else np.argmax(scores, axis=1)
-
-
-def classes_of(labels, n, classes, what, *, one_hot=True):
-    """Converts labels of any form to classes [n] in int64.
-
-    Args:
-        labels: as in `right_answers`.
-        n: number of images.
-        classes: K; 2 for one output.
-        what: the output's name, for messages.
-        one_hot: whether rows of K numbers are allowed.
-
-    Raises:
-        InputError: the labels have another shape, number or range, or several classes for an image.
-    """
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iubf" and labels.dtype.name != "bfloat16":
-        raise InputError(f"The labels of {what} are of the kind {labels.dtype.name}: give the numbers of the classes.")
-    if labels.ndim == 0 or len(labels) != n:
-        count = "no axis of images" if labels.ndim == 0 else f"{len(labels)} rows"
-        raise InputError(f"The labels of {what} have {count}, but there are {n} images: give one label for each image.")
-    shape, labels = labels.shape, labels.reshape(n, -1)
-    if labels.shape[1] not in ({1, classes} if one_hot else {1}) or sum(size != 1 for size in shape[1:]) > 1:
-        forms = f"[n], [n, 1] or one-hot [n, {classes}]" if one_hot else "[n] or [n, 1]"
-        raise InputError(f"The labels of {what} have the shape {shape}: give them as {forms}.")
-    if labels.dtype.kind not in "iub":
-        labels = labels.astype(np.float64)
-        if not np.isfinite(labels).all():
-            raise InputError(f"The labels of {what} are not all finite: give the numbers of the classes.")
-    return _of_rows(labels, what) if labels.shape[1] > 1 else _of_numbers(labels[:, 0], classes, what)
-
-
-def weights_of(weights, n, what):
-    """Returns sample weights [n] or [n, 1] as float64 [n].
-
-    Raises:
-        InputError: they have another shape, or are negative or not finite.
-    """
-    weights = np.asarray(weights)
-    if weights.ndim == 0 or len(weights) != n or weights.size != n or weights.dtype.kind not in "iubf":
-        raise InputError(f"The sample weights of {what} have the shape {weights.shape}, but there are {n} images: give one each.")
-    weights = weights.reshape(n).astype(np.float64)
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise InputError(f"The sample weights of {what} are not all finite and at least 0: give such weights.")
-    return weights
-
-
-def _of_rows(rows, what):
-    """Returns the position of the only entry above 0 in each row."""
-    above = rows > 0
-    if (above.sum(axis=1) != 1).any() or (rows < 0).any():
-        several = above.sum(axis=1) > 1
-        kind = "several classes" if several.any() else "no class"
-        if several.any() and (rows % 1 != 0).any():
-            kind = "shares of several classes"
-        raise InputError(
-            f"The labels of {what} give some images {kind}, which top-1 accuracy cannot judge: give one class for each image."
-        )
-    return np.argmax(above, axis=1)
-
-
-def _of_numbers(labels, classes, what):
-    wrong = (labels % 1 != 0) | (labels < 0) | (labels >= classes)
-    if wrong.any():
-        raise InputError(
-            f"The labels of {what} contain {labels[wrong][0]}, but it has {classes} classes: "
-            f"give whole numbers from 0 to {classes - 1}."
-        )
-    return labels.astype(np.int64)
 
 
 def _probabilities(scores, meaning):

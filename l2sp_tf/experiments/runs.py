@@ -18,26 +18,26 @@ def settings_of(setting, task, recipe, anchors, fisher=None, **more):
 
     Args:
         setting: a `plans.Setting`.
-        task: the target `Task`, or its fold.
+        task: the target `Task` or `GivenArrays`, or a fold.
         recipe: the setting's beta and learning rate replace its own.
         anchors: an `Anchors`.
         fisher: a `Fisher` or a mapping, for the Fisher penalties.
         more: settings of the plan, such as "source", "weights" and "backbone".
     """
-    recipe = setting.recipe_of(recipe).seen_by(task.pixels)
+    recipe = _seen_by(setting.recipe_of(recipe), task)
     if setting.frozen:
         recipe = recipe.replace(moving_statistics="source")  # with frozen units, `finetune` keeps the source statistics
     settings = {
         **more,
         "target_digest": task.digest,
         "anchors": digest_of_arrays(anchors),
-        "pixels": plain(task.pixels),
+        "pixels": None if task.pixels is None else plain(task.pixels),
         "penalty": setting.symbol,
         "alpha": float(setting.alpha),
         "beta": float(setting.beta),
         "seed": setting.seed,
         "frozen": setting.frozen,
-        "recipe": plain(recipe.record(setting.symbol)),
+        "recipe": plain(recipe.record(setting.symbol, images=task.pixels is not None)),
         "code": RESULTS_VERSION,
     }
     if setting.symbol not in PAPER:  # tables know the titles of the paper's penalties
@@ -67,7 +67,7 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
         return {**record, "coverage": {"digest": coverage}, "results": {"diverged": reason}, "seconds": seconds}
 
     try:
-        run = finetune(pretrained, task, setting.penalty, recipe.seen_by(task.pixels), **options)
+        run = finetune(pretrained, task, setting.penalty, _seen_by(recipe, task), **options)
     except FloatingPointError as error:
         return diverged(str(error))
     last = {name: value for name, value in run.history[-1].items() if name in ("distance", "penalty")}
@@ -86,7 +86,11 @@ def run_record(pretrained, task, setting, recipe, settings, measure=None, **opti
     record["coverage"] = {"digest": run.coverage.digest, "counts": counts}
     record["anchors"]["file"] = "anchors.safetensors"
     results = {**results, **last, "test_digest": test_digest(task)}
-    return {**record, "results": results, "seconds": run.seconds, "classes": list(run.interface.classes)}
+    return {**record, "results": results, "seconds": run.seconds, "classes": list(task.classes)}
+
+
+def _seen_by(recipe, task):
+    return recipe if task.pixels is None else recipe.seen_by(task.pixels)
 
 
 def test_digest(task):

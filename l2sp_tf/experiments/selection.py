@@ -12,6 +12,8 @@ import keras
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
+from l2sp_tf.data.digests import digest_of_rows
+from l2sp_tf.data.given import GivenArrays, GivenStream, collected
 from l2sp_tf.data.pipeline import channel_mean
 from l2sp_tf.experiments import records
 from l2sp_tf.experiments.plans import Setting
@@ -24,8 +26,9 @@ from l2sp_tf.files.types import Path, Weights
 from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.penalties.anchors import Anchors
 from l2sp_tf.penalties.formulas import PENALTIES, Penalty
+from l2sp_tf.training.objective import Objective
 from l2sp_tf.training.recipe import Recipe
-from l2sp_tf.training.trainer import images_digest, task_for
+from l2sp_tf.training.trainer import task_for
 
 LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
 AXES = ("alpha", "beta", "learning_rate")
@@ -211,6 +214,8 @@ def cross_validate(
     anchors: Weights | None = None,
     fisher: Weights | None = None,
     frozen: int = 0,
+    num_classes: int | None = None,
+    class_weight: dict[int, float] | None = None,
     run_dir: Path | None = None,
     verbose: int = 0,
     **options: Any,
@@ -223,7 +228,9 @@ def cross_validate(
     `finetune(pretrained, data, selection.best_penalty, selection.best_recipe)`.
 
     Args:
-        pretrained, data, recipe, pixels, anchors, fisher, frozen, verbose: as in `finetune`.
+        pretrained, recipe, pixels, anchors, fisher, frozen, num_classes, class_weight, verbose: as in `finetune`.
+        data: as in `finetune`. A stream is read into memory once, so that what it draws at random is fixed, and is in the
+            held-out images too.
         penalty: a class, such as `L2SP`.
         alphas: strengths; by default the recipe's grid for the penalty.
         betas: strengths on the new layer; by default the recipe's beta.
@@ -237,13 +244,14 @@ def cross_validate(
         A `Selection`.
 
     Raises:
-        InputError: a bad argument, or a class with fewer images than folds.
+        InputError: a bad argument, a class with fewer images than folds, or a stream that does not end or not fit into memory.
     """
     recipe = recipe or Recipe()
     if isinstance(penalty, str) or not isinstance(penalty, type) or penalty not in PENALTIES.values():
         names = ", ".join(known.__name__ for known in PENALTIES.values())
         raise InputError(f"penalty is {penalty!r}: give a class, one of {names}; alphas are its strengths.")
-    task, recipe = task_for(pretrained, data, recipe, pixels, print if verbose else lambda line: None)
+    task, recipe = _task_to_split(pretrained, data, recipe, pixels, num_classes, verbose)
+    weights = Objective.of(task, recipe, class_weight).class_weight
     parts = fold_tasks(task, folds, seed)
     axes = [
         _axis("alphas", alphas, recipe.grid_for(penalty.symbol)),
@@ -251,11 +259,13 @@ def cross_validate(
         _axis("learning_rates", learning_rates, LEARNING_RATES, above=0),
     ]
     search = Search(penalty.symbol, dict(zip(AXES, axes, strict=True)), folds, frozen)
+    options |= {"class_weight": class_weight}
     options |= {"anchors": anchors if anchors is not None else Anchors.of(pretrained), "fisher": fisher, "frozen": frozen}
     folder = None if run_dir is None else pathlib.Path(run_dir)
     runs = _FoldRuns(pretrained, recipe, parts, seed, folder, options | {"verbose": verbose})
     # the caller's task may be any subset with any preprocessing, and the model may differ from its anchors
-    runs.known |= {"images": images_digest(task), "prepared": plain(task.preprocessing), "target": task.name}
+    runs.known |= {"images": digest_of_rows(task.train), "prepared": plain(task.preprocessing), "target": task.name}
+    runs.known |= {} if weights is None else {"class_weight": list(weights)}
     alpha, beta, rate = (values[0] for values in search.axes.values())
     first = Setting(penalty.symbol, alpha, beta, rate, frozen)
     search_all({penalty.symbol: search}, lambda pairs: [runs.record(setting) for _, setting in pairs])
@@ -264,6 +274,17 @@ def cross_validate(
         question = records.question(runs.settings(first, task))
         write_selection(folder, found.record(question, folds))
     return found
+
+
+def _task_to_split(pretrained, data, recipe, pixels, num_classes, verbose):
+    """Returns the `Task`, or arrays whose images have one class each, and the recipe."""
+    say = print if verbose else lambda line: None
+    task, recipe = task_for(pretrained, data, recipe, pixels, say, num_classes=num_classes)
+    if isinstance(task, GivenStream):
+        task = collected(task, lambda line: warnings.warn(line, stacklevel=4))
+    if isinstance(task, GivenArrays):
+        task.check_judgeable()
+    return task, recipe
 
 
 class _FoldRuns:
@@ -320,7 +341,7 @@ def write_selection(workdir, record):
 
 
 def check_folds(folds, data):
-    """Checks the number of folds against the training images of a `Task` or a `Dataset`; raises as `fold_tasks`."""
+    """Checks the number of folds against the training images of a `Task`, `Dataset` or `GivenArrays`; raises as `fold_tasks`."""
     fields.whole("folds", folds)
     smallest = int(np.bincount(data.train.labels, minlength=len(data.classes)).min())
     if smallest < 2:
@@ -342,7 +363,7 @@ def fold_tasks(task, folds, seed=0):
     """
     check_folds(folds, task)
     labels = task.train.labels
-    has_own_mean = np.array_equal(task.mean, channel_mean(task.train))
+    has_own_mean = task.mean is not None and np.array_equal(task.mean, channel_mean(task.train))
     made = []
     for train, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
         part = dataclasses.replace(task, train=task.train.take(train), test=task.train.take(held_out))

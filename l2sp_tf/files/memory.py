@@ -1,4 +1,7 @@
-"""Memory that NumPy arrays and TensorFlow tensors share."""
+"""Memory: that NumPy arrays and TensorFlow tensors share, and how much there is."""
+
+import os
+import sys
 
 import numpy as np
 
@@ -28,3 +31,10 @@ def shared_tensor(array):
     except ValueError:  # the memory itself is read-only
         return tf.convert_to_tensor(array)
     return tf.experimental.dlpack.from_dlpack(view.__dlpack__())
+
+
+def physical_memory():
+    """Returns the size of this machine's memory in bytes, or a huge number where the system does not say."""
+    if not hasattr(os, "sysconf"):
+        return sys.maxsize
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

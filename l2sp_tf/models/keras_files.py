@@ -182,12 +182,12 @@ def save_model(model, path, interface):
     Args:
         model: the model.
         path: the file.
-        interface: an `Interface`, or a `PixelFormat` if nothing more is known.
+        interface: an `Interface`, or a `PixelFormat` if nothing more is known, or None if nothing is.
 
     Raises:
         OSError: the file cannot be written.
     """
-    members = {PIXELS_MEMBER: interface}
+    members = {} if interface is None else {PIXELS_MEMBER: interface}
     if isinstance(interface, Interface):
         members = {PIXELS_MEMBER: interface.pixels, INTERFACE_MEMBER: interface}
     with atomic_path(path) as temporary:

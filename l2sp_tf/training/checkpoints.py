@@ -149,6 +149,7 @@ class Checkpointing(keras.callbacks.Callback):
 
     Raises:
         FloatingPointError: the weights to save are not finite.
+        InputError: the data ended before the last step.
     """
 
     def __init__(self, monitor, metrics, iterations):
@@ -222,6 +223,11 @@ class Checkpointing(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._seconds, self._began = self.seconds, None
+        if self.step < self.iterations and not self.model.stop_training:
+            raise InputError(
+                f"The data ended after step {self.step} of {self.iterations}, although they are repeated: give a stream that can "
+                "be read again, or fewer iterations."
+            )
         if 0 < self.step < self.iterations and not self.stops:  # a callback stopped it
             self.stopped_at = self.step
             self._save()

@@ -294,7 +294,7 @@ def _shares(devices, batches):
     local = devices.replicas // devices.part[1]
 
     def shares(context):
-        size = batches.element_spec[0].shape[0]
+        size = tf.nest.flatten(batches.element_spec)[0].shape[0]
         return batches if local == 1 else batches.rebatch(size // local)
 
     return devices.strategy.distribute_datasets_from_function(shares)

@@ -32,12 +32,15 @@ class Monitor(keras.callbacks.Callback):
         iterations: the last step, which is always logged.
         may_stop: whether other callbacks may stop the training at any step, which is then logged; reading each step's
             learning rate for this costs some milliseconds per step.
+        validation: called with the model for each row, returns more numbers for it, such as "val_accuracy"; or None.
+        metrics: those to read themselves, because they are weighted: Keras' logs average the means of several replicas.
     """
 
-    def __init__(self, folder, anchors, *, log_every, iterations, may_stop=True):
+    def __init__(self, folder, anchors, *, log_every, iterations, may_stop=True, validation=None, metrics=()):
         super().__init__()
         self.folder = None if folder is None else pathlib.Path(folder)
         self.anchors, self.log_every, self.iterations, self.may_stop = anchors, log_every, iterations, may_stop
+        self.validation, self.metrics = validation, metrics
         self._logged, self._step, self._learning_rate = [], 0, None
         self._writer = None
 
@@ -80,9 +83,11 @@ class Monitor(keras.callbacks.Callback):
 
     def _log(self, logs):
         layers = {"distance_by_layer": self._distances()}
+        logs = {**(logs or {}), **{metric.name: metric.result() for metric in self.metrics}}
         row = {
             "step": self._step,
-            **{name: float(value) for name, value in (logs or {}).items() if name != "loss" and not name.startswith("val_")},
+            **{name: float(value) for name, value in logs.items() if name != "loss" and not name.startswith("val_")},
+            **({} if self.validation is None else self.validation(self.model)),
             "penalty": float(sum(v.regularizer(v) for v in self.model.trainable_variables if v.regularizer is not None)),
             "learning_rate": self._learning_rate,
             "distance": math.sqrt(sum(d * d for d in layers["distance_by_layer"].values())),

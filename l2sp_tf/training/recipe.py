@@ -19,6 +19,7 @@ SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
 MEANS = ("training", "authors", "weights")
 IMAGES = tuple(Preprocessing().plain())  # names of the image settings of a recipe
+OF_IMAGES = (*IMAGES, "mean", "crops")
 CHOICES = {
     "params": ("all", "kernels"),
     "crops": (1, 10),
@@ -70,6 +71,8 @@ class Recipe:
         head_steps: steps of a first phase that trains the new head alone, everything else frozen, before the iterations;
             0 for none (the paper). "Linear probing, then fine-tuning" (Kumar et al. 2022, arXiv 2202.10054).
         head_learning_rate: the rate of that phase, which is constant.
+        label_smoothing: epsilon from 0 to below 1: the loss is taken to the shares (1 - epsilon) y + epsilon / K, where y is
+            one-hot among K classes; 0 for y itself (the paper). Logged numbers are taken to y.
 
     Raises:
         InputError: a value has another type, is out of its range, or is not one of its choices.
@@ -96,6 +99,7 @@ class Recipe:
     batch_norm: str = "batch"
     head_steps: int = 0
     head_learning_rate: float = 0.03
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
         for name in ("iterations", "batch_size"):
@@ -106,6 +110,7 @@ class Recipe:
         self._set("learning_rate", fields.number("learning_rate", self.learning_rate, above=0))
         self._set("head_steps", fields.whole("head_steps", self.head_steps, 0))
         self._set("head_learning_rate", fields.number("head_learning_rate", self.head_learning_rate, above=0))
+        self._set("label_smoothing", fields.number("label_smoothing", self.label_smoothing, below=1))
         self._set("momentum", fields.number("momentum", self.momentum, below=1))
         self._check_beta()
         self._set("head_bias", fields.number("head_bias", self.head_bias, least=-math.inf))
@@ -208,7 +213,7 @@ class Recipe:
             reasons["smoothing"] = f"{' and '.join(symbols)} have no root" if len(symbols) > 1 else f"{symbols[0]} has no root"
         return reasons
 
-    def record(self, symbol: str | None = None) -> dict[str, Any]:
+    def record(self, symbol: str | None = None, images: bool = True) -> dict[str, Any]:
         """Returns the settings that a result depends on, for a record.
 
         Omits settings without effect. Also omits the default value of settings that older versions did not have, so that
@@ -216,15 +221,16 @@ class Recipe:
 
         Args:
             symbol: of the run's penalty; None for any.
+            images: whether the recipe makes the images; if not, its settings of images are left out.
         """
         values = dataclasses.asdict(self.replace(decay_at=None if self.decay_step == self._two_thirds else self.decay_at))
         values = {**values, **self.images.plain()}
         del values["images"]
         values["mean"] = self.mean or "training"
-        idle = self.idle(None if symbol is None else (symbol,))
+        idle = [*self.idle(None if symbol is None else (symbol,)), *(() if images else OF_IMAGES)]
         newer: dict[str, Any] = {"solver": "sgd", "penalty_step": "gradient"}
         newer |= {"head_bias": 0.0, "smoothing": 0.0, "moving_statistics": "source", "batch_norm_decay": None}
-        newer |= {"batch_norm": "batch", "head_steps": 0}
+        newer |= {"batch_norm": "batch", "head_steps": 0, "label_smoothing": 0.0}
         kept = {name: value for name, value in values.items() if name not in newer or value != newer[name]}
         return {name: value for name, value in kept.items() if name not in idle}
 
@@ -278,6 +284,13 @@ class Recipe:
         """Returns a copy whose `mean` is decided for a network with this pixel format."""
         return self.replace(mean="weights" if pixels.is_raw else "training") if self.mean is None else self
 
+    @property
+    def images_set(self) -> list[str]:
+        """The names of the settings of images that differ from the defaults."""
+        values = {**self.images.plain(), "mean": self.mean, "crops": self.crops}
+        usual = {**Preprocessing().plain(), "mean": None, "crops": 1}
+        return [name for name in OF_IMAGES if values[name] != usual[name]]
+
     def replace(self, **changes: Any) -> "Recipe":
         """Returns a copy with other settings, image settings included, as in `recipe.replace(crop=160)`."""
         of_images = {name: changes.pop(name) for name in IMAGES if name in changes}
@@ -314,5 +327,5 @@ class Recipe:
         changes = {"iterations": like.iterations * 4, "decay_at": None, "learning_rate": 0.05, "alpha": {"l2": 1e-4}}
         # settings of fine-tuning or testing alone are reset, so that they do not cause another source training
         own = ["momentum", "beta", "params", "solver", "penalty_step", "log_every"]
-        own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "batch_norm", "head_steps"]
+        own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "batch_norm", "head_steps", "label_smoothing"]
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)

@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 from typing import Any
 
 import keras
 
-from l2sp_tf.data.pipeline import Task, prepare, training_batches
+from l2sp_tf.data.digests import digest_of_rows
+from l2sp_tf.data.given import GivenArrays, GivenStream
+from l2sp_tf.data.pipeline import Task, prepare
 from l2sp_tf.data.sets import Dataset
 from l2sp_tf.files.arrays import Snapshot
 from l2sp_tf.files.errors import InputError
@@ -29,7 +30,9 @@ from l2sp_tf.penalties.formulas import L2, Penalty, smoothed
 from l2sp_tf.training.checkpoints import Checkpointing, deferred_signals, locked
 from l2sp_tf.training.devices import copy_weights, fit
 from l2sp_tf.training.execution import Execution
+from l2sp_tf.training.inputs import taken_as_given, validation_of
 from l2sp_tf.training.monitor import FiniteLoss, Monitor
+from l2sp_tf.training.objective import Objective, Validation
 from l2sp_tf.training.recipe import Recipe
 
 
@@ -45,7 +48,8 @@ class Run:
         seconds: training time in seconds, summed over all interrupted attempts.
         resumed_at: the step of the checkpoint from which it resumed, 0 for none.
         stopped_at: the step at which a callback stopped the training early, or None.
-        interface: the `Interface` of the model: how its images are made, and the class of each output.
+        interface: the `Interface` of the model: how its images are made, and the class of each output; None if the images were
+            the caller's.
     """
 
     model: keras.Model
@@ -59,8 +63,10 @@ class Run:
 
 
 def interface_of(task, recipe):
-    """Returns the `Interface` of a network that is trained on a task by a recipe."""
+    """Returns the `Interface` of a network that is trained on a task by a recipe; None if the recipe does not make the images."""
     p = task.preprocessing
+    if p is None:
+        return None
     images = (task.pixels, p.resize, p.resize_mode, p.resize_filter, p.crop)
     return Interface(*images, crops=recipe.crops, mean=recipe.mean, classes=task.classes)
 
@@ -76,6 +82,10 @@ def finetune(
     fisher: Weights | None = None,
     seed: int = 0,
     frozen: int = 0,
+    validation_data: Any = None,
+    class_weight: dict[int, float] | None = None,
+    num_classes: int | None = None,
+    data_name: str | None = None,
     **execution: Any,
 ) -> Run:
     """Fine-tunes a copy of a pre-trained classifier under a penalty (sections 3 and 4.2).
@@ -86,11 +96,14 @@ def finetune(
 
     With a `run_dir` the run is saved there from time to time. If Ctrl-C, SIGTERM or a crash interrupts it, the same call
     resumes from the newest checkpoint. It then ends in the same weights and log as an uninterrupted run: to the bit if
-    TensorFlow's operations are deterministic.
+    TensorFlow's operations are deterministic. For streams of the caller's this holds if they give the same batches each time.
 
     Args:
         pretrained: a built functional or Sequential Keras model.
-        data: a `Task`, or a `Dataset`, which the recipe prepares.
+        data: a `Task`, or a `Dataset`, which the recipe prepares; or what Keras' `fit` takes, with images as the network sees
+            them: arrays (x, y) or (x, y, sample_weight), in batches of the recipe that are drawn by `seed`; a `tf.data.Dataset`,
+            batched or not; or a `keras.utils.PyDataset`. Streams keep their own batches, and are repeated. Labels are
+            integers [n] or [n, 1], or shares of the classes [n, K], one-hot or not.
         penalty: such as `L2SP(0.1)`.
         recipe: a `Recipe`; the paper's by default.
         pixels: for a `Dataset`, the pixel format of `pretrained`: a `PixelFormat`, or "rgb", "bgr", "torch", "tf" or "raw".
@@ -100,6 +113,12 @@ def finetune(
         seed: of the head, the order of the images and their augmentation.
         frozen: how many of the first units to freeze, as in `freeze_first` (Fig. 3); 0 freezes nothing, even if `pretrained`
             has frozen layers.
+        validation_data: data of the same forms, of which each row of the log gets "val_cross_entropy" and "val_accuracy"; of
+            a `Task` or `Dataset` the test images.
+        class_weight: as in Keras' `fit`, a dict from the number of a class to its weight in the loss; other classes weigh 1.
+        num_classes: K, where the data do not say it: for streams of integers; for arrays of integers it is by default one
+            more than the largest label.
+        data_name: a name by which `run_dir` knows streams again; by default it knows them by their first batch.
         execution: any of `run_dir`, `save`, `checkpoint_every`, `strategy`, `jit_compile`, `callbacks` and `verbose`, as
             in `Execution`.
 
@@ -108,33 +127,60 @@ def finetune(
 
     Raises:
         InputError: an argument is wrong, or the devices cannot share it; the checkpoint in `run_dir` is of another
-            run; or another process is at work there.
+            run; another process is at work there; or a stream ends, or gives a batch that is wrong.
         FloatingPointError: the loss is not finite; the checkpoint before it stays.
         ConnectionError: one of several machines was lost.
     """
     recipe, how = recipe or Recipe(), Execution(**execution)
-    task, recipe = task_for(pretrained, data, recipe, pixels, how.say)
+    task, recipe = task_for(pretrained, data, recipe, pixels, how.say, num_classes=num_classes, name=data_name)
+    objective = Objective.of(task, recipe, class_weight)
+    validation = validation_of(pretrained, validation_data, task, recipe.batch_size, data_name)
+    check_streams(task, validation, how, data_name)
     anchors = Anchors.of(pretrained) if anchors is None else anchors if isinstance(anchors, Snapshot) else Anchors(anchors)
     keras.utils.set_random_seed(seed)
     model = with_new_head(pretrained, len(task.classes), seed=seed, bias=recipe.head_bias, say=how.say)
     penalty = smoothed(penalty, recipe.smoothing if recipe.penalty_step != "proximal" else 0)
     beta = recipe.beta_for(getattr(penalty, "symbol", ""))
     penalise = functools.partial(attach, model, penalty, anchors, beta, params=recipe.params, fisher=fisher)
-    seconds = _train_head(model, penalise, task, recipe, seed, how) if recipe.head_steps else 0.0
+
+    def training(anchors, recipe):
+        return Training(model, penalise(), anchors, recipe, task, seed, objective, validation)
+
+    seconds = _train_head(model, training, recipe, how) if recipe.head_steps else 0.0
     unfreeze(model)
     if frozen:
         freeze_first(model, frozen)
     set_moving_statistics(model, fresh=recipe.moving_statistics == "fresh" and not frozen, decay=recipe.batch_norm_decay)
-    run = _fit(Training(model, penalise(), anchors, task, recipe, seed), how)
+    run = _fit(training(anchors, recipe), how)
     return dataclasses.replace(run, seconds=run.seconds + seconds)
 
 
-def _train_head(model, penalise, task, recipe, seed, how):
+def _train_head(model, training, recipe, how):
     """Trains the last layer of a model alone, in place, as a run of its own in the folder head/; returns its seconds."""
     for layer in model._flatten_layers(include_self=False):
         layer.trainable = False
     model.outputs[0]._keras_history.operation.trainable = True
-    return _fit(Training(model, penalise(), None, task, recipe.for_head(), seed), how.for_head()).seconds
+    return _fit(training(None, recipe.for_head()), how.for_head()).seconds
+
+
+def check_streams(task, validation, how, name):
+    """Says what is promised of a run in a folder that reads streams of the caller's.
+
+    Raises:
+        InputError: the folder would not know them again, or there is a name but no stream.
+    """
+    streams = [data for data in (task, validation and validation.data) if isinstance(data, GivenStream)]
+    if name is not None and not streams:
+        raise InputError(f"data_name is {name!r}, but there is no stream, and arrays are known by their content: leave it out.")
+    if how.run_dir is None:
+        return
+    for stream in streams:
+        stream.check_known_again()
+    if isinstance(task, GivenStream):
+        how.say(
+            "The data are a stream: an interrupted run resumes from its checkpoint and skips the batches before it, and ends as "
+            "without a stop only if the stream gives the same batches each time."
+        )
 
 
 def train_source(
@@ -157,20 +203,33 @@ def train_source(
         A `Run` without anchors.
     """
     how = Execution(**execution)
-    task = as_task(data, recipe, pixels, how.say)
+    if isinstance(data, (Task, Dataset)):
+        task = as_task(data, recipe, pixels, how.say)
+        recipe = recipe.seen_by(task.preprocessing.pixels)
+    else:
+        task, recipe = taken_as_given(model, data, recipe, pixels, num_classes=model.output_shape[-1])
+        check_streams(task, None, how, None)
     keras.utils.set_random_seed(seed)
     alpha = recipe.alpha_for(L2.symbol)
     coverage = attach(model, L2(alpha), None, alpha, params=recipe.params)
-    return _fit(Training(model, coverage, None, task, recipe.seen_by(task.preprocessing.pixels), seed), how)
+    return _fit(Training(model, coverage, None, recipe, task, seed, Objective.of(task, recipe)), how)
 
 
-def task_for(pretrained, data, recipe, pixels, say):
+def task_for(pretrained, data, recipe, pixels, say, **options):
     """Returns the `Task` of a fine-tuning and its recipe with the mean decided; a network that rescales pixels gets them raw.
+
+    Other data than a `Task` or a `Dataset` are taken as they are (see `taken_as_given`, whose `options` are given).
 
     Raises:
         InputError: the pixel format is unknown, or a network that rescales pixels itself would get others and the
-            recipe does not name their mean.
+            recipe does not name their mean; or the options do not fit the data.
     """
+    if isinstance(data, GivenArrays):  # a fold
+        return data, recipe
+    if not isinstance(data, (Task, Dataset)):
+        return taken_as_given(pretrained, data, recipe, pixels, say=say, **options)
+    if options.get("num_classes") is not None:
+        raise InputError(f"num_classes is {options['num_classes']}, but a {type(data).__name__} has its own: leave it out.")
     rescaling = rescaling_of(pretrained)
     if isinstance(data, Dataset) and pixels is None:
         if rescaling is None:
@@ -212,34 +271,40 @@ class Training:
         model: a Keras model that carries the penalties of `coverage`.
         coverage: the `Coverage`.
         anchors: the `Anchors`, or None.
-        task: the `Task`.
         recipe: the `Recipe`.
+        task: the `Task`, `GivenArrays` or `GivenStream`.
         seed: of the order of the images and their augmentation.
+        objective: the `Objective`.
+        validation: the `Validation`, or None.
     """
 
     model: keras.Model
     coverage: Coverage
     anchors: Snapshot | None
-    task: Task
     recipe: Recipe
+    task: Task | GivenArrays | GivenStream
     seed: int
+    objective: Objective
+    validation: Validation | None = None
 
     @property
     def identity(self):
         """A dict that identifies this run, with a hash of all weights."""
-        coverage, task, penalties = self.coverage, self.task, {}
+        coverage, penalties, images, weights = self.coverage, {}, self.task.preprocessing, self.objective.class_weight
         for weight in coverage.weights:
             penalties.setdefault(weight.group, []).append(str(weight))
         return {
-            "recipe": plain(self.recipe.record()),
+            "recipe": plain(self.recipe.record(images=images is not None)),
             "code": RESULTS_VERSION,
             "seed": self.seed,
             "penalty": {group: sorted(set(texts)) for group, texts in penalties.items()},
             "coverage": coverage.digest,
             "anchors": coverage.anchors_digest,
             "start": Anchors.of(self.model).digest,
-            "data": {"name": task.name, "digest": task.digest, "images": images_digest(task), "mean": task.mean.tolist()},
-            "pixels": plain(task.preprocessing.pixels),
+            "data": data_identity(self.task),
+            **({} if images is None else {"pixels": plain(images.pixels)}),
+            **({} if weights is None else {"class_weight": list(weights)}),
+            **({} if self.validation is None else {"validation": self.validation.identity}),
         }
 
     def compile(self, model, jit_compile):
@@ -248,24 +313,25 @@ class Training:
         Returns:
             The metrics.
         """
-        metrics = [
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy"),
-            keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
-        ]
         around = {"proximal": Proximal.of, "decoupled": Decoupled.of}.get(self.recipe.penalty_step)
         optimizer = self.recipe.optimizer()
         optimizer = around(optimizer, model) if around else optimizer
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(optimizer, loss, metrics=metrics, jit_compile=jit_compile)
+        metrics = self.objective.compile(model, optimizer, jit_compile)
         # otherwise its variables are created while the step is traced, which is then traced twice
         model.optimizer.build(model.trainable_variables)
         return metrics
 
     def batches(self, first_step, part):
         """Returns one worker's part of each training batch, from a step on."""
-        task, recipe = self.task, self.recipe
-        options = {"batch_size": recipe.batch_size, "seed": self.seed, "iterations": recipe.iterations}
-        return training_batches(task.train, task.preprocessing, task.mean, first_step=first_step, part=part, **options)
+        options = {"batch_size": self.recipe.batch_size, "seed": self.seed, "iterations": self.recipe.iterations}
+        return self.objective.feed(self.task.train_batches(first_step=first_step, part=part, **options))
+
+    def check_shares(self, devices):
+        """Raises an InputError unless devices can get equal shares of each batch."""
+        if isinstance(self.task, GivenStream):
+            self.task.check_shares(devices.replicas)
+        else:
+            devices.check_batch_size(self.recipe.batch_size)
 
     def keep_anchors(self, path, step):
         """Saves the anchors beside a new run, or checks those beside a run that resumes after `step`.
@@ -280,7 +346,9 @@ class Training:
                 f"{path} is missing, but the run has a checkpoint of step {step}: put the file back, or remove them."
             )
         if not path.exists():
-            self.anchors.with_metadata(pixels=self.task.preprocessing.pixels.plain()).save(path)
+            images = self.task.preprocessing
+            known = {} if images is None else {"pixels": images.pixels.plain()}
+            self.anchors.with_metadata(**known).save(path)
         elif Anchors.load(path).digest != self.anchors.digest:
             raise InputError(
                 f"{path} holds other anchors than this run starts from: load them with Anchors.load, or give another run_dir."
@@ -290,7 +358,7 @@ class Training:
 def _fit(training, how):
     """Fits the model of a `Training`, or its copy on several devices, as an `Execution` says."""
     recipe, devices, folder = training.recipe, how.devices, how.run_dir
-    devices.check_batch_size(recipe.batch_size)
+    training.check_shares(devices)
     # a run without a folder on one device needs no identity, which hashes all weights
     identity = None if folder is None and how.strategy is None else training.identity
     devices.check_same_run(identity)
@@ -305,6 +373,7 @@ def _fit(training, how):
         with devices.scope():
             metrics = training.compile(trained, how.jit_compile)
             options = {"log_every": recipe.log_interval, "iterations": recipe.iterations, "may_stop": how.may_stop}
+            options |= {"validation": training.validation, "metrics": metrics if training.objective.has_weights else ()}
             monitor = Monitor(folder if how.writes else None, training.anchors, **options)
             keeper = Checkpointing(monitor, metrics, recipe.iterations)
             if folder is not None:
@@ -315,7 +384,8 @@ def _fit(training, how):
         if resumed_at < recipe.iterations and keeper.stopped_at is None:
             callbacks = [AnchorGuard(training.coverage), FiniteLoss(resumed_at), monitor, keeper, *how.callbacks]
             batches = training.batches(resumed_at, devices.part)
-            fit(trained, batches, steps=recipe.iterations - resumed_at, callbacks=callbacks, verbose=how.verbose)
+            with errors_of(training.task):
+                fit(trained, batches, steps=recipe.iterations - resumed_at, callbacks=callbacks, verbose=how.verbose)
         else:
             monitor.rewrite(trained)
     copy_weights(trained, training.model)
@@ -328,6 +398,14 @@ def _fit(training, how):
     return Run(*found, keeper.seconds, resumed_at, keeper.stopped_at, interface)
 
 
-def images_digest(task):
-    """Identifies the part of a data set that a task trains on: a hash in hexadecimal."""
-    return hashlib.sha256(task.train.labels.tobytes() + task.train.places.tobytes()).hexdigest()
+def errors_of(task):
+    """Returns a context that raises what went wrong in reading a stream of the caller's."""
+    return task.errors() if isinstance(task, GivenStream) else contextlib.nullcontext()
+
+
+def data_identity(task):
+    """Identifies what a task trains on: a dict of its name, its content, its part of it and its mean, where it has them."""
+    made = {"name": task.name, "digest": task.digest}
+    if not isinstance(task, GivenStream):
+        made["images"] = digest_of_rows(task.train)
+    return made if task.mean is None else {**made, "mean": task.mean.tolist()}

@@ -26,7 +26,7 @@ class Images:
 
 
 def task(digest="d" * 64, labels=(0, 1, 1), skipped=()):
-    return types.SimpleNamespace(digest=digest, test=Images(labels, skipped), pixels=PIXELS["rgb"])
+    return types.SimpleNamespace(digest=digest, classes=("a", "b"), test=Images(labels, skipped), pixels=PIXELS["rgb"])
 
 
 def record(history=None, error=None, stopped_at=None, **measured):
@@ -36,9 +36,8 @@ def record(history=None, error=None, stopped_at=None, **measured):
         if error is not None:
             raise error
         coverage = types.SimpleNamespace(digest="c", counts={"S": (1, 2)})
-        interface = types.SimpleNamespace(classes=("a", "b"))
         fields = {"model": None, "coverage": coverage, "history": [history], "stopped_at": stopped_at, "seconds": 1.5}
-        return types.SimpleNamespace(**fields, interface=interface)
+        return types.SimpleNamespace(**fields)
 
     anchors = types.SimpleNamespace(digest="a" * 64)
     recipe = l2sp.Recipe()

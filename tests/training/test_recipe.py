@@ -77,6 +77,7 @@ BAD = {
     "batch_norm": ("moving", None),
     "head_steps": (-1, 1.5, True, None),
     "head_learning_rate": (0, NAN, True, None),
+    "label_smoothing": (-0.1, 1.0, NAN, True, None),
 }
 
 
