@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pytest
 from PIL import Image
+from published import write_published
 from test_plans import plan
 from test_store import decoded  # noqa: F401
 
@@ -230,3 +231,50 @@ def test_a_network_that_rescales_pixels_gets_them_raw_unless_the_mean_is_named(f
     for changes in ({"pixels": "rgb"}, {"pixels": "tf"}, {"pixels": "bgr"}, {"mean": "authors"}):
         with pytest.raises(l2sp.InputError, match="rescales pixels itself"):
             outline(**changes)
+
+
+KINDS = {  # how it sees pixels: a network, and the module of its preprocess_input
+    "bgr": ("ResNet50", keras.applications.resnet),
+    "tf": ("MobileNetV2", keras.applications.mobilenet_v2),
+    "raw": ("MobileNetV3Small", keras.applications.mobilenet_v3),
+    "torch": ("DenseNet121", keras.applications.densenet),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow if kind in ("bgr", "torch") else ()) for kind in KINDS]
+)
+def test_source_accuracy_is_that_of_keras_own_predict_on_raw_images(kind, tmp_path):
+    """Two thirds of the images lie in the class that Keras predicts for them, near the border between both classes."""
+    name, module = KINDS[kind]
+    rng, side = np.random.default_rng(0), 32
+    model = getattr(keras.applications, name)(
+        weights=None, input_shape=(side, side, 3), classes=2, classifier_activation=None, name=name.lower()
+    )
+    coarse = rng.integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
+    images = np.stack([Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC) for image in coarse])
+    head = [layer for layer in model.layers if layer.weights][-1]
+    kernel, _ = head.get_weights()
+    difference = model.predict(module.preprocess_input(images.astype("float32")), verbose=0) @ [-1, 1]
+    spread = 1 / difference.std()  # the random network hardly tells images apart
+    head.set_weights([kernel * spread, np.array([np.median(difference) * spread, 0])])
+    z = model.predict(module.preprocess_input(images.astype("float32")), verbose=0)
+    write_published(tmp_path / "w.h5", model)
+    for i, (image, predicted) in enumerate(zip(images, z.argmax(1), strict=True)):
+        for split in ("train", "test"):
+            folder = tmp_path / "data" / split / "ab"[predicted if i % 3 else 1 - predicted]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    data = str(tmp_path / "data")
+    recipe = Recipe().replace(resize=side, crop=side, iterations=1)
+    changes = {
+        "source": data,
+        "target": data,
+        "weights": str(tmp_path / "w.h5"),
+        "backbone": name,
+        "recipe": recipe,
+        "source_recipe": recipe,
+    }
+    before = starts.prepare_start(plan(workdir=tmp_path / "runs", **changes), say=lambda line: None).before
+    assert 20 < (z.argmax(1) == 0).sum() < 40
+    assert before["correct"] == 40
