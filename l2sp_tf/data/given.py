@@ -254,7 +254,8 @@ class GivenStream:
     def _checked(self, x, y, weights=None):
         x = keras.tree.map_structure(_float, x)
         leaves = keras.tree.flatten(x)
-        finite = [tf.reduce_all(tf.math.is_finite(leaf)) for leaf in leaves if leaf.dtype.is_floating]
+        floats = [leaf for leaf in leaves if leaf.dtype.is_floating]
+        finite = [tf.constant(True), *(tf.reduce_all(tf.math.is_finite(leaf)) for leaf in floats)]
         inputs = [tf.reduce_all(finite), tf.shape(leaves[0])[0], y, *([weights] if self.has_weights else [])]
         types = [tf.float32 if self.has_shares else tf.int32, *([tf.float32] if self.has_weights else [])]
         y, *weights = tf.numpy_function(self._converted, inputs, types)

@@ -270,6 +270,7 @@ def _fit_on_workers(model, devices, batches, callbacks, options):
             logs = {name: float(value) for name, value in train_step(iterator).items()}
             callbacks.on_train_batch_end(step, logs)
             if _total(strategy, model.stop_training):  # if one worker stopped alone, the others would wait forever
+                model.stop_training = True
                 break
     except LOST as error:
         raise _lost(f"in step {step + 1}") from error

@@ -209,6 +209,17 @@ def test_inputs_may_be_many_and_pixels_whole():
     assert_same(finetune(pretrained, slices(x, Y)).model, finetune(pretrained, slices(x, Y[:, None])).model, rtol=0)
 
 
+@eagerly
+def test_inputs_may_be_whole_numbers():
+    words = keras.Input((4,), dtype="int32")
+    x = keras.layers.GlobalAveragePooling1D(name="pool")(keras.layers.Embedding(9, 5, name="words")(words))
+    pretrained = keras.Model(words, keras.layers.Dense(5, name="predictions")(x))
+    x = RNG.integers(0, 9, (16, 4)).astype("int32")
+    recipe = RECIPE.replace(iterations=2, decay_at=None)
+    one, two = (finetune(pretrained, data, recipe) for data in (slices(x, Y[:16]), slices(x, ONE_HOT[:16])))
+    assert_same(one.model, two.model, atol=1e-6)
+
+
 class CutOffError(Exception):
     pass
 
