@@ -82,7 +82,11 @@ results.integer("log_every", None, "Steps between two rows of a run's log; by de
 
 training = Section(FLAGS, "The training")
 training.enum(
-    "protocol", "paper", ["paper", "authors"], "Default settings and split of caltech256: the paper's, or the authors' code's."
+    "protocol",
+    "paper",
+    ["paper", "authors", "network"],
+    "Default settings and split of caltech256: the paper's or the authors' code's; network: settings that fit the network, the "
+    "image size and the number of images, as Recipe.for_network chooses them.",
 )
 training.integer("iterations", None, "Steps of fine-tuning.")
 training.list("learning_rate", "", "Initial learning rates of fine-tuning; each is divided by 10 after --decay_at steps.")

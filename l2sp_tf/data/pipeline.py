@@ -56,6 +56,22 @@ class Preprocessing:
     def _set(self, name, value):
         object.__setattr__(self, name, value)
 
+    @classmethod
+    def for_size(cls, side):
+        """Returns the paper's image operations for crops of another side, in proportion: to s from 224 pixels.
+
+        Resizes to 256 s / 224, and blurs with a kernel of about 5 s / 224 pixels, the nearest odd number, and deviations of
+        0.1 s / 224 to 2 s / 224; a kernel of one pixel is no blur.
+
+        Args:
+            side: s, in pixels.
+        """
+        scale = fields.whole("image_size", side) / cls.crop
+        kernel = 2 * round((cls.blur_kernel * scale - 1) / 2) + 1
+        low, high = (float(f"{sigma * scale:.4g}") for sigma in cls.blur_sigma)
+        blur = {"blur_kernel": kernel, "blur_sigma": (low, high)} if kernel > 1 else {"blur": "none"}
+        return cls(resize=round(cls.resize * scale), crop=side, **blur)
+
     def with_pixels(self, pixels):
         """Returns a copy for a network with another pixel format."""
         return dataclasses.replace(self, pixels=pixels)

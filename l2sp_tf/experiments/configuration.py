@@ -8,11 +8,12 @@ import json
 import pathlib
 
 from l2sp_tf.data.datasets import load_dataset
+from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, study
-from l2sp_tf.experiments.selection import LEARNING_RATES
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models.keras_files import input_shape
+from l2sp_tf.models import zoo
+from l2sp_tf.models.keras_files import input_shape, load_model
 from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
@@ -29,11 +30,12 @@ JIT = {"auto": "auto", "on": True, "off": False}
 OF_BACKBONE = ("backbone", "widths", "depths", "block")
 
 
-def plans_of(values):
+def plans_of(values, say=print):
     """Makes one plan for each pair of source and target, or the plans of an experiment.
 
     Args:
         values: a dict from flag name to value.
+        say: called with a line on the settings that were chosen for a network.
 
     Raises:
         InputError: a value is wrong, or two values contradict each other.
@@ -50,7 +52,7 @@ def plans_of(values):
             f"There are {len(sources)} sources but {len(weights)} weights: give one for each source, or one for all."
         )
     pairs = zip(sources, weights * (len(sources) if len(weights) == 1 else 1), strict=True)
-    plans = [_plan(values, source, weight, target, targets) for source, weight in pairs for target in targets]
+    plans = [_plan(values, source, weight, target, targets, say) for source, weight in pairs for target in targets]
     if values.get("experiment") is None:
         return plans
     parts = [part for plan in plans for part in study(values["experiment"], plan)]
@@ -76,14 +78,17 @@ def _counted(target):
     return (name, int(count)) if name and count.isascii() and count.isdigit() else (target, None)
 
 
-def _plan(values, source, weights, target, targets):
+def _plan(values, source, weights, target, targets, say):
     """Makes the plan of one source and one target."""
     target, per_class = _counted(target)
     per_class = values.get("per_class") if per_class is None else per_class
     is_digits = target == DIGITS[1]
     if weights == "none" and source is None and not is_digits:  # an unknown target is reported before the missing source
         load_dataset(target, per_class=per_class, protocol=values.get("protocol") or "paper", data_dir=values.get("data_dir"))
-    recipe, source_recipe = recipes_of(values, weights, is_digits)
+    base = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
+    if values.get("protocol") == "network":
+        base, values = _recipe_for_network(values, weights, target, per_class, say), {**values, "protocol": "paper"}
+    recipe, source_recipe = recipes_of(base, values, weights, is_digits)
     penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
     folds = values.get("folds")
     folds = (DEFAULT_FOLDS if values.get("experiment") is not None else 0) if folds is None else folds
@@ -100,7 +105,7 @@ def _plan(values, source, weights, target, targets):
         strengths=strengths,
         alphas=_numbers(values, "alpha", float),
         betas=_numbers(values, "beta", float),
-        learning_rates=_numbers(values, "learning_rate", float) or (LEARNING_RATES if folds else ()),
+        learning_rates=_numbers(values, "learning_rate", float) or (recipe.rates() if folds else ()),
         frozen=_frozen(values),
         folds=folds,
         seeds=_numbers(values, "seeds", int),
@@ -114,9 +119,24 @@ def _plan(values, source, weights, target, targets):
     )
 
 
-def recipes_of(values, weights, is_digits):
-    """Returns the recipes of fine-tuning and of training a source model; `weights` is a value of `--weights`."""
-    recipe = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
+def _recipe_for_network(values, weights, target, per_class, say):
+    """Returns `Recipe.for_network` of the network and the training images that the flags name."""
+    dataset = load_dataset(target, per_class=per_class, seed=values.get("subset_seed"), data_dir=values.get("data_dir"))
+    if weights.endswith(".keras"):
+        network = load_model(weights)
+        takes_any = network.input_shape[1] is None
+        return Recipe.for_network(network, dataset, image_size=values.get("crop") if takes_any else None, say=say)
+    stages = {name: _numbers(values, name, int) or getattr(Setup, name) for name in ("widths", "depths")}
+    side, block = values.get("crop") or Preprocessing.crop, values.get("block") or Setup.block
+    network = zoo.backbone(values.get("backbone") or "small", 2, image_size=side, block=block, **stages)
+    return Recipe.for_network(network, dataset, say=say)
+
+
+def recipes_of(recipe, values, weights, is_digits):
+    """Returns the recipes of fine-tuning and of training a source model: `recipe` with the settings given by flags.
+
+    `weights` is a value of `--weights`.
+    """
     recipe = Recipe.digits(recipe) if is_digits else recipe
     given = {name: values[name] for name in RECIPE if values.get(name) is not None}
     if "crop" not in given and (side := _side_of(weights)) is not None:

@@ -30,7 +30,6 @@ from l2sp_tf.training.objective import Objective
 from l2sp_tf.training.recipe import Recipe
 from l2sp_tf.training.trainer import task_for
 
-LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2
 AXES = ("alpha", "beta", "learning_rate")
 MOST_EXTENSIONS = 3  # values tried beyond each end of the given grid
 
@@ -207,7 +206,7 @@ def cross_validate(
     *,
     alphas: Iterable[float] | None = None,
     betas: Iterable[float] | None = None,
-    learning_rates: Iterable[float] = LEARNING_RATES,
+    learning_rates: Iterable[float] | None = None,
     folds: int = 5,
     seed: int = 0,
     pixels: PixelFormat | str | None = None,
@@ -234,7 +233,7 @@ def cross_validate(
         penalty: a class, such as `L2SP`.
         alphas: strengths; by default the recipe's grid for the penalty.
         betas: strengths on the new layer; by default the recipe's beta.
-        learning_rates: initial rates.
+        learning_rates: initial rates; by default `Recipe.rates`, the paper's for its own recipe.
         folds: number of folds.
         seed: draws the folds; runs on fold i use seed i.
         run_dir: a folder for the records of the runs and of the selection; the same call resumes an interrupted one.
@@ -256,7 +255,7 @@ def cross_validate(
     axes = [
         _axis("alphas", alphas, recipe.grid_for(penalty.symbol)),
         _axis("betas", betas, (recipe.beta_for(penalty.symbol),)),
-        _axis("learning_rates", learning_rates, LEARNING_RATES, above=0),
+        _axis("learning_rates", learning_rates, recipe.rates(), above=0),
     ]
     search = Search(penalty.symbol, dict(zip(AXES, axes, strict=True)), folds, frozen)
     options |= {"class_weight": class_weight}

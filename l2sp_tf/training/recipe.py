@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -15,6 +15,7 @@ from l2sp_tf.penalties.formulas import PENALTIES
 
 # The authors' code publishes these; the paper chooses alpha by cross-validation.
 PUBLISHED_ALPHA = {"l2": 1e-4, "l2_sp": 0.1}
+LEARNING_RATES = (0.005, 0.01, 0.02)  # section 4.2: cross-validation chooses among them
 SOLVERS = ("sgd", "adam")
 PENALTY_STEPS = ("gradient", "proximal", "decoupled")
 MEANS = ("training", "authors", "weights")
@@ -258,6 +259,17 @@ class Recipe:
             raise InputError(f"There is no grid of strengths for the penalty {symbol}: give alphas.")
         return PENALTIES[symbol].grid
 
+    def rates(self) -> tuple[float, ...]:
+        """Returns the learning rates that cross-validation tries by default.
+
+        They are the paper's if the recipe's rate is one of them, otherwise about a third of it, the rate itself, and about
+        three times it.
+        """
+        rate = self.learning_rate
+        if rate in LEARNING_RATES:
+            return LEARNING_RATES
+        return float(f"{rate / 10**0.5:.1g}"), rate, float(f"{rate * 10**0.5:.1g}")
+
     def mean_for(self, name: str, pixels: PixelFormat) -> tuple[float, float, float] | None:
         """Returns the mean to subtract from the images of a data set.
 
@@ -311,6 +323,53 @@ class Recipe:
         return cls(iterations=9001, decay_at=5000, params="kernels", beta={"l2": 1e-3}, **images, **network)
 
     @classmethod
+    def for_network(
+        cls, model: keras.Model, images: int | Any, *, image_size: int | None = None, say: Callable[[str], None] = print
+    ) -> "Recipe":
+        """Returns settings for a network, images or a number of images that are not the paper's, and says what it chose.
+
+        The rules, which docs/networks.md measures on training images:
+        - images are cut to the side that the network takes, and resized and blurred in proportion to the paper's 224 pixels
+          (`Preprocessing.for_size`);
+        - steps have 32 images, and there are ten epochs of them, but at least 200 and at most 9000 steps;
+        - 100 more steps before them train the new head alone, at the rate 0.03;
+        - with batch norm, the source's statistics stay; then, and without batch norm, the rate is 0.001.
+
+        Args:
+            model: the pre-trained model.
+            images: the number of training images; or a `Dataset` or `Task`, which has them.
+            image_size: the side of the images in pixels, if the model takes any; 224 by default.
+            say: called with a line on what was chosen.
+
+        Raises:
+            InputError: the model takes images that are not square or not of `image_size`, or `images` is no number.
+        """
+        side = _side_for(model, image_size)
+        count = fields.whole("images", images if isinstance(images, int) else len(images.train))
+        iterations = min(cls.iterations, max(200, math.ceil(10 * count / 32)))
+        has_statistics = any(isinstance(layer, keras.layers.BatchNormalization) for layer in model._flatten_layers())
+        made = cls(
+            iterations=iterations,
+            batch_size=32,
+            learning_rate=0.001,
+            head_steps=100,
+            batch_norm="source" if has_statistics else "batch",
+            images=Preprocessing.for_size(side),
+        )
+        say(made._summary(model, count))
+        return made
+
+    def _summary(self, model, count):
+        images = self.images
+        blur = f"blurred by a kernel of {images.blur_kernel}" if images.blur == "gaussian" else "not blurred"
+        kept = ", batch norm keeps the source's statistics" if self.batch_norm == "source" else ""
+        return (
+            f"{model.name}, {count} training images: crops of {images.crop} pixels from {images.resize}, {blur}; "
+            f"{self.head_steps} steps for the head alone, then {self.iterations} at the rate {self.learning_rate:g}, "
+            f"{self.batch_size} images each{kept}."
+        )
+
+    @classmethod
     def digits(cls, like: "Recipe | None" = None) -> "Recipe":
         """Returns settings for the embedded digits, 8x8 pixels: no mirror (digits have a handedness) and no blur.
 
@@ -329,3 +388,19 @@ class Recipe:
         own = ["momentum", "beta", "params", "solver", "penalty_step", "log_every"]
         own += ["head_bias", "smoothing", "moving_statistics", "batch_norm_decay", "batch_norm", "head_steps", "label_smoothing"]
         return like.replace(**changes, **{name: getattr(cls(), name) for name in own}, crops=1)
+
+
+def _side_for(model, image_size):
+    """Returns the side of the square images that a model takes: its own, or `image_size` if it takes any.
+
+    Raises:
+        InputError: as in `Recipe.for_network`.
+    """
+    height, width = model.input_shape[1:3]
+    if height != width:
+        raise InputError(f"{model.name} takes images of {height}x{width} pixels, but crops are square: give another model.")
+    if height is None:
+        return Preprocessing.crop if image_size is None else fields.whole("image_size", image_size)
+    if image_size not in (None, height):
+        raise InputError(f"image_size is {image_size}, but {model.name} takes images of {height} pixels: leave it out.")
+    return height

@@ -5,12 +5,14 @@ import pathlib
 import tomllib
 
 import keras
+import numpy as np
 import pytest
 from test_plans import plan
 
 import l2sp_tf as l2sp
 from l2sp_tf.experiments.configuration import default_workdir, plans_of, text_of, unused, values_of
 from l2sp_tf.experiments.plans import FisherPlan, Setting
+from l2sp_tf.models import zoo
 from l2sp_tf.penalties.formulas import PENALTIES
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
@@ -243,3 +245,24 @@ def test_every_value_of_a_run_has_a_flag():
     fields = {*IMAGES, *(field.name for field in dataclasses.fields(Recipe))}
     assert fields - named <= set(values_of(made, Setting("l2", 1e-4, 0.01, 0.01)))
     assert set(PENALTIES) == {"l2", "l2_sp", "l2_sp_fisher", "l1_sp", "gl_sp", "gl_sp_fisher"}
+
+
+def test_the_protocol_network_is_the_recipe_for_the_network_with_the_given_flags(tmp_path):
+    keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(), keras.layers.Dense(3)]).save(tmp_path / "m.keras")
+    for i in range(2):
+        for split, name in (("train", "ab"[i]), ("test", "ab"[i])):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            keras.utils.save_img(tmp_path / "data" / split / name / f"{split}.png", np.full((8, 8, 3), 90.0 * i + 9 * len(split)))
+    given = {"target": [str(tmp_path / "data")], "protocol": "network"}
+    for other in ({"weights": [str(tmp_path / "m.keras")]}, {"weights": ["imagenet"], "backbone": "mobilenetv2", "crop": 96}):
+        said = []
+        (made,) = plans_of({**BASE, **given, **other, "head_steps": 7, "folds": 2}, said.append)
+        model = (
+            zoo.backbone("mobilenetv2", 2, image_size=96) if "crop" in other else keras.saving.load_model(tmp_path / "m.keras")
+        )
+        assert made.setup.recipe == Recipe.for_network(model, 2, say=lambda line: None).replace(head_steps=7)
+        assert made.setup.protocol == "paper" and made.sweep.learning_rates == (0.0003, 0.001, 0.003)
+        assert len(said) == 1 and "2 training images" in said[0]
+        setting = next(iter(made.runs()))
+        (again,) = plans_of(values_of(made, setting))
+        assert setting.recipe_of(again.setup.recipe) == setting.recipe_of(made.setup.recipe)

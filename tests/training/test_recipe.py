@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 import pytest
 
@@ -126,3 +127,57 @@ def test_the_mean_follows_the_protocol():
     assert l2sp.Recipe(mean=("4", 5, 6)).mean_for("imagenet2012", carried) == (4, 5, 6)
     with pytest.raises(l2sp.InputError, match="the weights carry no mean"):
         l2sp.Recipe(mean="weights").mean_for("x", PixelFormat())
+
+
+def network(side=None, statistics=True, width=None):
+    layer = keras.layers.BatchNormalization() if statistics else keras.layers.Activation("relu")
+    shape = (side, side if width is None else width, 3)
+    stack = [keras.Input(shape), keras.layers.Conv2D(2, 1), layer, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+    return keras.Sequential(stack, name="net")
+
+
+@pytest.mark.parametrize(("images", "iterations"), [(20, 200), (640, 200), (641, 201), (5_000, 1563), (100_000, 9000)])
+def test_a_network_is_trained_for_ten_epochs_within_limits(images, iterations):
+    assert l2sp.Recipe.for_network(network(), images, say=[].append).iterations == iterations
+
+
+@pytest.mark.parametrize(
+    ("side", "resize", "blur"),
+    [(224, 256, (5, 0.1, 2.0)), (128, 146, (3, 0.05714, 1.143)), (448, 512, (9, 0.2, 4.0)), (64, 73, None)],
+)
+def test_images_of_a_network_are_the_papers_in_proportion(side, resize, blur):
+    for given in ({"model": network(side)}, {"model": network(), "image_size": side}):
+        made = l2sp.Recipe.for_network(images=50, say=[].append, **given).images
+        assert (made.crop, made.resize) == (side, resize)
+        assert blur is None if made.blur == "none" else (made.blur_kernel, *made.blur_sigma) == blur
+    assert l2sp.Recipe.for_network(network(224), 50, say=[].append).images == l2sp.Recipe().images
+
+
+def test_a_network_keeps_statistics_if_it_has_some_and_says_what_was_chosen():
+    said = []
+    kept = l2sp.Recipe.for_network(network(128), 600, say=said.append)
+    assert (kept.batch_norm, kept.head_steps, kept.learning_rate, kept.batch_size) == ("source", 100, 0.001, 32)
+    assert kept == l2sp.Recipe.for_network(network(128, statistics=False), 600, say=said.append).replace(batch_norm="source")
+    assert said == [
+        "net, 600 training images: crops of 128 pixels from 146, blurred by a kernel of 3; 100 steps for the head alone, then "
+        f"200 at the rate 0.001, 32 images each{end}."
+        for end in (", batch norm keeps the source's statistics", "")
+    ]
+
+
+def test_a_network_of_other_images_is_refused():
+    for model, size, message in (
+        (network(32), 64, "image_size is 64, but net takes images of 32 pixels: leave it out."),
+        (network(32, width=48), None, "net takes images of 32x48 pixels, but crops are square"),
+    ):
+        with pytest.raises(l2sp.InputError, match=message):
+            l2sp.Recipe.for_network(model, 10, image_size=size)
+    with pytest.raises(l2sp.InputError, match="images is 0"):
+        l2sp.Recipe.for_network(network(), 0)
+
+
+def test_cross_validation_tries_the_papers_rates_or_those_around_the_recipes():
+    for rate in (0.005, 0.01, 0.02):
+        assert l2sp.Recipe(learning_rate=rate).rates() == (0.005, 0.01, 0.02)
+    assert l2sp.Recipe(learning_rate=0.001).rates() == (0.0003, 0.001, 0.003)
+    assert l2sp.Recipe(learning_rate=0.05).rates() == (0.02, 0.05, 0.2)
