@@ -148,17 +148,23 @@ def _whole_rebuilt(model):
 def _settings_of(layer):
     """Returns all that is known of a layer besides its values, comparable with that of a copy: weights, options and functions."""
     own = [(variable.name, tuple(variable.shape), variable.dtype) for variable in own_weights(layer)]
-    kept = {} if _is_graph(layer) else vars(layer)  # a graph computes by its layers, and keeps how it was compiled
+    # the configurations of Keras' own layers tell all; a graph computes by its layers, and keeps how it was compiled
+    kept = {} if type(layer).__module__.startswith("keras.") or _is_graph(layer) else vars(layer)
     kept = {
         name: value
         for name, value in kept.items()
         if isinstance(value, (bool, int, float, str)) or (inspect.isfunction(value) and not hasattr(type(layer), name))
     }
     try:
-        config = layer.get_config()
+        config = {name: None if _is_penalty(layer, name) else value for name, value in layer.get_config().items()}
     except Exception as error:  # some layers of KerasHub have none that works; their copies then have none either
         config = type(error).__name__
     return [own, [layer.name] if own else [], _comparable(kept), _comparable(config)]  # Keras numbers layers without weights
+
+
+def _is_penalty(layer, name):
+    """Whether an option of a layer is one of our penalties, which whoever copies a model drops or sets."""
+    return bool(getattr(getattr(layer, name, None), "is_penalty", False))
 
 
 def _comparable(value):

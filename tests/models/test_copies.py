@@ -442,6 +442,8 @@ def test_a_model_that_makes_its_layers_itself_is_copied_as_a_whole(tmp_path):
     assert type(copy.get_layer("backbone")) is Backbone and list(keyed_weights(copy)) == list(keyed_weights(model))
     assert not {id(v) for v in model.variables} & {id(v) for v in copy.variables}
     assert [v.path for v in copy.trainable_variables] == [v.path for v in model.trainable_variables]
+    l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
+    assert not detached_copy(model).losses and model.losses
     new = l2sp.with_new_head(copy, 3)
     new.save(tmp_path / "m.keras")
     assert_equal(new, keras.models.load_model(tmp_path / "m.keras"), x)
