@@ -35,8 +35,8 @@ task.string(
 task.list(
     "weights",
     "none",
-    "Pre-trained weights, one for each source: none (trains a source model), imagenet, or a .safetensors, .weights.h5, .h5 or "
-    ".keras file.",
+    "Pre-trained weights, one for each source: none (trains a source model), imagenet, a .safetensors, .weights.h5, .h5 or "
+    ".keras file, or a preset of KerasHub: its folder, or its name, such as resnet_50_imagenet.",
 )
 task.integer("per_class", None, "Training images of each target class; by default all (digits: 25).", lower_bound=1)
 task.integer("subset_seed", None, "Draw the --per_class images at random; by default take the first (caltech256: seed 0).")
@@ -127,7 +127,7 @@ network.string(
     "backbone",
     "small",
     "small; a network of keras.applications, such as resnet50 or EfficientNetV2B0; efficientnet_lite0 to 2; or a ResNet of "
-    "TF-slim or PyTorch, such as resnet50_slim or resnet18_torch. Not for a .keras file, which is a whole model.",
+    "TF-slim or PyTorch, such as resnet50_slim or resnet18_torch. Not for a .keras file or a preset, which is a whole model.",
 )
 network.enum(
     "pixels",

@@ -6,6 +6,7 @@ from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.experiments.selection import check_folds
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import keras_files, zoo
+from l2sp_tf.models.heads import head_of
 from l2sp_tf.models.rescaling import rescaling_of
 from l2sp_tf.models.units import unit_count
 
@@ -50,7 +51,7 @@ def _check_writable(workdir):
 def _check_weights(setup):
     """Checks that the weights exist, name their pixel format and accept the recipe's images."""
     _ = setup.pixel_format  # raises if it is unknown
-    shape = keras_files.input_shape(setup.weights) if setup.is_whole_model else None
+    shape = zoo.whole_shape(setup.weights) if setup.is_whole_model else None
     if shape is None:
         return
     *sides, channels = shape
@@ -108,12 +109,18 @@ def check_head(setup, network, source):
     Raises:
         InputError: it cannot.
     """
-    check_classes(network.output_shape[-1], source)
-    if setup.weights not in ("none", "imagenet") and not keras_files.has_head(setup.weights, network):
+    if not _has_head(setup, network):
         raise InputError(
             f"{setup.weights} has no head, so that it cannot classify the images of {source.name}: give a file with one, or "
             "leave --source out."
         )
+    check_classes(network.output_shape[-1], source)
+
+
+def _has_head(setup, network):
+    if setup.is_whole_model:
+        return bool(head_of(network).keys)
+    return setup.weights in ("none", "imagenet") or keras_files.has_head(setup.weights, network)
 
 
 def check_rescaling(setup, network, pixels):
@@ -123,8 +130,7 @@ def check_rescaling(setup, network, pixels):
         InputError: it would get other pixels.
     """
     rescaling = rescaling_of(network)
-    stored = None if setup.weights in ("none", "imagenet") else keras_files.stored_pixels(setup.weights)
-    if rescaling is None or stored is not None:
+    if rescaling is None or zoo.stored_pixels(setup.weights) is not None:
         return
     if setup.recipe.mean is None and not pixels.is_raw:
         raise InputError(

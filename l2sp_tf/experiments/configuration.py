@@ -13,7 +13,6 @@ from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, study
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import zoo
-from l2sp_tf.models.keras_files import input_shape, load_model
 from l2sp_tf.penalties.formulas import load_registered
 from l2sp_tf.training.recipe import IMAGES, Recipe
 
@@ -93,7 +92,7 @@ def _plan(values, source, weights, target, targets, say):
     folds = values.get("folds")
     folds = (DEFAULT_FOLDS if values.get("experiment") is not None else 0) if folds is None else folds
     plain = {name: values[name] for name in PLAIN if values.get(name) is not None}
-    if weights.endswith(".keras"):
+    if zoo.is_whole_model(weights):
         values, plain = ({name: value for name, value in given.items() if name not in OF_BACKBONE} for given in (values, plain))
     return Plan.of(
         **{"backbone": "small", **plain},
@@ -122,10 +121,10 @@ def _plan(values, source, weights, target, targets, say):
 def _recipe_for_network(values, weights, target, per_class, say):
     """Returns `Recipe.for_network` of the network and the training images that the flags name."""
     dataset = load_dataset(target, per_class=per_class, seed=values.get("subset_seed"), data_dir=values.get("data_dir"))
-    if weights.endswith(".keras"):
-        network = load_model(weights)
-        takes_any = network.input_shape[1] is None
-        return Recipe.for_network(network, dataset, image_size=values.get("crop") if takes_any else None, say=say)
+    if zoo.is_whole_model(weights):
+        network = zoo.whole_model(weights, values.get("crop"))
+        size = values.get("crop") or zoo.whole_side(weights)
+        return Recipe.for_network(network, dataset, image_size=size if network.input_shape[1] is None else None, say=say)
     stages = {name: _numbers(values, name, int) or getattr(Setup, name) for name in ("widths", "depths")}
     side, block = values.get("crop") or Preprocessing.crop, values.get("block") or Setup.block
     network = zoo.backbone(values.get("backbone") or "small", 2, image_size=side, block=block, **stages)
@@ -158,13 +157,13 @@ def recipes_of(recipe, values, weights, is_digits):
 
 
 def _side_of(weights):
-    """Returns the side of the square images that a `.keras` file takes; None for other weights or for any size."""
-    if not weights.endswith(".keras"):
+    """Returns the side of the square images that a `.keras` file or a preset takes; None for other weights or for any size."""
+    if not zoo.is_whole_model(weights):
         return None
-    height, width, _ = input_shape(weights) or (None, None, None)
+    height, width, _ = zoo.whole_shape(weights) or (None, None, None)
     if height != width:
         raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
-    return height
+    return height or zoo.whole_side(weights)
 
 
 def _frozen(values):
@@ -264,7 +263,7 @@ def unused(values, given, plans):
     """
     reasons = {}
     if all(plan.setup.is_whole_model for plan in plans):
-        reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file brings its own network")
+        reasons |= dict.fromkeys(OF_BACKBONE, "a .keras file or a preset brings its own network")
     elif plans[0].setup.backbone != "small":
         reasons |= dict.fromkeys(OF_BACKBONE[1:], f"it belongs to the backbone small, not to {plans[0].setup.backbone}")
     if not any(plan.sweep.needs_fisher for plan in plans):

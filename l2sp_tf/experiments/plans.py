@@ -187,8 +187,8 @@ class Setup:
 
     @property
     def is_whole_model(self):
-        """Whether the weights are a `.keras` file, which includes the network."""
-        return str(self.weights).endswith(".keras")
+        """Whether the weights are a `.keras` file or a preset of KerasHub, which includes the network."""
+        return zoo.is_whole_model(self.weights)
 
     @property
     def given_weights(self):

@@ -293,7 +293,7 @@ def _decode(splits, name, say):
 def _network(setup, source):
     """Downloads or reads the pre-trained model; with weights "none", makes the untrained network."""
     if setup.is_whole_model:
-        return keras_files.load_model(setup.weights)
+        return zoo.whole_model(setup.weights, setup.recipe.images.crop)
     classes = len(source.classes) if source is not None else keras_files.head_classes(setup.weights) or 1000
     if setup.weights == "none":
         keras.utils.set_random_seed(0)

@@ -216,7 +216,8 @@ def variables_within(limit, what):
         if value is not last:  # TensorFlow calls this twice for one variable
             last = value
             with tf.Graph().as_default():  # finds the shape without computing the numbers
-                tensor = tf.convert_to_tensor(value() if callable(value) else value, options["dtype"])
+                tensor = value() if callable(value) else value
+                tensor = tensor if tf.is_tensor(tensor) else tf.convert_to_tensor(tensor, options["dtype"])
             taken += tensor.shape.num_elements() * tensor.dtype.size
         if taken > limit:
             raise InputError(f"{what} more numbers than a file of its size can hold: use another copy.")

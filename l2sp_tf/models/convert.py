@@ -15,7 +15,8 @@ from l2sp_tf.files.writing import sha256_of_file
 from l2sp_tf.models.efficientnet_lite import LITE, efficientnet_lite
 from l2sp_tf.models.pixels import PIXELS, named_pixels
 from l2sp_tf.models.resnets import SLIM, TORCH, imagenet_resnet
-from l2sp_tf.models.torch_files import read_state_dict
+from l2sp_tf.models.torch_files import read_checkpoint
+from l2sp_tf.models.torch_settings import settings_of
 from l2sp_tf.penalties.weights import keyed_weights
 
 SLIM_WEIGHTS = {"kernel": "weights", "bias": "biases"}  # batch norm has the same names as in Keras
@@ -26,6 +27,7 @@ TORCH_WEIGHTS = {
     "moving_mean": "running_mean",
     "moving_variance": "running_var",
 }
+COUNTERS = ("num_batches_tracked", "n_averaged")  # of batch norm, and of torch.optim.swa_utils.AveragedModel
 LITE_OUTSIDE = {"stem_conv": "_conv_stem", "stem_bn": "_bn0", "top_conv": "_conv_head", "top_bn": "_bn1", "predictions": "_fc"}
 LITE_IN_BLOCK = {
     "expand_conv": "_expand_conv",
@@ -73,31 +75,52 @@ def convert_tf_slim(path, backbone, *, classes=None, pixels=None):
     return _snapshot(found, pixels, "tf_slim", backbone, files)
 
 
-def convert_torch(path, backbone, *, classes=None, pixels=None, state=None):
+def convert_torch(path, backbone, *, classes=None, pixels=None, state=None, say=print):
     """Reads a state dict of PyTorch, such as `resnet50_places365.pth.tar`: a ResNet of torchvision or timm, or EfficientNet-Lite.
 
-    A prefix that all names share, such as "module." or "_orig_mod.", is left out.
+    A prefix that all names share, such as "module." or "_orig_mod.", is left out. The config.json that timm saves beside a file,
+    and the flags that a trainer keeps in it, must name the backbone; they may give the pixel format.
 
     Args:
         path: the file.
         backbone: one of `resnets.TORCH` or `efficientnet_lite.LITE`.
         classes: the required number of classes of the head; None accepts any, also a file without a head.
-        pixels: a `PixelFormat` or its name; None means torchvision's, or "raw" for EfficientNet-Lite, which rescales itself.
+        pixels: a `PixelFormat` or its name; None means what is said beside the weights, else torchvision's, or "raw" for
+            EfficientNet-Lite, which rescales itself.
         state: the name of the state dict in a checkpoint with several, as in `read_state_dict`.
+        say: called with a line if nothing names the network of a ResNet's weights.
 
     Returns:
         A `Snapshot` with pixel format and provenance, which `keras_files.load_weights` reads once saved.
 
     Raises:
-        InputError: `read_state_dict` refuses the file, or its weights are not those of the backbone; the
-            message lists both sides.
+        InputError: `read_state_dict` refuses the file; its weights are not those of the backbone (the message lists both
+            sides); or another network or pixel format is said beside them.
     """
     _check_backbone(backbone, (*TORCH, *LITE))
-    pixels = named_pixels(pixels or ("raw" if backbone in LITE else "torch"))
-    arrays = _without_shared_prefix(read_state_dict(path, state))
-    arrays = {name: _turned(name, a) for name, a in arrays.items() if not name.endswith("num_batches_tracked")}
+    pixels = None if pixels is None else named_pixels(pixels)
+    arrays, others = read_checkpoint(path, state)
+    if backbone in TORCH:
+        settings = settings_of(pathlib.Path(path), others)
+        pixels = _said_pixels(settings, backbone, pixels)
+        if not any(said.network for said in settings):
+            say(f"{path} does not name its network: timm's resnetaa and resnetblur have the names and shapes of {backbone} too.")
+    arrays = _without_shared_prefix({name: a for name, a in arrays.items() if not name.endswith(COUNTERS)})
+    arrays = {name: _turned(name, a) for name, a in arrays.items()}
+    pixels = pixels or PIXELS["raw" if backbone in LITE else "torch"]
     found = _match(arrays, backbone, _lite_names if backbone in LITE else _torch_names, classes, path)
     return _snapshot(found, pixels, "torch", backbone, [pathlib.Path(path)])
+
+
+def _said_pixels(settings, backbone, given):
+    """Checks what is said of a network, and returns the pixel format that was given, or else that which is said, or None."""
+    for said in settings:
+        said.check(backbone)
+        if given is None:
+            given = said.pixels()
+        elif (own := said.pixels()) is not None and not own.agrees_with(given):
+            raise InputError(f"{said.where} says that the network sees pixels as {own}, but pixels is {given}: leave pixels out.")
+    return given
 
 
 def _without_shared_prefix(arrays):

@@ -14,6 +14,7 @@ from l2sp_tf.penalties.weights import drop_penalties, keyed_weights
 
 TOLERANCE = 1e-5  # of the largest entry
 SETTINGS = (keras.initializers.Initializer, keras.regularizers.Regularizer, keras.constraints.Constraint)
+CARRIED = {"name", "trainable", "_trainable", "_called", "_parent_path"}  # the last two come with the first call
 LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 
 
@@ -95,7 +96,7 @@ def _rebuilt(operation, made):
     """Rebuilds a layer, model or operation with new weights, or returns the copy that was already built."""
     if id(operation) not in made:
         if _is_graph(operation):
-            copy = _graph_rebuilt(operation, made)
+            copy = _graph_or_whole_rebuilt(operation, made)
         elif isinstance(operation, keras.Sequential):
             copy = keras.Sequential([_rebuilt(layer, made) for layer in operation._layers], name=operation.name)
         elif isinstance(operation, keras.layers.InputLayer):
@@ -113,6 +114,79 @@ def _is_graph(operation):
     return type(operation).call.__module__.startswith("keras.")
 
 
+def _graph_or_whole_rebuilt(model, made):
+    """Rebuilds a functional model layer by layer; if that fails, by the configuration of the model as a whole.
+
+    A model with a constructor of its own, such as a backbone of KerasHub, makes layers whose own configurations may not do.
+    """
+    before = dict(made)
+    try:
+        return _graph_rebuilt(model, made)
+    except InputError as error:
+        made.clear()
+        made.update(before)
+        copy = None if _is_made_of_tensors(type(model)) else _whole_rebuilt(model)
+        layers = [] if copy is None else [*zip(model._flatten_layers(), copy._flatten_layers(), strict=True)]
+        if copy is None or any(id(one) in made and one.weights for one, _ in layers):  # else a shared layer would be copied twice
+            raise error
+        for one, two in reversed(layers):  # inner layers first, as when each is rebuilt
+            made.setdefault(id(one), (one, two))
+        return copy
+
+
+def _whole_rebuilt(model):
+    """Makes a model again from its own configuration; returns None if that fails or gives any other layers."""
+    try:
+        copy = type(model).from_config(model.get_config())
+        pairs = [*zip(model._flatten_layers(), copy._flatten_layers(), strict=True)]
+        is_same = all(type(one) is type(two) and _settings_of(one) == _settings_of(two) for one, two in pairs)
+    except Exception:  # a custom model may raise anything; the layer's error is the one to report
+        return None
+    return copy if is_same else None
+
+
+def _settings_of(layer):
+    """Returns all that is known of a layer besides its values, comparable with that of a copy: weights, options and functions."""
+    own = [(variable.name, tuple(variable.shape), variable.dtype) for variable in own_weights(layer)]
+    # the configurations of Keras' own layers tell all; a graph computes by its layers, and keeps how it was compiled
+    kept = {} if type(layer).__module__.startswith("keras.") or _is_graph(layer) else vars(layer)
+    kept = {
+        name: value
+        for name, value in kept.items()
+        if isinstance(value, (bool, int, float, str)) or (inspect.isfunction(value) and not hasattr(type(layer), name))
+    }
+    try:
+        config = {name: None if _is_penalty(layer, name) else value for name, value in layer.get_config().items()}
+    except Exception as error:  # some layers of KerasHub have none that works; their copies then have none either
+        config = type(error).__name__
+    return [own, [layer.name] if own else [], _comparable(kept), _comparable(config)]  # Keras numbers layers without weights
+
+
+def _is_penalty(layer, name):
+    """Whether an option of a layer is one of our penalties, which whoever copies a model drops or sets."""
+    return bool(getattr(getattr(layer, name, None), "is_penalty", False))
+
+
+def _comparable(value):
+    """Turns a layer's options into values that are equal if they mean the same; those that a copy takes over are left out."""
+    if isinstance(value, dict):
+        return {name: _comparable(inner) for name, inner in value.items() if name not in CARRIED}
+    if isinstance(value, (list, tuple)):
+        return [_comparable(inner) for inner in value]
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if inspect.isfunction(value):
+        return value.__code__, _comparable([cell.cell_contents for cell in value.__closure__ or ()])
+    if callable(getattr(value, "get_config", None)):
+        return type(value), _comparable(value.get_config())
+    return value
+
+
+def _is_made_of_tensors(cls):
+    """Whether the constructor of a functional model takes its inputs and outputs, and so no configuration of its own."""
+    return list(inspect.signature(cls.__init__).parameters)[1:3] == ["inputs", "outputs"]
+
+
 def _graph_rebuilt(model, made):
     def call(copy, *args, **kwargs):
         try:
@@ -122,8 +196,7 @@ def _graph_rebuilt(model, made):
 
     inputs = keras.tree.map_structure(lambda x: _rebuilt(x._keras_history.operation, made).output, model.input)
     outputs = model._run_through_graph(inputs, operation_fn=lambda operation: _rebuilt(operation, made), call_fn=call)
-    parameters = list(inspect.signature(type(model).__init__).parameters)[1:3]
-    cls = type(model) if parameters == ["inputs", "outputs"] else keras.Model
+    cls = type(model) if _is_made_of_tensors(type(model)) else keras.Model
     return cls(inputs, outputs, name=model.name)
 
 
@@ -179,17 +252,22 @@ def _objects_of(parts):
 
 
 def _pairs(made):
-    """Pairs each layer of the original, inner ones included, with its copy; outer layers come first."""
-    found = {}
-    for one, two in reversed(made.values()):  # models are built after their parts
+    """Pairs each layer of the original, inner ones included, with its copy; a model's parts come before the model."""
+    found, copies = {}, set()
+    for one, two in made.values():
         if isinstance(one, keras.Layer):
             if not two.built and one.built:
                 two.build_from_config(one.get_build_config())
-            ones, twos = one._flatten_layers(), two._flatten_layers()
+            ones = [layer for layer in one._flatten_layers() if id(layer) not in found]
+            twos = [layer for layer in two._flatten_layers() if id(layer) not in copies]
+            if _is_graph(one) and len(ones) != len(
+                twos
+            ):  # inputs that models share, and layers beside the graph, compute nothing
+                ones, twos = ([layer for layer in layers if layer.variables] for layers in (ones, twos))
             if len(ones) != len(twos):
                 raise InputError(f"The layer {title(one)} cannot be copied: the copy has other layers inside.")
-            for pair in zip(ones, twos, strict=True):
-                found.setdefault(id(pair[0]), pair)
+            found |= {id(a): (a, b) for a, b in zip(ones, twos, strict=True)}
+            copies |= {id(b) for b in twos}
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from l2sp_tf.files.reading import SPARE_BYTES, h5_shapes, open_zip, parse_json, 
 from l2sp_tf.files.writing import atomic_path
 from l2sp_tf.models.copies import carry_tables, detached_copy
 from l2sp_tf.models.pixels import Interface, PixelFormat
+from l2sp_tf.models.presets import INSTALL, keras_hub
 from l2sp_tf.penalties.assignment import assign
 from l2sp_tf.penalties.matching import restore
 from l2sp_tf.penalties.weights import keyed_weights, values_of
@@ -64,7 +65,8 @@ def existing(path):
     """Returns the path of a file that exists; raises InputError otherwise."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise InputError(f"There is no weights file {path}: give the path of a {KINDS} file.")
+        or_preset = "" if path.suffix else f", or install KerasHub for its presets: {INSTALL}"
+        raise InputError(f"There is no weights file {path}: give the path of a {KINDS} file{or_preset}.")
     return path
 
 
@@ -163,7 +165,10 @@ def load_model(path):
         raise InputError(f"There is no model file {path}: give the path of a .keras file.")
     what = f"The model file {path} cannot be loaded"
     with open_zip(path) as archive, refusing(what):
-        parse_json(archive.read("config.json"), what)
+        text = archive.read("config.json")
+        parse_json(text, what)
+        if b"keras_hub>" in text:
+            keras_hub()
         with h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
             h5_shapes(file, path.stat().st_size)
     # the file holds the values of almost all variables; a model may create a few more

@@ -7,6 +7,7 @@ from l2sp_tf.files.errors import InputError
 WIDTHS = (64, 128, 256, 512)
 DEPTHS = {  # number of blocks in each stage, and their kind
     "resnet18": ((2, 2, 2, 2), "basic"),
+    "resnet26": ((2, 2, 2, 2), "bottleneck"),  # timm's
     "resnet34": ((3, 4, 6, 3), "basic"),
     "resnet50": ((3, 4, 6, 3), "bottleneck"),
     "resnet101": ((3, 4, 23, 3), "bottleneck"),
@@ -50,7 +51,7 @@ def imagenet_resnet(name, num_classes, image_size=224):
     Both kinds stride in the 3x3 convolution of a bottleneck. Before a convolution with a stride they pad every side
     by half the kernel size. They differ in where a stage strides:
 
-    * torchvision: in the first block of stages 2 to 4; max-pooling pads every side by 1;
+    * torchvision and timm: in the first block of stages 2 to 4; max-pooling pads every side by 1;
     * TF-slim's resnet_v1: in the last block of stages 1 to 3, whose shortcut is subsampled without a
       convolution; max-pooling pads as TensorFlow's "SAME".
 

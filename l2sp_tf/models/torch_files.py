@@ -51,18 +51,32 @@ def read_state_dict(path, state=None):
         InputError: the file is missing, is damaged, holds no state dict or several of them to choose from, or
             asks for a function or class that describes no tensor.
     """
+    return read_checkpoint(path, state)[0]
+
+
+def read_checkpoint(path, state=None):
+    """Reads a file as `read_state_dict` does.
+
+    Returns:
+        The dict from name to array, and a dict of what else a training checkpoint holds, such as "epoch" and "args". The flags
+        of an `argparse.Namespace` are a dict.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise InputError(f"There is no file {path}: give the path of a PyTorch file.")
     content = path.read_bytes()  # every size that the file claims is checked against these bytes before memory is taken
-    with refusing(f"{path} is damaged or not a state dict of PyTorch"):
+    with refusing(
+        f"{path} is damaged or not a state dict of PyTorch", "save model.state_dict() with torch.save, or use another copy"
+    ):
         if path.suffix == ".safetensors":
-            return safetensors.numpy.load(content)
+            return safetensors.numpy.load(content), {}
         found = _read_zip(path, content) if zipfile.is_zipfile(io.BytesIO(content)) else _read_legacy(content)
         states = _states(found.contents)
     tensors = states[_chosen(path, states, state)]
+    others = {name: value for name, value in found.contents.items() if name not in states} if None not in states else {}
+    others = {name: value.values if isinstance(value, _Flags) else value for name, value in others.items()}
     with refusing(f"{path} is damaged or no state dict of PyTorch"):
-        return {name: found.array(tensor) for name, tensor in tensors.items()}
+        return {name: found.array(tensor) for name, tensor in tensors.items()}, others
 
 
 def _states(contents):
@@ -138,6 +152,20 @@ class _OrderedDict:
         return collections.OrderedDict((_key(key), value) for key, value in pairs)
 
 
+class _Flags:
+    """Stands in for the `argparse.Namespace` of a trainer's flags: keeps them as a dict."""
+
+    __slots__ = ("values",)
+
+    def __init__(self):
+        self.values = {}
+
+    def __setstate__(self, values):
+        if type(values) is not dict:
+            raise pickle.UnpicklingError("its flags have no names")
+        self.values = values
+
+
 def _key(key):
     if type(key) not in (str, int):
         raise pickle.UnpicklingError(f"it uses a {type(key).__name__} as a name")
@@ -146,6 +174,7 @@ def _key(key):
 
 ALLOWED = {
     ("collections", "OrderedDict"): _OrderedDict(),
+    ("argparse", "Namespace"): "argparse.Namespace",  # a string, as below: only NEWOBJ makes something of it
     ("torch._utils", "_rebuild_tensor"): _DescribeTensor(),
     ("torch._utils", "_rebuild_tensor_v2"): _DescribeTensor(),
     ("torch._utils", "_rebuild_parameter"): _DescribeParameter(),
@@ -162,7 +191,6 @@ REFUSED = (
     "FROZENSET",
     "INST",
     "OBJ",
-    "NEWOBJ",
     "NEWOBJ_EX",
     "EXT1",
     "EXT2",
@@ -195,8 +223,14 @@ class _Unpickler(pickle._Unpickler):
     def load_refused(self):
         raise pickle.UnpicklingError("it makes objects that no state dict needs")
 
+    def load_newobj(self):
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if (kind, arguments) != ("argparse.Namespace", ()):
+            self.load_refused()
+        self.append(_Flags())
+
     refused = dict.fromkeys((getattr(pickle, name)[0] for name in REFUSED), load_refused)
-    own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
+    own = {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems, pickle.NEWOBJ[0]: load_newobj}
     dispatch: ClassVar[Any] = {**pickle._Unpickler.dispatch, **refused, **own}
 
     def persistent_load(self, pid):

@@ -12,10 +12,12 @@ import numpy as np
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.files.reading import variables_within
+from l2sp_tf.models import keras_files
 from l2sp_tf.models.convert import convert_torch, published_network
 from l2sp_tf.models.efficientnet_lite import LITE
-from l2sp_tf.models.keras_files import existing, is_published, load_model, load_weights, most_bytes, stored_pixels
+from l2sp_tf.models.keras_files import existing, is_published, load_weights, most_bytes
 from l2sp_tf.models.pixels import PIXELS, PixelFormat, named_pixels
+from l2sp_tf.models.presets import is_preset, load_preset, preset_shape, preset_side
 from l2sp_tf.models.rescaling import rescaling_of
 from l2sp_tf.models.resnets import SLIM, TORCH, small_resnet
 from l2sp_tf.penalties.assignment import assign
@@ -35,6 +37,8 @@ def known_name(name):
     """
     plain = {other.replace("_", ""): other for other in BACKBONES}
     found = name if name in BACKBONES else plain.get(str(name).lower().replace("_", "").replace("-", ""))
+    if found is None and is_preset(name):
+        raise InputError(f"{name} is a preset of KerasHub, which brings its own weights: give it to --weights.")
     if found is None:
         like = fields.nearest(str(name).lower(), BACKBONES)
         raise InputError(
@@ -85,23 +89,53 @@ def _built(name, num_classes, image_size, weights, **small):
     return model
 
 
-def load_pretrained(name: str, *, image_size: int = 224) -> keras.Model:
-    """Builds a network with its ImageNet weights: those of a package for EfficientNet-Lite, else those that Keras downloads.
+def load_pretrained(name: str, *, image_size: int | None = None) -> keras.Model:
+    """Builds a network with its ImageNet weights, or that of a preset of KerasHub.
 
-    EfficientNet-Lite rescales pixels itself, as EfficientNet, ConvNeXt and MobileNetV3 do: `finetune` gives them raw pixels.
-    For others `pixels_of_application` has the format.
+    The weights are those of a package for EfficientNet-Lite, else those that Keras or KerasHub downloads. EfficientNet-Lite
+    rescales pixels itself, as EfficientNet, ConvNeXt, MobileNetV3 and presets do: `finetune` gives them raw pixels. For others
+    `pixels_of_application` has the format.
 
     Args:
-        name: "efficientnet_lite0" to 2, or a network of keras.applications, such as "resnet50".
-        image_size: height and width of the images, in pixels.
+        name: "efficientnet_lite0" to 2; a network of keras.applications, such as "resnet50"; or a preset of KerasHub: its folder,
+            or its name, such as "resnet_50_imagenet", which KerasHub downloads.
+        image_size: height and width of the images, in pixels; by default 224, or a preset's own, which may be any.
 
     Returns:
-        A Keras model from float32 images [b, image_size, image_size, 3] to the logits of ImageNet's 1000 classes.
+        A Keras model from float32 images [b, image_size, image_size, 3] to the logits of ImageNet's 1000 classes, or to what
+        `l2sp_tf.models.presets.load_preset` returns.
 
     Raises:
         InputError: the name is unknown, or the weights are not available.
     """
-    return backbone(name, 1000, image_size=image_size, weights="imagenet")
+    if is_preset(name):
+        return load_preset(name, image_size)
+    return backbone(name, 1000, image_size=224 if image_size is None else image_size, weights="imagenet")
+
+
+def is_whole_model(weights):
+    """Whether weights bring their own network: a `.keras` file, or a preset of KerasHub."""
+    return str(weights).endswith(".keras") or is_preset(weights)
+
+
+def whole_model(weights, image_size=None):
+    """Reads a `.keras` file or a preset; `image_size` as in `load_preset`."""
+    return load_preset(weights, image_size) if is_preset(weights) else keras_files.load_model(weights)
+
+
+def whole_shape(weights):
+    """Returns the shape of the images that a whole model takes, as `keras_files.input_shape` does."""
+    return preset_shape(weights) if is_preset(weights) else keras_files.input_shape(weights)
+
+
+def whole_side(weights):
+    """Returns the side of the images that a whole model of any size is made for, in pixels, or None."""
+    return preset_side(weights) if is_preset(weights) else None
+
+
+def stored_pixels(weights):
+    """Returns the pixel format in a file of weights; None for "imagenet", a preset, and what has none."""
+    return None if weights in (None, "none", "imagenet") or is_preset(weights) else keras_files.stored_pixels(weights)
 
 
 def _published(name, num_classes, image_size, weights=None):
@@ -183,9 +217,9 @@ def pixels_of(weights, given=None, name=None):
     """Returns the pixel format of weights: from their file or origin, or else from the caller.
 
     Args:
-        weights: None for random weights, "imagenet", or the path of a file, as in `backbone`.
+        weights: None for random weights, "imagenet", or the path of a file, as in `backbone`; or a preset of KerasHub.
         given: a `PixelFormat`, one of the names in PIXELS, or None.
-        name: the network, one of BACKBONES; None for a file that is a whole model.
+        name: the network, one of BACKBONES; None for a whole model.
 
     Returns:
         A `PixelFormat`; "raw" for a whole model that rescales pixels itself, if neither its file nor the caller gives another.
@@ -197,16 +231,17 @@ def pixels_of(weights, given=None, name=None):
     if weights == "imagenet":
         _check_published(name)
     own = PIXELS["raw"] if name in LITE else pixels_of_application(name) if name in APPLICATIONS else None
-    known = None if weights in (None, "imagenet") else stored_pixels(weights)
+    known = stored_pixels(weights)
     if known is None and own is not None and (own.is_raw or weights == "imagenet" or is_published(weights)):
         known = own
     if known is None and weights is None:
         known = PIXELS["rgb"]
-    if known is None and given is None and str(weights).endswith(".keras") and rescaling_of(load_model(weights)):
+    if known is None and given is None and is_whole_model(weights) and rescaling_of(whole_model(weights)):
         known = PIXELS["raw"]
     if known is None and given is None:
         names = f"{', '.join(list(PIXELS)[:-1])} or {list(PIXELS)[-1]}"
-        raise InputError(f"The file {weights} does not say how its weights see pixels: give --pixels={names}.")
+        kind = "preset" if is_preset(weights) else "file"
+        raise InputError(f"The {kind} {weights} does not say how its weights see pixels: give --pixels={names}.")
     if known is not None and given is not None and not known.agrees_with(given):
         of = {None: "A model trained from scratch", "imagenet": "The ImageNet model"}.get(weights, f"The file {weights}")
         raise InputError(f"{of} sees pixels as {known}, but --pixels says {given}: leave --pixels out.")

@@ -1,14 +1,18 @@
 """Converters give the same logits as the original framework, and one sentence for any bad file."""
 
+import argparse
 import collections
 import functools
 import hashlib
+import json
 import os
+import pathlib
 import pickle
 import struct
 import subprocess
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ import l2sp_tf as l2sp
 from l2sp_tf.cli.convert import main
 from l2sp_tf.models import convert, keras_files, resnets, zoo
 from l2sp_tf.models.pixels import PIXELS, PixelFormat
-from l2sp_tf.models.torch_files import read_state_dict
+from l2sp_tf.models.torch_files import read_checkpoint, read_state_dict
 from l2sp_tf.models.units import units
 from l2sp_tf.penalties.matching import restore
 
@@ -163,6 +167,120 @@ def test_safetensors_of_torchvision_are_read(tmp_path):
     assert PixelFormat(**anchors.metadata["pixels"]) == PIXELS["rgb"]
 
 
+TIMM = pathlib.Path(__file__).parents[1] / "reference" / "timm_resnets.npz"
+QUICK = ("resnet26", "resnet34")
+
+
+def timm_array(name, shape):
+    """The numbers under a name of timm's state dict for which its logits were recorded."""
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if name.endswith("num_batches_tracked"):
+        return np.array(7, "int64")
+    if name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
+        return rng.uniform(0.5, 1.5, shape).astype("float32")
+    return rng.normal(0, np.sqrt(2 / (np.prod(shape[1:]) if len(shape) > 1 else 25)), shape).astype("float32")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in resnets.DEPTHS])
+def test_timm_gives_the_recorded_logits(name, tmp_path):
+    """The file has the float64 logits of timm 1.0.31, and the names and shapes of its state dict."""
+    recorded = np.load(TIMM)
+    arrays = {n: timm_array(n, shape) for n, shape in json.loads(recorded[f"{name}_shapes"].tobytes()).items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "model.safetensors")
+    anchors = convert.convert_torch(tmp_path / "model.safetensors", f"{name}_torch")
+    assert relative_error(anchors, f"{name}_torch", IMAGES, recorded[name]) < 1e-5
+
+
+def timm_config(name="resnet18", **changes):
+    """The part that matters of the config.json that timm saves beside a model."""
+    trained = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "input_size": [3, 224, 224]}
+    options = {"num_classes": 5, "in_chans": 3, "global_pool": "avg"}
+    config = {"architecture": name, "num_classes": 5, "global_pool": "avg", "model_args": options, "pretrained_cfg": trained}
+    return config | changes
+
+
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+# what timm's config.json says, and the pixel format or the message that follows for resnet18_torch
+SAID = {
+    "the backbone": (timm_config(), PIXELS["torch"]),
+    "with a tag": (timm_config("resnet18.a1_in1k"), PIXELS["torch"]),
+    "with a prefix": (timm_config("gluon_resnet18_v1b"), PIXELS["torch"]),
+    "other pixels": (timm_config(pretrained_cfg=HALF), PIXELS["tf"]),
+    "the first format": ({"architecture": "resnet18", **HALF}, PIXELS["tf"]),
+    "of another program": ({"architectures": ["ResNetForImageClassification"]}, PIXELS["torch"]),
+    "without a size": (timm_config("resnet"), PIXELS["torch"]),
+    "blurred": (timm_config("resnetblur18"), "says that the network is 'resnetblur18', which differs from resnet18_torch"),
+    "anti-aliased": (timm_config("resnetaa50d.sw_in12k"), "'resnetaa50d.sw_in12k', which differs"),
+    "squeezed": (timm_config("seresnet18"), "'seresnet18', which differs"),
+    "deeper": (timm_config("resnet182"), "'resnet182', which differs"),
+    "dilated": (timm_config(model_args={"output_stride": 8}), "built with output_stride=8"),
+    "pooled otherwise": (timm_config(global_pool="max"), "built with global_pool='max'"),
+    "of bytes": (timm_config(pretrained_cfg={"mean": [124, 116, 104], "std": [58, 57, 57]}), "not from 0 to 1: give --pixels"),
+}
+
+
+@pytest.fixture(scope="module")
+def weights_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    safetensors.numpy.save_file(torch_net("resnet18")[1], path)
+    return path
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_timm_says_beside_the_weights_is_heard(kind, weights_file, monkeypatch):
+    """Weights of resnetblur18 and resnetaa18 have the names and shapes of resnet18, and compute something else."""
+    monkeypatch.setattr(convert, "_match", lambda arrays, *_: arrays)  # it takes most of the time
+    config, expected = SAID[kind]
+    weights_file.with_name("config.json").write_text(json.dumps(config))
+    if isinstance(expected, str):
+        with pytest.raises(l2sp.InputError, match=expected):
+            convert.convert_torch(weights_file, "resnet18_torch")
+        return
+    anchors = convert.convert_torch(weights_file, "resnet18_torch")
+    assert PixelFormat(**anchors.metadata["pixels"]) == expected
+    if expected != PIXELS["torch"]:
+        with pytest.raises(l2sp.InputError, match="says that the network sees pixels as rgb, scale .* leave pixels out"):
+            convert.convert_torch(weights_file, "resnet18_torch", pixels="torch")
+
+
+@pytest.mark.parametrize("kind", list(WRITERS))
+def test_checkpoints_with_a_trainers_flags_are_read(kind, tmp_path):
+    """timm and torchvision's scripts keep an argparse.Namespace in their checkpoints."""
+    weights = torch_net("resnet18")[1]
+    flags = argparse.Namespace(model="resnet18", lr=0.1, mean=None, std=None, model_kwargs={}, milestones=[30, 60], pair=(1, 2))
+    others = {"epoch": 3, "arch": "resnet18", "args": flags, "version": 2, "metric": 71.2}
+    path = tmp_path / "last.pth.tar"
+    WRITERS[kind](path, weights, lambda tensors: {**others, "state_dict": tensors})
+    arrays, found = read_checkpoint(path)
+    assert found == {**others, "args": vars(flags)} and arrays.keys() == weights.keys()
+    assert (
+        convert.convert_torch(path, "resnet18_torch").keys() == convert.convert_torch(path, "resnet18_torch", pixels="rgb").keys()
+    )
+    flags.mean, flags.std = HALF["mean"], HALF["std"]
+    WRITERS[kind](path, weights, lambda tensors: {**others, "state_dict": tensors})
+    assert PixelFormat(**convert.convert_torch(path, "resnet18_torch").metadata["pixels"]) == PIXELS["tf"]
+    WRITERS[kind](path, weights, lambda tensors: {**others, "arch": "resnetblur18", "state_dict": tensors})
+    with pytest.raises(l2sp.InputError, match="'resnetblur18', which differs from resnet18_torch"):
+        convert.convert_torch(path, "resnet18_torch")
+
+
+def test_a_file_that_does_not_name_its_network_is_said_to(tmp_path, capsys):
+    weights = torch_net("resnet18")[1]
+    for wrap, count in ((lambda tensors: tensors, 1), (lambda tensors: {"arch": "resnet18", "state_dict": tensors}, 0)):
+        torch_writer.torch_zip(tmp_path / "a.pth", weights, wrap)
+        convert.convert_torch(tmp_path / "a.pth", "resnet18_torch")
+        assert capsys.readouterr().out.count("does not name its network") == count
+
+
+def test_averaged_weights_of_torch_are_unwrapped(tmp_path):
+    """torch.optim.swa_utils.AveragedModel counts beside the network, outside of the prefix that all names share."""
+    weights = torch_net("resnet18")[1]
+    averaged = {"n_averaged": np.array(3, "int64"), **{f"module.module.{name}": a for name, a in weights.items()}}
+    torch_writer.torch_zip(tmp_path / "a.pth", averaged)
+    found = convert.convert_torch(tmp_path / "a.pth", "resnet18_torch")
+    np.testing.assert_array_equal(found["conv1_conv/kernel"], weights["conv1.weight"].transpose(2, 3, 1, 0))
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_files_that_torch_itself_saved_are_read(legacy, tmp_path):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: the files of torch_writer stand in for its own")
@@ -244,6 +362,10 @@ def test_pickled_code_is_refused_and_not_run(kind, tmp_path):
         b"\x80\x02\x82\x01.",  # an extension
         b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00xK\x01sb.",  # sets an attribute of a stand-in
         b"\x80\x02ctorch\nFloatStorage\n)R.",  # calls a marker
+        b"\x80\x02ccollections\nOrderedDict\n)\x81.",  # makes an object
+        b"\x80\x02cargparse\nNamespace\nK\x01\x85\x81.",  # with an argument
+        b"\x80\x02cargparse\nNamespace\n)\x81K\x01b.",  # flags without names
+        b"\x80\x02cargparse\nNamespace\n)R.",
         b"\x80\x02X\xff\xff\xff\x7fabc.",  # a string longer than the file
         b"\x80\x02K\x01r\xff\xff\xff\xff.",  # a memo of 2^32 places
         b"\x80\x02(((",

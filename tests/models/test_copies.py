@@ -394,6 +394,96 @@ def test_graphs_of_many_shapes_are_copied():
     assert copy_outer.layers[-1]._inbound_nodes[0].arguments.kwargs["training"] is False
 
 
+class Patches(layers.Layer):
+    """A layer as in KerasHub's ViT: `get_config` names more than the constructor takes."""
+
+    def __init__(self, width, factor=2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.factor = width, factor
+        self.inner = layers.Dense(width, activation=keras.activations.gelu, name="inner")
+
+    def build(self, shape):
+        self.inner.build(shape)
+        self.token = self.add_weight(shape=(self.width,), initializer="normal", name="token")
+
+    def call(self, x):
+        return self.inner(x) * self.factor + self.token
+
+    def get_config(self):
+        return {**super().get_config(), "width": self.width, "number": 7}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Backbone(keras.Model):
+    """A functional model that makes its layers itself."""
+
+    def __init__(self, width, **kwargs):
+        inputs = keras.Input(VECTOR)
+        x = layers.Dropout(0.5)(layers.Dense(width, name="first")(inputs))
+        super().__init__(inputs, layers.LayerNormalization(name="norm")(Patches(width, name="patches")(x)), **kwargs)
+        self.width = width
+
+    def get_config(self):
+        return {"name": self.name, "width": self.width}
+
+
+def around_a_backbone():
+    backbone = Backbone(4, name="backbone")
+    model = keras.Model(backbone.input, layers.Dense(2, name="head")(backbone(backbone.input)))
+    return backbone, randomised(model)
+
+
+def test_a_model_that_makes_its_layers_itself_is_copied_as_a_whole(tmp_path):
+    backbone, model = around_a_backbone()
+    backbone.get_layer("first").trainable = False
+    copy = detached_copy(model)
+    x = inputs_of(model)
+    assert_equal(model, copy, x)
+    assert type(copy.get_layer("backbone")) is Backbone and list(keyed_weights(copy)) == list(keyed_weights(model))
+    assert not {id(v) for v in model.variables} & {id(v) for v in copy.variables}
+    assert [v.path for v in copy.trainable_variables] == [v.path for v in model.trainable_variables]
+    l2sp.attach(model, l2sp.L2SP(0.1), l2sp.Anchors.of(model))
+    assert not detached_copy(model).losses and model.losses
+    new = l2sp.with_new_head(copy, 3)
+    new.save(tmp_path / "m.keras")
+    assert_equal(new, keras.models.load_model(tmp_path / "m.keras"), x)
+
+
+def lora_inside(backbone):
+    backbone.get_layer("first").enable_lora(2)
+
+
+CHANGES = {
+    "a number": lambda backbone: setattr(backbone.get_layer("patches"), "factor", 3.0),
+    "a function": lambda backbone: setattr(backbone.get_layer("patches").inner, "activation", keras.activations.relu),
+    "a rate": lambda backbone: setattr(backbone.layers[2], "rate", 0.1),  # no output of inference mode shows it
+    "an epsilon": lambda backbone: setattr(backbone.get_layer("norm"), "epsilon", 0.5),
+    "more weights": lora_inside,
+    "another number of weights": lambda backbone: setattr(backbone, "width", 5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_whole_model_cannot_make_again_is_refused(change):
+    backbone, model = around_a_backbone()
+    detached_copy(model)
+    CHANGES[change](backbone)
+    with pytest.raises(l2sp.InputError, match="'patches' of class Patches cannot be made again from its configuration"):
+        detached_copy(model)
+
+
+def test_a_layer_inside_a_whole_model_is_shared_in_the_copy_too():
+    backbone = Backbone(4, name="backbone")
+    inputs = keras.Input(VECTOR)
+    after = keras.Model(inputs, backbone(inputs) + backbone.get_layer("first")(inputs))
+    copy = detached_copy(randomised(after))
+    assert len(copy.weights) == len(after.weights)
+    assert_equal(after, copy, inputs_of(after))
+    before = keras.Model(inputs, backbone(keras.ops.pad(backbone.get_layer("first")(inputs), ((0, 0), (0, 1)))))
+    with pytest.raises(l2sp.InputError, match="'patches' of class Patches"):  # `first` is copied before the backbone
+        detached_copy(before)
+
+
 def test_flags_are_those_of_the_original_on_every_level():
     base = keras.Sequential([keras.Input(SEQUENCE), frozen_inside_self(), layers.Dense(3), layers.Dense(2)])
     model = keras.Sequential([keras.Input(SEQUENCE), layers.Rescaling(2.0), base, layers.Dense(2)])

@@ -38,7 +38,15 @@ def network(*first, last=()):
     ("first", "last", "found"),
     [
         ((layers.Rescaling(1 / 255, name="a"),), (), "a"),
-        ((layers.RandomFlip(), layers.Resizing(8, 8), layers.Normalization(name="b"),), (), "b"),
+        (
+            (
+                layers.RandomFlip(),
+                layers.Resizing(8, 8),
+                layers.Normalization(name="b"),
+            ),
+            (),
+            "b",
+        ),
         ((keras.Sequential([layers.RandomFlip(), layers.Rescaling(1 / 127.5, -1, name="c")]),), (), "c"),
         ((), (layers.Rescaling(2.0),), None),
         ((layers.BatchNormalization(),), (), None),

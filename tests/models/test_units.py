@@ -196,9 +196,7 @@ def check_network(model, count, numbers, beside=(), move=True):
 LONG = ("resnet18_torch", "InceptionV3", "NASNet", "InceptionResNetV2", "EfficientNetV2", "MobileNetV3Small")
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SMALL]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in SMALL])
 def test_nothing_upstream_of_a_frozen_unit_trains_and_all_downstream_does(name):
     make, count = SMALL[name]
     model, beside = make(), {2, 3, 4} if name == "Xception" else ()
