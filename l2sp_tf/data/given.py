@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.data.batches import aligned_arrays, are_arrays, check_shapes, describe, is_batched, labelled_batches
+from l2sp_tf.data.batches import aligned_arrays, are_arrays, check_shapes, describe, is_batched, labelled_batches, with_labels
 from l2sp_tf.data.labels import are_shares, classes_of, targets_of, weights_of
 from l2sp_tf.data.pipeline import training_rows
 from l2sp_tf.files import fields
@@ -358,7 +358,7 @@ class PyDatasetStream(GivenStream):
         batch = self.data[index]
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise InputError(f"A batch of the PyDataset is a {describe(batch)}: give images with their labels, (x, y).")
-        x, *others = (part for part in batch if part is not None)
+        x, *others = with_labels(batch)
         return keras.tree.map_structure(np.asarray, (tuple(x) if isinstance(x, list) else x, *others))
 
 

@@ -387,9 +387,18 @@ def test_data_that_cannot_be_trained_on_give_one_sentence(name, form, pretrained
     assert bool(list(tmp_path.iterdir())) == late  # arrays are checked before anything is trained or written
 
 
+class WithoutLabels(Batches):
+    def __getitem__(self, index):
+        x, weights = super().__getitem__(index)
+        return x, None, weights
+
+
 OTHERS = {
     "differing lengths": (lambda: (X, Y[:-1]), {}, "20 images but 19 labels"),
     "no labels": (lambda: X, {}, "data is a ndarray"),
+    "labels that are None": (lambda: (X, None), {}, "labels are None"),
+    "weights in place of labels": (lambda: (X, None, Y), {}, "labels are None"),
+    "a PyDataset with weights in place of labels": (lambda: WithoutLabels(X, Y), {}, "labels are None"),
     "no arrays": (lambda: [X, Y], {}, "data is a list of 2"),
     "labels for two outputs": (lambda: (X, {"a": Y, "b": Y}), {}, "labels are a dict"),
     "a dataset without labels": (lambda: slices(X, Y).map(lambda x, y: x).batch(2), {}, "not images with their labels"),
