@@ -143,7 +143,7 @@ def _arrays_of(data, model, num_classes, say):
         raise InputError("The arrays hold no images: give at least one.")
     check_shapes(keras.tree.map_structure(lambda a: tf.TensorSpec(a.shape), x), model)
     for start in range(0, n, BLOCK):
-        if not all(_are_finite(leaf[start : start + BLOCK]) for leaf in leaves):
+        if not are_finite(_rows_of(x, slice(start, start + BLOCK))):
             last = min(start + BLOCK, n) - 1
             raise InputError(f"x has NaN or infinite numbers in the images from {start} to {last}: mend them.")
     y = _one_output(y)
@@ -193,8 +193,8 @@ class GivenStream:
         if num_classes is None and not are_shares(y.shape):
             raise InputError("The labels of a stream are numbers, and the largest is not known before its end: give num_classes.")
         self.classes, self.has_weights = _numbered(num_classes or y.shape[1]), weights is not None
-        finite = all(_are_finite(leaf.numpy()) for leaf in keras.tree.flatten(self._x))
-        self.has_shares = self._converted(finite, len(keras.tree.flatten(self._x)[0]), y, weights)[0].ndim == 2
+        n = len(keras.tree.flatten(self._x)[0])
+        self.has_shares = self._converted(are_finite(self._x), n, y, weights)[0].ndim == 2
 
     @property
     def digest(self):
@@ -268,10 +268,8 @@ class GivenStream:
     def _converted(self, finite, n, y, weights=None):
         """Returns the targets of a batch, and its sample weights if there are any."""
         with self._noted():
-            if not finite:
-                raise InputError("A batch of the stream has NaN or infinite numbers in its images: mend them.")
-            targets = targets_of(y, n, len(self.classes), OUTPUT)
-            return [targets] if weights is None else [targets, weights_of(weights, n, OUTPUT).astype(np.float32)]
+            targets, weights = checked(finite, n, y, weights, len(self.classes))
+            return [targets] if weights is None else [targets, weights]
 
     def _first(self):
         """Returns x, labels and weights of the first batch."""
@@ -415,8 +413,29 @@ def _rows_of(parts, rows):
     return keras.tree.map_structure(lambda a: a[rows], parts)
 
 
-def _are_finite(array):
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+def are_finite(x):
+    """Whether all numbers in nested arrays or tensors are finite."""
+    floats = [array for array in map(np.asarray, keras.tree.flatten(x)) if array.dtype.kind in "fV"]  # V: bfloat16
+    return all(np.isfinite(array).all() for array in floats)
+
+
+def checked(finite, n, y, weights, classes):
+    """Returns the targets of a batch as in `targets_of`, and its sample weights in float32 [n] or None.
+
+    Args:
+        finite: whether all numbers of its images are finite.
+        n: number of images.
+        y: the labels.
+        weights: the sample weights, or None.
+        classes: K.
+
+    Raises:
+        InputError: images, labels or weights are wrong.
+    """
+    if not finite:
+        raise InputError("A batch of the stream has NaN or infinite numbers in its images: mend them.")
+    targets = targets_of(y, n, classes, OUTPUT)
+    return targets, None if weights is None else weights_of(weights, n, OUTPUT).astype(np.float32)
 
 
 def _float(x):

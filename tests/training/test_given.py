@@ -1,6 +1,7 @@
 """Training on what Keras' `fit` takes: arrays, `tf.data` and `PyDataset`, against Keras' own `fit` and `evaluate`."""
 
 import csv
+import dataclasses
 import math
 import re
 import warnings
@@ -312,6 +313,36 @@ def test_validation_data_are_measured_as_keras_does(name, form, pretrained, tmp_
     assert [float(row["val_accuracy"]) for row in rows] == [row["val_accuracy"] for row in run.history] and len(rows) == 2
 
 
+BAD_LATER = {
+    "NaN image": (X.copy(), Y, WEIGHTS, "NaN or infinite"),
+    "negative weight": (X, Y, WEIGHTS.copy(), "not all finite and at least 0"),
+    "no weight": (X, Y, 0 * WEIGHTS, "no image with a weight above 0"),
+}
+BAD_LATER["NaN image"][0][17] = np.nan
+BAD_LATER["negative weight"][2][18] = -1
+
+
+@eagerly
+@pytest.mark.parametrize("name", BAD_LATER)
+def test_a_bad_batch_of_validation_data_is_not_averaged(name, pretrained):
+    *arrays, message = BAD_LATER[name]
+    with pytest.raises(l2sp.InputError, match=message):
+        finetune(pretrained, (X, Y), RECIPE.replace(log_every=1), validation_data=slices(*arrays).batch(SIZE))
+
+
+@eagerly
+def test_validation_data_of_other_pixels_or_another_scale_are_noticed(pretrained):
+    made = task()
+    bgr = made.preprocessing.with_pixels(dataclasses.replace(made.pixels, channel_order="bgr"))
+    for other in ({"mean": made.mean + 1}, {"preprocessing": bgr}):
+        with pytest.raises(l2sp.InputError, match="validation_data has the pixels .*, but the training images have"):
+            finetune(pretrained, made, num_classes=None, validation_data=dataclasses.replace(made, **other))
+    bright, recipe = np.uint8(RNG.integers(0, 256, X.shape)), RECIPE.replace(iterations=1, decay_at=None)
+    for train, validation in ((bright, bright / 255), (bright / 255, bright)):
+        with pytest.warns(UserWarning, match="of the first training images reach .*, and those of validation_data"):
+            finetune(pretrained, (train, Y), recipe, validation_data=slices(validation, Y).batch(SIZE))
+
+
 @eagerly
 def test_measuring_leaves_the_training_as_it_is(pretrained):
     one, two = (finetune(pretrained, (X, Y), validation_data=data) for data in (None, (X, Y)))
@@ -537,7 +568,9 @@ def test_what_cannot_be_split_is_refused_and_what_is_read_is_said(pretrained, mo
     made = collected(stream, lines.append)
     np.testing.assert_array_equal(made.x, X)
     assert list(made.targets) == list(Y) and len(made.classes) == 4
-    assert re.search(r"20 images in 0\.00\d+ MiB: .* augmentation, is fixed, and is in the held-out images", lines[0])
+    assert re.search(
+        r"20 images in 0\.00\d+ MiB: .* augmentation, is fixed, and is in the held-out images", lines[0]
+    )
     monkeypatch.setattr("l2sp_tf.data.given.physical_memory", lambda: 4000)
     with pytest.raises(l2sp.InputError, match="more than the .* GiB that folds in memory may take"):
         collected(stream, str)
