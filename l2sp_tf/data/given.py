@@ -175,6 +175,7 @@ class GivenStream:
 
     Attributes:
         classes, has_shares, has_weights: as in `GivenArrays`.
+        batch_size: images per batch; of the first one if the stream has its own batches.
 
     Raises:
         InputError: the stream is empty, or its first batch does not fit.
@@ -183,6 +184,7 @@ class GivenStream:
     name = "stream"
     preprocessing = pixels = mean = None
     data: tf.data.Dataset | keras.utils.PyDataset
+    batch_size: int
     has_own_batches = True
 
     def __init__(self, model, num_classes, data_name):
@@ -194,6 +196,7 @@ class GivenStream:
             raise InputError("The labels of a stream are numbers, and the largest is not known before its end: give num_classes.")
         self.classes, self.has_weights = _numbered(num_classes or y.shape[1]), weights is not None
         n = len(keras.tree.flatten(self._x)[0])
+        self.batch_size = n if self.has_own_batches else self.batch_size
         self.has_shares = self._converted(are_finite(self._x), n, y, weights)[0].ndim == 2
 
     @property
@@ -385,8 +388,8 @@ def collected(stream, warn):
     arrays = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *made)
     found = _arrays_of(arrays, stream.model, len(stream.classes), str)
     warn(
-        f"The stream was read into memory once for the folds, {len(found.train)} images in {size / 2**20:.3g} MiB: what it "
-        "draws at random, such as augmentation, is fixed, and is in the held-out images too."
+        f"The stream was read into memory once for the folds, {len(found.train)} images in {size / 2**20:.3g} MiB for batches of "
+        f"{stream.batch_size}: what it draws at random, such as augmentation, is fixed, and is in the held-out images too."
     )
     return found
 

@@ -230,7 +230,7 @@ def cross_validate(
     Args:
         pretrained, recipe, pixels, anchors, fisher, frozen, num_classes, class_weight, verbose: as in `finetune`.
         data: as in `finetune`. A stream is read into memory once, so that what it draws at random is fixed, and is in the
-            held-out images too.
+            held-out images too. Batches of the folds have the size of its first one.
         penalty: a class, such as `L2SP`.
         alphas: strengths; by default the recipe's grid for the penalty.
         betas: strengths on the new layer; by default the recipe's beta.
@@ -281,6 +281,7 @@ def _task_to_split(pretrained, data, recipe, pixels, num_classes, verbose):
     say = print if verbose else lambda line: None
     task, recipe = task_for(pretrained, data, recipe, pixels, say, num_classes=num_classes)
     if isinstance(task, GivenStream):
+        recipe = recipe.replace(batch_size=task.batch_size)  # the refit takes the batches of the stream
         task = collected(task, lambda line: warnings.warn(line, stacklevel=4))
     if isinstance(task, GivenArrays):
         task.check_judgeable()

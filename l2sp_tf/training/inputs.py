@@ -36,7 +36,7 @@ def taken_as_given(model, data, recipe, pixels, **options):
         raise InputError(f"pixels is {pixels!r}, but images in arrays and streams are taken as they are: leave it out.")
     made = given(data, model, batch_size=recipe.batch_size, **options)
     idle = recipe.images_set
-    if made.has_own_batches and recipe.batch_size != Recipe.batch_size:
+    if made.has_own_batches and recipe.batch_size not in (Recipe.batch_size, made.batch_size):
         idle.append("batch_size")
     if idle:
         warnings.warn(f"The recipe's {', '.join(idle)} have no effect on the data, which are taken as they are.", stacklevel=4)

@@ -543,7 +543,9 @@ def test_the_parts_of_several_machines_make_the_batch(pretrained):
 def test_folds_of_each_form_are_those_of_arrays(form, pretrained, tmp_path):
     grid = {"alphas": (1.0,), "betas": (0.1,), "learning_rates": (0.05,), "folds": 2, "num_classes": CLASSES}
     recipe = RECIPE.replace(iterations=2, decay_at=None)
-    found = l2sp.cross_validate(pretrained, FORMS[form](X, Y), l2sp.L2SP, recipe, **grid, class_weight={0: 2}, run_dir=tmp_path)
+    asked = recipe if form == "arrays" else recipe.replace(batch_size=5)  # which is not the size of the stream's batches
+    found = l2sp.cross_validate(pretrained, FORMS[form](X, Y), l2sp.L2SP, asked, **grid, class_weight={0: 2}, run_dir=tmp_path)
+    assert found.best_recipe.batch_size == SIZE
     from sklearn.model_selection import StratifiedKFold
 
     for fold, (train, held) in enumerate(StratifiedKFold(2, shuffle=True, random_state=0).split(Y, Y)):
@@ -569,7 +571,7 @@ def test_what_cannot_be_split_is_refused_and_what_is_read_is_said(pretrained, mo
     np.testing.assert_array_equal(made.x, X)
     assert list(made.targets) == list(Y) and len(made.classes) == 4
     assert re.search(
-        r"20 images in 0\.00\d+ MiB: .* augmentation, is fixed, and is in the held-out images", lines[0]
+        r"20 images in 0\.00\d+ MiB for batches of 3: .* augmentation, is fixed, and is in the held-out images", lines[0]
     )
     monkeypatch.setattr("l2sp_tf.data.given.physical_memory", lambda: 4000)
     with pytest.raises(l2sp.InputError, match="more than the .* GiB that folds in memory may take"):
