@@ -15,7 +15,6 @@ from l2sp_tf.models.rescaling import rescaling_of
 from l2sp_tf.training.objective import Validation
 from l2sp_tf.training.recipe import Recipe
 
-
 MOST_APART = 20  # 255 and 1 are further apart, and the brightest of some images less
 
 
@@ -65,8 +64,8 @@ def _largest(x):
 def _warn_of_scales(training, validation):
     if max(training, validation) > MOST_APART * min(training, validation):
         warnings.warn(
-            f"The numbers of the first training images reach {training:g}, and those of validation_data {validation:g}: give both "
-            "on one scale.",
+            f"The numbers of the first training images reach {training:g}, and those of validation_data {validation:g}: give "
+            "both on one scale.",
             stacklevel=5,
         )
 
