@@ -112,6 +112,10 @@ class GivenArrays:
         """Returns some of the images."""
         return _rows_of(self.x, slice(BLOCK))
 
+    def image(self, place):
+        """Returns one image."""
+        return _rows_of(self.x, place)
+
     def check_judgeable(self):
         """Raises an InputError if the labels of an image are shares of several classes."""
         classes_of(self.targets, len(self.targets), len(self.classes), OUTPUT)
