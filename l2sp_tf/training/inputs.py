@@ -56,8 +56,8 @@ def _are_small(x):
 
 
 def _largest(x):
-    """Returns the largest absolute number in some images."""
-    leaves = [leaf for leaf in map(np.asarray, keras.tree.flatten(x)) if leaf.dtype.kind in "iuf"]
+    """Returns the largest absolute number in some images [n, h, w] or [n, h, w, c], 0 if there are none."""
+    leaves = [leaf for leaf in map(np.asarray, keras.tree.flatten(x)) if leaf.ndim > 2 and leaf.dtype.kind in "iuf"]
     return max((max(float(leaf.max()), -float(leaf.min())) for leaf in leaves), default=0.0)
 
 
