@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import warnings
 
 import keras
 import numpy as np
@@ -154,15 +155,29 @@ def _arrays_of(data, model, num_classes, say):
     if num_classes is None and are_shares(y.shape):
         num_classes = y.shape[1]
     if num_classes is None:
-        largest = int(classes_of(y, n, np.iinfo(np.int32).max, OUTPUT, one_hot=False).max())
-        num_classes = max(largest + 1, 2)
-        say(f"The largest label is {largest}, so the new head has {num_classes} classes: give num_classes if there are more.")
+        num_classes = _count_classes(classes_of(y, n, np.iinfo(np.int32).max, OUTPUT, one_hot=False), say)
     targets = targets_of(y, n, num_classes, OUTPUT)
     weights = weights_of(weights[0], n, OUTPUT).astype(np.float32) if weights else None
     if weights is not None and not weights.any():
         raise InputError("The sample weights are all 0: give at least one image a weight.")
     rows = Rows(np.arange(n), targets.astype(np.int64) if targets.ndim == 1 else targets.argmax(axis=1))
     return GivenArrays(x, targets, weights, _numbered(num_classes), rows, rows)
+
+
+def _count_classes(labels, say):
+    """Returns one more than the largest label, at least 2; warns of numbers below it that no image has, as if counted from 1."""
+    found = np.unique(labels)
+    largest, count = found[-1], max(int(found[-1]) + 1, 2)
+    say(f"The largest label is {largest}, so the new head has {count} classes: give num_classes if there are more.")
+    if len(found) < count:
+        gaps = np.flatnonzero(found != np.arange(len(found)))
+        first = gaps[0] if len(gaps) else len(found)
+        warnings.warn(
+            f"The largest label is {largest}, and {count - len(found)} of the {count} classes have no image, first class {first}"
+            ": number the classes from 0 on, or give num_classes.",
+            stacklevel=2,
+        )
+    return count
 
 
 class GivenStream:

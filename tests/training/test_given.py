@@ -509,6 +509,9 @@ def test_what_is_inferred_or_has_no_effect_is_said(pretrained, capsys):
         "The largest label is 2, so the new head has 3 classes: give num_classes if there are more."
     ]
     assert given((X, ONE_HOT), pretrained, batch_size=8, say=lines.append).classes == made.classes and len(lines) == 1
+    for labels, count, first in ((Y + 1, 1, 0), (2 * Y, 2, 1), (0 * Y, 1, 1)):
+        with pytest.warns(UserWarning, match=f"{count} of the .* classes have no image, first class {first}:"):
+            given((X, labels), pretrained, batch_size=8, say=str)
     recipe = l2sp.Recipe.authors().replace(crop=100, crops=10)
     with pytest.warns(UserWarning, match="recipe's crop, blur, resize_filter, mean, crops have no effect"):
         _, kept = taken_as_given(pretrained, (X, Y), recipe, None, num_classes=3)
