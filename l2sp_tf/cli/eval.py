@@ -106,7 +106,7 @@ def write_report(values, path):
 
     if values.model is not None:
         names = ("source", "source_classes", "pretrained", "data_dir", *IMAGES)
-        found = report_of_files(values.model, values.anchors, **{name: values[name].value for name in names})
+        found = report_of_files(values.model, values.anchors, say=print, **{name: values[name].value for name in names})
     else:
         found = report_of_run(values.workdir[0])
     folder = path.with_name(f"{path.stem}_tensorboard")

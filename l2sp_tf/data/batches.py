@@ -34,7 +34,7 @@ def labelled_batches(data, model, *, size, crops=1):
     for batch in batches:
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise InputError(f"A batch is a {describe(batch)}, not images with their labels: {FORMS}.")
-        x, y, *weights = batch
+        x, y, *weights = with_labels(batch)
         x = keras.tree.map_structure(_tensor, tuple(x) if isinstance(x, list) else x)
         check_shapes(x, model, crops)
         if any(0 in part.shape[:1] for part in tf.nest.flatten(x)):
@@ -160,9 +160,9 @@ def aligned_arrays(data, model):
         model: the Keras model, whose inputs show whether a list is one input or several.
 
     Raises:
-        InputError: the lengths differ.
+        InputError: the lengths differ, or there are no labels.
     """
-    x, *others = (_as_arrays(part) for part in data if part is not None)
+    x, *others = map(_as_arrays, with_labels(data))
     inputs = getattr(model, "inputs", None)
     if isinstance(x, tuple) and inputs and len(inputs) == 1:  # a list of images, or Keras' list of one input
         x = x[0] if len(x) == 1 and x[0].ndim == len(inputs[0].shape) else np.stack(x)
@@ -172,6 +172,17 @@ def aligned_arrays(data, model):
         names = [f"{count} {name}" for count, name in zip(counts, ("images", "labels", "sample weights"), strict=False)]
         raise InputError(f"The data have {' but '.join(names)}: give as many of each.")
     return x, *others
+
+
+def with_labels(data):
+    """Returns (x, labels) or (x, labels, weights) without weights that are None.
+
+    Raises:
+        InputError: the labels are None; the weights must not pass for them.
+    """
+    if data[1] is None:
+        raise InputError(f"The labels are None, so there is nothing to compare with: {FORMS}.")
+    return data[:2] if data[-1] is None else data
 
 
 def _of_arrays(data, model, size):

@@ -20,9 +20,9 @@ def load_dataset(spec, *, per_class=None, seed=None, classes=None, protocol="pap
     Args:
         spec: one of
             - "digits/source" or "digits/target";
-            - the path of a folder <split>/<class>/<image> with the splits train and test. If there is no test, the only one
-              of val, validation and valid is the test split. Capital letters do not matter, files of the system are left
-              out, and a folder that is alone is stepped into;
+            - the path of a folder <split>/<class>/<image> with the splits train (or training) and test (or testing). If there
+              is no test, the only one of val, validation and valid is the test split. Capital letters do not matter,
+              files of the system are left out, and a folder that is alone is stepped into;
             - the path of a zip of such a folder, with the folder's path inside the zip appended if it
               is one of several ("objects.zip/target");
             - the name of a prepared set of TensorFlow Datasets, with its configuration if it has several

@@ -23,7 +23,7 @@ def file_digests(files, memory=None):
 
     Args:
         files: paths.
-        memory: a file that remembers digests by path, size and times of change; None to read all files.
+        memory: a file that remembers digests by path, size, times of change and `READER`; None to read all files.
 
     Returns:
         A list of (size, 32 bytes, `headers.Header.reading`).
@@ -50,7 +50,7 @@ def digest_of_rows(images):
 
 
 def _key(path, state):
-    identity = repr((os.path.abspath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+    identity = repr((READER, os.path.abspath(path), state.st_size, state.st_mtime_ns, state.st_ctime_ns))
     return hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()[:16]
 
 

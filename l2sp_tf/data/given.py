@@ -7,12 +7,13 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import warnings
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.data.batches import aligned_arrays, are_arrays, check_shapes, describe, is_batched, labelled_batches
+from l2sp_tf.data.batches import aligned_arrays, are_arrays, check_shapes, describe, is_batched, labelled_batches, with_labels
 from l2sp_tf.data.labels import are_shares, classes_of, targets_of, weights_of
 from l2sp_tf.data.pipeline import training_rows
 from l2sp_tf.files import fields
@@ -112,6 +113,10 @@ class GivenArrays:
         """Returns some of the images."""
         return _rows_of(self.x, slice(BLOCK))
 
+    def image(self, place):
+        """Returns one image."""
+        return _rows_of(self.x, place)
+
     def check_judgeable(self):
         """Raises an InputError if the labels of an image are shares of several classes."""
         classes_of(self.targets, len(self.targets), len(self.classes), OUTPUT)
@@ -143,22 +148,36 @@ def _arrays_of(data, model, num_classes, say):
         raise InputError("The arrays hold no images: give at least one.")
     check_shapes(keras.tree.map_structure(lambda a: tf.TensorSpec(a.shape), x), model)
     for start in range(0, n, BLOCK):
-        if not all(_are_finite(leaf[start : start + BLOCK]) for leaf in leaves):
+        if not are_finite(_rows_of(x, slice(start, start + BLOCK))):
             last = min(start + BLOCK, n) - 1
             raise InputError(f"x has NaN or infinite numbers in the images from {start} to {last}: mend them.")
     y = _one_output(y)
     if num_classes is None and are_shares(y.shape):
         num_classes = y.shape[1]
     if num_classes is None:
-        largest = int(classes_of(y, n, np.iinfo(np.int32).max, OUTPUT, one_hot=False).max())
-        num_classes = max(largest + 1, 2)
-        say(f"The largest label is {largest}, so the new head has {num_classes} classes: give num_classes if there are more.")
+        num_classes = _count_classes(classes_of(y, n, np.iinfo(np.int32).max, OUTPUT, one_hot=False), say)
     targets = targets_of(y, n, num_classes, OUTPUT)
     weights = weights_of(weights[0], n, OUTPUT).astype(np.float32) if weights else None
     if weights is not None and not weights.any():
         raise InputError("The sample weights are all 0: give at least one image a weight.")
     rows = Rows(np.arange(n), targets.astype(np.int64) if targets.ndim == 1 else targets.argmax(axis=1))
     return GivenArrays(x, targets, weights, _numbered(num_classes), rows, rows)
+
+
+def _count_classes(labels, say):
+    """Returns one more than the largest label, at least 2; warns of numbers below it that no image has, as if counted from 1."""
+    found = np.unique(labels)
+    largest, count = found[-1], max(int(found[-1]) + 1, 2)
+    say(f"The largest label is {largest}, so the new head has {count} classes: give num_classes if there are more.")
+    if len(found) < count:
+        gaps = np.flatnonzero(found != np.arange(len(found)))
+        first = gaps[0] if len(gaps) else len(found)
+        warnings.warn(
+            f"The largest label is {largest}, and {count - len(found)} of the {count} classes have no image, first class {first}"
+            ": number the classes from 0 on, or give num_classes.",
+            stacklevel=2,
+        )
+    return count
 
 
 class GivenStream:
@@ -175,6 +194,7 @@ class GivenStream:
 
     Attributes:
         classes, has_shares, has_weights: as in `GivenArrays`.
+        batch_size: images per batch; of the first one if the stream has its own batches.
 
     Raises:
         InputError: the stream is empty, or its first batch does not fit.
@@ -183,6 +203,7 @@ class GivenStream:
     name = "stream"
     preprocessing = pixels = mean = None
     data: tf.data.Dataset | keras.utils.PyDataset
+    batch_size: int
     has_own_batches = True
 
     def __init__(self, model, num_classes, data_name):
@@ -193,8 +214,9 @@ class GivenStream:
         if num_classes is None and not are_shares(y.shape):
             raise InputError("The labels of a stream are numbers, and the largest is not known before its end: give num_classes.")
         self.classes, self.has_weights = _numbered(num_classes or y.shape[1]), weights is not None
-        finite = all(_are_finite(leaf.numpy()) for leaf in keras.tree.flatten(self._x))
-        self.has_shares = self._converted(finite, len(keras.tree.flatten(self._x)[0]), y, weights)[0].ndim == 2
+        n = len(keras.tree.flatten(self._x)[0])
+        self.batch_size = n if self.has_own_batches else self.batch_size
+        self.has_shares = self._converted(are_finite(self._x), n, y, weights)[0].ndim == 2
 
     @property
     def digest(self):
@@ -268,10 +290,8 @@ class GivenStream:
     def _converted(self, finite, n, y, weights=None):
         """Returns the targets of a batch, and its sample weights if there are any."""
         with self._noted():
-            if not finite:
-                raise InputError("A batch of the stream has NaN or infinite numbers in its images: mend them.")
-            targets = targets_of(y, n, len(self.classes), OUTPUT)
-            return [targets] if weights is None else [targets, weights_of(weights, n, OUTPUT).astype(np.float32)]
+            targets, weights = checked(finite, n, y, weights, len(self.classes))
+            return [targets] if weights is None else [targets, weights]
 
     def _first(self):
         """Returns x, labels and weights of the first batch."""
@@ -358,7 +378,7 @@ class PyDatasetStream(GivenStream):
         batch = self.data[index]
         if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
             raise InputError(f"A batch of the PyDataset is a {describe(batch)}: give images with their labels, (x, y).")
-        x, *others = (part for part in batch if part is not None)
+        x, *others = with_labels(batch)
         return keras.tree.map_structure(np.asarray, (tuple(x) if isinstance(x, list) else x, *others))
 
 
@@ -387,8 +407,8 @@ def collected(stream, warn):
     arrays = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *made)
     found = _arrays_of(arrays, stream.model, len(stream.classes), str)
     warn(
-        f"The stream was read into memory once for the folds, {len(found.train)} images in {size / 2**20:.3g} MiB: what it "
-        "draws at random, such as augmentation, is fixed, and is in the held-out images too."
+        f"The stream was read into memory once for the folds, {len(found.train)} images in {size / 2**20:.3g} MiB for batches of "
+        f"{stream.batch_size}: what it draws at random, such as augmentation, is fixed, and is in the held-out images too."
     )
     return found
 
@@ -415,8 +435,29 @@ def _rows_of(parts, rows):
     return keras.tree.map_structure(lambda a: a[rows], parts)
 
 
-def _are_finite(array):
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
+def are_finite(x):
+    """Whether all numbers in nested arrays or tensors are finite."""
+    floats = [array for array in map(np.asarray, keras.tree.flatten(x)) if array.dtype.kind in "fV"]  # V: bfloat16
+    return all(np.isfinite(array).all() for array in floats)
+
+
+def checked(finite, n, y, weights, classes):
+    """Returns the targets of a batch as in `targets_of`, and its sample weights in float32 [n] or None.
+
+    Args:
+        finite: whether all numbers of its images are finite.
+        n: number of images.
+        y: the labels.
+        weights: the sample weights, or None.
+        classes: K.
+
+    Raises:
+        InputError: images, labels or weights are wrong.
+    """
+    if not finite:
+        raise InputError("A batch of the stream has NaN or infinite numbers in its images: mend them.")
+    targets = targets_of(y, n, classes, OUTPUT)
+    return targets, None if weights is None else weights_of(weights, n, OUTPUT).astype(np.float32)
 
 
 def _float(x):

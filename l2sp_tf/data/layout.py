@@ -6,8 +6,8 @@ from l2sp_tf.data.headers import KINDS, kind_of
 from l2sp_tf.data.sets import ACCEPTED, one_form
 from l2sp_tf.files.errors import InputError
 
-VALIDATION = ("val", "validation", "valid")
-SPLITS = ("train", "test", *VALIDATION)
+TRAIN, TEST, VALIDATION = ("train", "training"), ("test", "testing"), ("val", "validation", "valid")
+SPLITS = (*TRAIN, *TEST, *VALIDATION)
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".gif", ".bmp", ".dib", ".webp")
 SYSTEM = {  # in small letters; what begins with a dot is left out too
     *("__macosx", "icon\r"),  # macOS
@@ -44,8 +44,8 @@ def is_image(name, head):
 def find_layout(tree, where, partial=False):
     """Finds the images of a data set, and checks that they lie in <split>/<class>/<image>.
 
-    The test split is test/, or else the only one of val/, validation/ and valid/. A folder that is alone is stepped into.
-    System files are left out.
+    The training split is train/ or training/; the test split is test/ or testing/, or else the only one of val/, validation/
+    and valid/. A folder that is alone is stepped into. System files are left out.
 
     Args:
         tree: its `children(place)` are a dict from names to FOLDER, FILE or OTHER, and `head(place)` are the first bytes of
@@ -87,17 +87,17 @@ class _Search:
     def top(self):
         """Returns the place that holds the splits, and its children: the root, or a folder that is alone in it."""
         place, children = "", self.children("")
-        root = children
+        best = place, children
         for _ in range(MOST_STEPS):
             folders = _folders(children)
             self.beside += _count_images(children)
             if any(name.lower() in SPLITS for name in folders):
-                return place, children
+                best = place, children
             if len(folders) != 1:
                 break
             place += f"{folders[0]}/"
             children = self.children(place)
-        return "", root
+        return best
 
     def classes(self, place):
         """Returns the images in the class folders of a split: {class: [place, ...]}."""
@@ -155,29 +155,31 @@ def _choose_splits(search, top, children):
         if name.lower() in named:
             raise InputError(f"{where} has {named[name.lower()]}/ and {name}/, which differ only in case: give one of them.")
         named[name.lower()] = name
-    validation = [named[name] for name in VALIDATION if name in named]
-    test = [named["test"]] if "test" in named else validation
-    _check_splits(search, top, children, "train" in named, test)
+    train, test, validation = ([named[name] for name in names if name in named] for names in (TRAIN, TEST, VALIDATION))
+    for names in (train, test):
+        if len(names) > 1:
+            raise InputError(f"{where} has {names[0]} and {names[1]}, which mean the same split: give one of them.")
+    _check_splits(search, top, children, train, test or validation)
     others = [name for name in folders if name.lower() not in SPLITS]
     if others:
         raise InputError(f"{where} has folders other than train and test: {_some(others)}.")
-    notes = [f"{test[0]}/ used as the test split"] if "test" not in named else []
-    for name in validation if "test" in named else ():
+    notes = [] if test else [f"{validation[0]}/ used as the test split"]
+    for name in validation if test else ():
         notes.append(f"{name}/ left out ({search.count(f'{top}{name}/')} images), as there is {test[0]}/")
     if search.beside:
         notes.append(f"{search.beside} images beside the splits left out")
-    return {"train": named["train"], "test": test[0]}, notes
+    return {"train": train[0], "test": (test or validation)[0]}, notes
 
 
-def _check_splits(search, top, children, has_train, test):
+def _check_splits(search, top, children, train, test):
     """Raises unless there are a train split and one test split."""
     where, folders = f"{search.where}/{top}".rstrip("/"), _folders(children)
-    has_images = not (has_train or test) and search.has_images(top, children, depth=1)
+    has_images = not (train or test) and search.has_images(top, children, depth=1)
     if not folders and not has_images:
         raise InputError(f"{where} holds no images: give {ACCEPTED}.")
     if has_images:
         raise InputError(f"{where} has images without splits: put the classes into {where}/train and {where}/test.")
-    missing = ["train/"] * (not has_train) + ["test/ (or val/)"] * (not test)
+    missing = ["train/"] * (not train) + ["test/ (or val/)"] * (not test)
     if missing:
         found = f"it holds {_some(folders)}" if folders else "it holds no folder"
         raise InputError(f"{where} has no {' and no '.join(missing)}: {found}.")

@@ -156,7 +156,7 @@ def report_of_run(folder):
     return RetentionReport(title, facts, layers, new, results.get("source"), settings["source"], results.get("r2", {}))
 
 
-def report_of_files(model, anchors, *, source=None, source_classes=None, pretrained=None, data_dir=None, **given):
+def report_of_files(model, anchors, *, source=None, source_classes=None, pretrained=None, data_dir=None, say=str, **given):
     """Reports on a `.keras` file and its anchors; source images are prepared by the file's `Interface`.
 
     Args:
@@ -164,6 +164,7 @@ def report_of_files(model, anchors, *, source=None, source_classes=None, pretrai
         source, source_classes: the source task and its classes as `load_dataset` takes them, or None.
         pretrained: the path of the `.keras` file that training started from, if the anchors cannot restore it.
         data_dir: the folder of TensorFlow Datasets.
+        say: called with a line on how the source's images are read, if there is something to say.
         given: image settings that the file lacks, as `interface_at` takes them.
 
     Raises:
@@ -176,6 +177,8 @@ def report_of_files(model, anchors, *, source=None, source_classes=None, pretrai
         dataset, crops = load_dataset(source, classes=source_classes, data_dir=data_dir), interface.crops
         # the file's mean may be that of the target's images: apply the same choice of mean to the source
         mean = Recipe(mean=interface.mean).mean_for(dataset.name, interface.pixels)
+        if remarks := dataset.remarks():
+            say(remarks)
         task = prepare(dataset, preprocessing_for(interface), mean=mean)
     start = None if pretrained is None else keras_files.load_model(pretrained)
     return retention_report(tuned, w0, source=task, pretrained=start, title=pathlib.Path(model).name, crops=crops)

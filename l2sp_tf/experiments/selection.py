@@ -1,6 +1,8 @@
 """Chooses strengths and learning rate by cross-validation on the training images alone (section 4.2)."""
 
+import collections
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 import statistics
@@ -229,7 +231,7 @@ def cross_validate(
     Args:
         pretrained, recipe, pixels, anchors, fisher, frozen, num_classes, class_weight, verbose: as in `finetune`.
         data: as in `finetune`. A stream is read into memory once, so that what it draws at random is fixed, and is in the
-            held-out images too.
+            held-out images too. Batches of the folds have the size of its first one.
         penalty: a class, such as `L2SP`.
         alphas: strengths; by default the recipe's grid for the penalty.
         betas: strengths on the new layer; by default the recipe's beta.
@@ -280,6 +282,7 @@ def _task_to_split(pretrained, data, recipe, pixels, num_classes, verbose):
     say = print if verbose else lambda line: None
     task, recipe = task_for(pretrained, data, recipe, pixels, say, num_classes=num_classes)
     if isinstance(task, GivenStream):
+        recipe = recipe.replace(batch_size=task.batch_size)  # the refit takes the batches of the stream
         task = collected(task, lambda line: warnings.warn(line, stacklevel=4))
     if isinstance(task, GivenArrays):
         task.check_judgeable()
@@ -355,16 +358,41 @@ def check_folds(folds, data):
 def fold_tasks(task, folds, seed=0):
     """Splits the training images of a task into `folds` tasks, each with one stratified fold as its test images.
 
-    If the task subtracts the mean of its training images, each fold subtracts that of its own.
+    If the task subtracts the mean of its training images, each fold subtracts that of its own. Warns if equal images are in
+    several folds.
 
     Raises:
         InputError: fewer than two folds, or a class with fewer images than folds.
     """
     check_folds(folds, task)
     labels = task.train.labels
+    parts = list(StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels))
+    _warn_of_copies(task, [held_out for _, held_out in parts])
     has_own_mean = task.mean is not None and np.array_equal(task.mean, channel_mean(task.train))
     made = []
-    for train, held_out in StratifiedKFold(folds, shuffle=True, random_state=seed).split(labels, labels):
+    for train, held_out in parts:
         part = dataclasses.replace(task, train=task.train.take(train), test=task.train.take(held_out))
         made.append(dataclasses.replace(part, mean=channel_mean(part.train)) if has_own_mean else part)
     return made
+
+
+def _warn_of_copies(task, folds):
+    """Warns of equal images in several folds, which would be trained on and tested on."""
+    found = collections.defaultdict(list)
+    for fold, positions in enumerate(folds):
+        for i in positions:
+            found[_print_of(task, i)].append(fold)
+    count = sum(len(places) for places in found.values() if len(set(places)) > 1)
+    if count:
+        warnings.warn(
+            f"{count} of the {len(task.train)} training images of {task.name} are equal to one in another fold: the accuracies "
+            "on the folds say too much.",
+            stacklevel=4,
+        )
+
+
+def _print_of(task, i):
+    """Returns a hash of the pixels of a training image."""
+    image = task.image(task.train.places[i]) if isinstance(task, GivenArrays) else task.train[i]
+    leaves = [np.ascontiguousarray(leaf) for leaf in keras.tree.flatten(image)]
+    return hashlib.sha256(repr([leaf.shape for leaf in leaves]).encode() + b"".join(leaf.tobytes() for leaf in leaves)).digest()

@@ -8,8 +8,8 @@ import tensorflow as tf
 
 from l2sp_tf.data.batches import labelled_batches
 from l2sp_tf.data.digests import digest_of_rows
-from l2sp_tf.data.given import OUTPUT
-from l2sp_tf.data.labels import are_shares, targets_of
+from l2sp_tf.data.given import are_finite, checked
+from l2sp_tf.data.labels import are_shares
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 
@@ -133,16 +133,23 @@ class Validation:
         return {"name": self.data.name, "digest": self.data.digest, **images}
 
     def __call__(self, model):
-        """Returns {"val_cross_entropy": ..., "val_accuracy": ...} of a model with logits."""
+        """Returns {"val_cross_entropy": ..., "val_accuracy": ...} of a model with logits.
+
+        Raises:
+            InputError: a batch is wrong, or no image has a weight above 0.
+        """
         if self._model is not model:
             self._model, self._traced = model, {}
-        metrics, classes = _metrics(True), len(self.data.classes)
+        metrics, classes, counted = _metrics(True), len(self.data.classes), False
         for x, labels, weights in labelled_batches(self.data.test_data(self.batch_size), model, size=self.batch_size):
-            targets = targets_of(labels, len(tf.nest.flatten(x)[0]), classes, OUTPUT)
+            targets, weights = checked(are_finite(x), len(tf.nest.flatten(x)[0]), labels, weights, classes)
+            counted |= weights is None or bool(weights.any())
             targets = targets if are_shares(targets.shape) else np.eye(classes, dtype=np.float32)[targets]
             scores = self._scores(x)
             for metric in metrics:
                 metric.update_state(targets, scores, sample_weight=weights)
+        if not counted:
+            raise InputError("validation_data has no image with a weight above 0: give at least one.")
         return {f"val_{metric.name}": float(metric.result()) for metric in metrics}
 
     def _scores(self, x):

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from test_pipeline import encoded, picture, split_of
 
 import l2sp_tf as l2sp
-from l2sp_tf.data import Preprocessing, decode, load_dataset, prepare
+from l2sp_tf.data import Preprocessing, decode, digests, load_dataset, prepare
 from l2sp_tf.data.codecs import decode_bytes
 from l2sp_tf.data.headers import header_of, kind_of, orientation_of
 from l2sp_tf.data.store import PixelStore
@@ -253,6 +253,13 @@ def test_digests_change_only_where_pixels_do(tmp_path):
         (tmp_path / "set" / name).write_bytes(encoded(picture(5, 7, 3, seed=len(name)), "PNG"))
     plain = load_dataset(tmp_path / "set")
     assert plain.digest == earlier_digest(plain) and plain.remarks() == ""
+
+
+def test_remembered_digests_are_those_of_this_reader(tmp_path, monkeypatch):
+    monkeypatch.setattr(digests, "SETTLED_SECONDS", -60)  # files just written are remembered too
+    before, cache = load_dataset(photographs(tmp_path / "set"), cache_dir=tmp_path / "cache").digest, tmp_path / "cache"
+    monkeypatch.setattr(digests, "READER", digests.READER + 1)
+    assert load_dataset(tmp_path / "set", cache_dir=cache).digest == load_dataset(tmp_path / "set").digest != before
 
 
 def test_cached_pixels_of_an_earlier_reading_are_not_used(tmp_path):

@@ -156,6 +156,8 @@ def test_folder(tmp_path):
         (["train/cat/1.jpg", "val/cat/2.jpg"], r"has one class, 'cat': a classifier needs at least two"),
         ([*LAYOUT, "train/caf\u00e9/1.jpg", "train/cafe\u0301/1.jpg"], r"train/ has two folders 'caf\u00e9', which differ only"),
         ([*LAYOUT, "train/cat/noending"], r"train/cat/noending is not an image: class folders hold JPEG, PNG, GIF, BMP or"),
+        (["pets/train/cat/1.jpg", "pets/train/dog/1.jpg"], r"pets has no test/ \(or val/\): it holds train"),
+        ([*LAYOUT, "Training/cat/1.jpg"], r"train and Training, which mean the same split: give one"),
         (["pets/readme.txt"], r"no train/ and no test/ \(or val/\): it holds pets"),
         (["pets/cat/1.jpg", "pets/dog/1.jpg"], r"no train/ and no test/ \(or val/\): it holds pets"),
         ([*LAYOUT, "train/ant/1.jpg", "test/bee/1.jpg"], r"only in train: ant; only in test: bee"),

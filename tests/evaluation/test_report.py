@@ -1,5 +1,6 @@
 """Checks the retention report: numbers against loops, the rebuilt start, and a page that loads nothing."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 import tensorflow as tf
 
 import l2sp_tf as l2sp
+from l2sp_tf.data import load_dataset
 from l2sp_tf.evaluation.report import distances, pretrained_of
 from l2sp_tf.experiments import records
 from l2sp_tf.experiments.folders import predict_images, report_of_files, report_of_run
@@ -211,11 +213,15 @@ def test_the_report_of_a_run_takes_its_numbers_from_the_record(small_network, tm
             ask(folder)
 
 
-def test_the_report_of_files_measures_on_the_source(tmp_path):
+def test_the_report_of_files_measures_on_the_source(tmp_path, monkeypatch):
     inputs = keras.Input((8, 8, 3))
     x = keras.layers.GlobalAveragePooling2D()(keras.layers.Conv2D(4, 3, name="conv1_conv")(inputs))
     pretrained = keras.Model(inputs, keras.layers.Dense(10, name="predictions")(x))
     make_run(tmp_path, pretrained, {"accuracy": 0.5, "correct": 5, "total": 10})
-    report = report_of_files(tmp_path / "model.keras", tmp_path / "anchors.safetensors", source="digits/source")
+    digits, lines = dataclasses.replace(load_dataset("digits/source"), notes=("val/ used as the test split",)), []
+    monkeypatch.setattr("l2sp_tf.experiments.folders.load_dataset", lambda *names, **options: digits)
+    files = tmp_path / "model.keras", tmp_path / "anchors.safetensors"
+    report = report_of_files(*files, source="digits/source", say=lines.append)
+    assert lines == ["digits/source: 1100 images; val/ used as the test split"]
     assert report.accuracies["before"]["total"] == 300 and report.source == "digits/source"
     assert list(report.r2) == ["conv1_conv"] and json.dumps(report.r2)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+import warnings
 
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedKFold
 from test_trainer import RECIPE, task
 
 import l2sp_tf as l2sp
+from l2sp_tf.data.given import given
 from l2sp_tf.experiments import records, runs, selection as selection_module
 from l2sp_tf.experiments.selection import MOST_EXTENSIONS, Candidate, Search, Selection, fold_tasks, search_all
 from l2sp_tf.models import zoo
@@ -48,14 +51,36 @@ def test_folds_are_stratified_and_cover_every_training_image_once():
     assert list(other) != list(held)
 
 
+@pytest.mark.parametrize("kind", ["task", "arrays"])
+def test_equal_images_in_several_folds_bring_a_warning(kind, pretrained):
+    made, again = task(count=20), np.r_[:20, 3, 3, 7]
+    made = dataclasses.replace(made, train=made.train.take(again), mean=np.zeros(3, "float32"))
+    if kind == "arrays":
+        pixels = np.stack([made.train[i][:6, :6] for i in range(23)])
+        made = given((pixels, made.train.labels), pretrained, batch_size=8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        parts = fold_tasks(made, 3, seed=1)
+    splits = StratifiedKFold(3, shuffle=True, random_state=1).split(made.train.labels, made.train.labels)
+    fold_of = {int(i): fold for fold, (_, held) in enumerate(splits) for i in held}
+    count = sum(any(again[i] == again[j] and fold_of[i] != fold_of[j] for j in range(23)) for i in range(23))
+    assert count and [str(w.message)[:60] for w in caught] == [
+        f"{count} of the 23 training images of {made.name} are equal to one in another"[:60]
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fold_tasks(task(count=20), 3)
+    assert len(parts) == 3
+
+
 def test_each_fold_subtracts_the_mean_of_its_own_training_images_unless_one_was_given():
     made = task(count=20)
     for part in fold_tasks(made, 3):
         pixels = np.stack([part.train[i] for i in range(len(part.train))]).astype("float64")
         np.testing.assert_allclose(part.mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-6)
         assert not np.array_equal(part.mean, made.mean)
-    given = dataclasses.replace(made, mean=np.float32([1, 2, 3]))
-    assert all(np.array_equal(part.mean, [1, 2, 3]) for part in fold_tasks(given, 3))
+    fixed = dataclasses.replace(made, mean=np.float32([1, 2, 3]))
+    assert all(np.array_equal(part.mean, [1, 2, 3]) for part in fold_tasks(fixed, 3))
 
 
 def test_more_folds_than_images_of_a_class_are_refused():

@@ -1,6 +1,7 @@
 """Training on what Keras' `fit` takes: arrays, `tf.data` and `PyDataset`, against Keras' own `fit` and `evaluate`."""
 
 import csv
+import dataclasses
 import math
 import re
 import warnings
@@ -13,10 +14,11 @@ from test_trainer import task
 
 import l2sp_tf as l2sp
 from l2sp_tf.data.given import collected, given
-from l2sp_tf.training.objective import Objective
+from l2sp_tf.training.inputs import taken_as_given, validation_of
+from l2sp_tf.training.objective import Objective, Validation
 
-N, SIZE, CLASSES = 20, 8, 3
-RECIPE = l2sp.Recipe(iterations=5, decay_at=4, learning_rate=0.05, batch_size=SIZE, log_every=2, beta=0.02)
+N, SIZE, CLASSES = 20, 8, 3  # three batches an epoch, the last one smaller
+RECIPE = l2sp.Recipe(iterations=4, decay_at=3, learning_rate=0.05, batch_size=SIZE, log_every=2, beta=0.02)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 6, 6, 3)).astype("float32")
 Y = np.arange(N) % CLASSES
@@ -77,18 +79,18 @@ def permutation(epoch, count, seed=0):
     return np.random.default_rng([seed, epoch]).permutation(count)
 
 
-def batches_of(form, steps, *arrays):
+def batches_of(form, steps, *arrays, seed=0):
     """The batches that a form gives, by a loop over single places."""
     count = math.ceil(N / SIZE)
     for step in range(steps):
         places = range(step * SIZE, (step + 1) * SIZE)
         if form == "arrays":
-            rows = [permutation(place // N, N)[place % N] for place in places]
+            rows = [permutation(place // N, N, seed)[place % N] for place in places]
         elif form == "unbatched":
             rows = [place % N for place in places]
         else:
             batch = step % count
-            batch = permutation(step // count, count)[batch] if form == "PyDataset" else batch
+            batch = permutation(step // count, count, seed)[batch] if form == "PyDataset" else batch
             rows = list(range(N))[batch * SIZE : (batch + 1) * SIZE]
         yield tuple(a[rows] for a in arrays)
 
@@ -150,13 +152,17 @@ TRAININGS = {
     "class weights of shares": {"class_weight": {0: 0.3, 2: 2.0}, "arrays": (X, SHARES)},
     "one-hot and smoothed": {"arrays": (X, ONE_HOT), "recipe": {"label_smoothing": 0.2}},
     "smoothed": {"recipe": {"label_smoothing": 0.2}},
+    "one-hot, weighted and smoothed": {"arrays": (X, ONE_HOT, WEIGHTS), "recipe": {"label_smoothing": 0.2}},
 }
-IN_ALL = ("head_steps", "frozen", "proximal", "source statistics")
-CASES = [
-    pytest.param(name, form, marks=[] if name == "all" or (form == "arrays" and name not in IN_ALL) else pytest.mark.slow)
-    for name in TRAININGS
-    for form in FORMS
-]
+# "all" has the others' settings, and the formula of the loss has a test of its own
+QUICK = {("all", "batched"), ("one-hot, weighted and smoothed", "arrays")}
+
+
+def slow_unless(quick, *values):
+    return pytest.param(*values, marks=[] if quick else pytest.mark.slow)
+
+
+CASES = [slow_unless((name, form) in QUICK, name, form) for name in TRAININGS for form in FORMS]
 
 
 @pytest.fixture
@@ -182,7 +188,7 @@ def test_each_form_trains_as_keras_fit_does(name, form, pretrained):
     arrays = by_hand = case.get("arrays", (X, Y))
     options = {key: case[key] for key in ("class_weight", "frozen") if key in case}
     if recipe.label_smoothing:
-        by_hand = (X, (0.8 * ONE_HOT + 0.2 / CLASSES).astype("float32"))
+        by_hand = (X, (0.8 * ONE_HOT + 0.2 / CLASSES).astype("float32"), *arrays[2:])
     run = finetune(pretrained, FORMS[form](*arrays), recipe, **options)
     loss = CATEGORICAL if by_hand[1].ndim == 2 else SPARSE
     model = expected(pretrained, form, recipe, by_hand, loss, **options)
@@ -204,9 +210,11 @@ def test_inputs_may_be_many_and_pixels_whole():
     x = keras.layers.Dense(4, name="hidden")(keras.layers.Concatenate()([one, two]))
     pretrained = keras.Model([one, two], keras.layers.Dense(5, name="predictions")(x))
     x = {"one": RNG.integers(0, 9, (N, 2)).astype("uint8"), "two": RNG.normal(size=(N, 3)).astype("float32")}
-    found = [finetune(pretrained, data).model for data in ((x, Y), ((x["one"].astype("float32"), x["two"]), Y))]
+    recipe = RECIPE.replace(iterations=1, decay_at=None)
+    found = [finetune(pretrained, data, recipe).model for data in ((x, Y), ((x["one"].astype("float32"), x["two"]), Y))]
     assert_same(*found, rtol=0)
-    assert_same(finetune(pretrained, slices(x, Y)).model, finetune(pretrained, slices(x, Y[:, None])).model, rtol=0)
+    found = [finetune(pretrained, slices(x, y), recipe).model for y in (Y, Y[:, None])]
+    assert_same(*found, rtol=0)
 
 
 @eagerly
@@ -235,10 +243,23 @@ def cut_off(step):
 
 
 @eagerly
-@pytest.mark.parametrize("form", [pytest.param(f, marks=[pytest.mark.slow] * (f in ("batched", "endless"))) for f in FORMS])
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_from_a_step_on_are_the_rest_of_those_from_the_first(form, pretrained):
+    made = given(FORMS[form](X, Y, WEIGHTS), pretrained, batch_size=SIZE, num_classes=CLASSES)
+    order = {"batch_size": SIZE, "seed": 4, "iterations": 8}
+    for first in (0, 3, 5):
+        batches = list(made.train_batches(first_step=first, **order))
+        expected = list(batches_of(form, 8, X, Y, WEIGHTS, seed=4))[first:]
+        for batch, parts in zip(batches, expected, strict=True):
+            for found, part in zip(batch, parts, strict=True):
+                np.testing.assert_array_equal(found, part)
+
+
+@eagerly
+@pytest.mark.parametrize("form", [slow_unless(form == "unbatched", form) for form in FORMS])
 def test_an_interrupted_run_on_data_that_repeat_ends_in_the_same_bits(form, pretrained, tmp_path, capsys):
     options = {"checkpoint_every": 2, "validation_data": (X, Y)}
-    recipe = RECIPE.replace(iterations=4, log_every=1)
+    recipe = RECIPE.replace(iterations=4, log_every=2)
     whole = finetune(pretrained, FORMS[form](X, Y), recipe, run_dir=tmp_path / "whole", **options)
     options["run_dir"] = tmp_path / "cut"
     with pytest.raises(CutOffError):
@@ -260,18 +281,19 @@ def test_an_interrupted_run_on_data_that_repeat_ends_in_the_same_bits(form, pret
 @eagerly
 def test_a_stream_that_does_not_repeat_is_known_by_its_name_alone(pretrained, tmp_path):
     shuffled = slices(X, Y).shuffle(N).batch(SIZE)
+    once = RECIPE.replace(iterations=1, decay_at=None)
     with pytest.raises(l2sp.InputError, match="gives another first batch each time .* data_name="):
-        finetune(pretrained, shuffled, run_dir=tmp_path)
+        finetune(pretrained, shuffled, once, run_dir=tmp_path)
     assert not list(tmp_path.iterdir())
-    finetune(pretrained, shuffled)  # without a folder nothing has to be known again
-    finetune(pretrained, shuffled, run_dir=tmp_path, data_name="one")
-    assert finetune(pretrained, shuffled, run_dir=tmp_path, data_name="one").resumed_at == RECIPE.iterations
+    finetune(pretrained, shuffled, once)  # without a folder nothing has to be known again
+    finetune(pretrained, shuffled, once, run_dir=tmp_path, data_name="one")
+    assert finetune(pretrained, shuffled, once, run_dir=tmp_path, data_name="one").resumed_at == 1
     options = {"run_dir": tmp_path / "arrays", "validation_data": shuffled}
     with pytest.raises(l2sp.InputError, match="gives another first batch"):
-        finetune(pretrained, (X, Y), **options)
-    assert "val_accuracy" in finetune(pretrained, (X, Y), **options, data_name="validation").history[-1]
+        finetune(pretrained, (X, Y), once, **options)
+    assert "val_accuracy" in finetune(pretrained, (X, Y), once, **options, data_name="validation").history[-1]
     with pytest.raises(l2sp.InputError, match='is of another run .*data.digest was "named one" and is "named two"'):
-        finetune(pretrained, shuffled, run_dir=tmp_path, data_name="two")
+        finetune(pretrained, shuffled, once, run_dir=tmp_path, data_name="two")
 
 
 @eagerly
@@ -297,7 +319,12 @@ def measured(model, x, y, weights=None):
 
 
 ARRAYS = {"plain": (X, Y), "weights": (X, Y, WEIGHTS), "shares": (X, SHARES)}
-VALIDATIONS = [(name, form) for name in ARRAYS for form in FORMS if form != "endless" and (form == "arrays" or name == "weights")]
+VALIDATIONS = [
+    slow_unless((name, form) in {("weights", "PyDataset"), ("weights", "batched"), ("shares", "arrays")}, name, form)
+    for name in ARRAYS
+    for form in FORMS
+    if form != "endless"
+]
 
 
 @eagerly
@@ -312,9 +339,44 @@ def test_validation_data_are_measured_as_keras_does(name, form, pretrained, tmp_
     assert [float(row["val_accuracy"]) for row in rows] == [row["val_accuracy"] for row in run.history] and len(rows) == 2
 
 
+BAD_LATER = {
+    "NaN image": (X.copy(), Y, WEIGHTS, "NaN or infinite"),
+    "negative weight": (X, Y, WEIGHTS.copy(), "not all finite and at least 0"),
+    "no weight": (X, Y, 0 * WEIGHTS, "no image with a weight above 0"),
+}
+BAD_LATER["NaN image"][0][17] = np.nan
+BAD_LATER["negative weight"][2][18] = -1
+
+
+@eagerly
+@pytest.mark.parametrize("name", BAD_LATER)
+def test_a_bad_batch_of_validation_data_is_not_averaged(name, pretrained):
+    *arrays, message = BAD_LATER[name]
+    made = given(slices(*arrays).batch(SIZE), pretrained, batch_size=SIZE, num_classes=4)  # as many as the network has
+    with pytest.raises(l2sp.InputError, match=message):
+        Validation(made, SIZE)(pretrained)
+
+
+@eagerly
+def test_validation_data_of_other_pixels_or_another_scale_are_noticed(pretrained):
+    made = task()
+    bgr = made.preprocessing.with_pixels(dataclasses.replace(made.pixels, channel_order="bgr"))
+    for other in ({"mean": made.mean + 1}, {"preprocessing": bgr}):
+        with pytest.raises(l2sp.InputError, match="validation_data has the pixels .*, but the training images have"):
+            finetune(pretrained, made, num_classes=None, validation_data=dataclasses.replace(made, **other))
+    bright = np.uint8(RNG.integers(0, 256, X.shape))
+    for train, validation in ((bright, bright / 255), (bright / 255, bright)):
+        with pytest.warns(UserWarning, match="of the first training images reach .*, and those of validation_data"):
+            validation_of(pretrained, slices(validation, Y).batch(SIZE), given((train, Y), pretrained, batch_size=SIZE), SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        validation_of(pretrained, (bright, Y), given((bright[::-1] // 2, Y), pretrained, batch_size=SIZE), SIZE)
+
+
 @eagerly
 def test_measuring_leaves_the_training_as_it_is(pretrained):
-    one, two = (finetune(pretrained, (X, Y), validation_data=data) for data in (None, (X, Y)))
+    recipe = RECIPE.replace(iterations=3)
+    one, two = (finetune(pretrained, (X, Y), recipe, validation_data=data) for data in (None, (X, Y)))
     assert_same(one.model, two.model, rtol=0)
     for row, other in zip(one.history, two.history, strict=True):
         assert row == {name: value for name, value in other.items() if not name.startswith("val_")}
@@ -323,10 +385,11 @@ def test_measuring_leaves_the_training_as_it_is(pretrained):
 @eagerly
 def test_the_test_images_of_a_task_may_validate(pretrained):
     made = task()
-    run = finetune(pretrained, made, num_classes=None, validation_data=made)
+    recipe = RECIPE.replace(iterations=1, decay_at=None)
+    run = finetune(pretrained, made, recipe, num_classes=None, validation_data=made)
     assert run.history[-1]["val_accuracy"] == pytest.approx(l2sp.evaluate(run.model, made)["accuracy"])
     x, y = np.concatenate([x for x, _ in made.test_data(5)]), made.test.labels
-    arrays = finetune(pretrained, made, num_classes=None, validation_data=(x, y))
+    arrays = finetune(pretrained, made, recipe, num_classes=None, validation_data=(x, y))
     assert [row["val_cross_entropy"] for row in arrays.history] == pytest.approx([r["val_cross_entropy"] for r in run.history])
     with pytest.raises(l2sp.InputError, match="validation_data has the classes"):
         finetune(pretrained, made, num_classes=None, validation_data=task(classes=2))
@@ -387,9 +450,18 @@ def test_data_that_cannot_be_trained_on_give_one_sentence(name, form, pretrained
     assert bool(list(tmp_path.iterdir())) == late  # arrays are checked before anything is trained or written
 
 
+class WithoutLabels(Batches):
+    def __getitem__(self, index):
+        x, weights = super().__getitem__(index)
+        return x, None, weights
+
+
 OTHERS = {
     "differing lengths": (lambda: (X, Y[:-1]), {}, "20 images but 19 labels"),
     "no labels": (lambda: X, {}, "data is a ndarray"),
+    "labels that are None": (lambda: (X, None), {}, "labels are None"),
+    "weights in place of labels": (lambda: (X, None, Y), {}, "labels are None"),
+    "a PyDataset with weights in place of labels": (lambda: WithoutLabels(X, Y), {}, "labels are None"),
     "no arrays": (lambda: [X, Y], {}, "data is a list of 2"),
     "labels for two outputs": (lambda: (X, {"a": Y, "b": Y}), {}, "labels are a dict"),
     "a dataset without labels": (lambda: slices(X, Y).map(lambda x, y: x).batch(2), {}, "not images with their labels"),
@@ -425,7 +497,7 @@ def test_a_stream_that_fails_or_ends_stops_the_run_with_its_own_error_and_keeps_
     data = tf.data.Dataset.from_generator(lambda: once, output_signature=once.element_spec)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(l2sp.InputError, match="The data ended after step 1 of 5"):
+        with pytest.raises(l2sp.InputError, match="The data ended after step 1 of 4"):
             finetune(pretrained, data, run_dir=tmp_path, data_name="once", checkpoint_every=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000000001"]
 
@@ -437,8 +509,9 @@ def test_what_is_inferred_or_has_no_effect_is_said(pretrained, capsys):
         "The largest label is 2, so the new head has 3 classes: give num_classes if there are more."
     ]
     assert given((X, ONE_HOT), pretrained, batch_size=8, say=lines.append).classes == made.classes and len(lines) == 1
-    from l2sp_tf.training.inputs import taken_as_given
-
+    for labels, count, first in ((Y + 1, 1, 0), (2 * Y, 2, 1), (0 * Y, 1, 1)):
+        with pytest.warns(UserWarning, match=f"{count} of the .* classes have no image, first class {first}:"):
+            given((X, labels), pretrained, batch_size=8, say=str)
     recipe = l2sp.Recipe.authors().replace(crop=100, crops=10)
     with pytest.warns(UserWarning, match="recipe's crop, blur, resize_filter, mean, crops have no effect"):
         _, kept = taken_as_given(pretrained, (X, Y), recipe, None, num_classes=3)
@@ -458,7 +531,7 @@ def test_what_is_inferred_or_has_no_effect_is_said(pretrained, capsys):
 
 @eagerly
 def test_a_saved_model_does_not_claim_to_know_its_images(pretrained, tmp_path):
-    run = finetune(pretrained, (X, Y), run_dir=tmp_path)
+    run = finetune(pretrained, (X, Y), RECIPE.replace(iterations=1, decay_at=None), run_dir=tmp_path)
     assert "pixels" not in l2sp.Anchors.load(tmp_path / "anchors.safetensors").metadata
     assert_same(keras.models.load_model(tmp_path / "model.keras"), run.model, rtol=0)
     tf.keras.utils.save_img(tmp_path / "a.png", np.zeros((6, 6, 3)))
@@ -466,7 +539,7 @@ def test_a_saved_model_does_not_claim_to_know_its_images(pretrained, tmp_path):
         l2sp.predict_images(tmp_path, [tmp_path / "a.png"])
 
 
-@pytest.mark.parametrize("form", ["arrays", "batched"])
+@pytest.mark.parametrize("form", [slow_unless(form == "batched", form) for form in ("arrays", "batched")])
 def test_each_form_on_two_devices_is_that_of_one(form, pretrained, mirrored):
     data = (X[:16], Y[:16], WEIGHTS[:16])
     data = data if form == "arrays" else slices(*data).batch(SIZE, drop_remainder=True)
@@ -499,11 +572,13 @@ def test_the_parts_of_several_machines_make_the_batch(pretrained):
 
 
 @eagerly
-@pytest.mark.parametrize("form", ["arrays", "batched"])
+@pytest.mark.parametrize("form", [slow_unless(form == "batched", form) for form in ("arrays", "batched")])
 def test_folds_of_each_form_are_those_of_arrays(form, pretrained, tmp_path):
     grid = {"alphas": (1.0,), "betas": (0.1,), "learning_rates": (0.05,), "folds": 2, "num_classes": CLASSES}
-    recipe = RECIPE.replace(iterations=2, decay_at=None)
-    found = l2sp.cross_validate(pretrained, FORMS[form](X, Y), l2sp.L2SP, recipe, **grid, class_weight={0: 2}, run_dir=tmp_path)
+    recipe = RECIPE.replace(iterations=1, decay_at=None)
+    asked = recipe if form == "arrays" else recipe.replace(batch_size=5)  # which is not the size of the stream's batches
+    found = l2sp.cross_validate(pretrained, FORMS[form](X, Y), l2sp.L2SP, asked, **grid, class_weight={0: 2}, run_dir=tmp_path)
+    assert found.best_recipe.batch_size == SIZE
     from sklearn.model_selection import StratifiedKFold
 
     for fold, (train, held) in enumerate(StratifiedKFold(2, shuffle=True, random_state=0).split(Y, Y)):
@@ -528,7 +603,9 @@ def test_what_cannot_be_split_is_refused_and_what_is_read_is_said(pretrained, mo
     made = collected(stream, lines.append)
     np.testing.assert_array_equal(made.x, X)
     assert list(made.targets) == list(Y) and len(made.classes) == 4
-    assert re.search(r"20 images in 0\.00\d+ MiB: .* augmentation, is fixed, and is in the held-out images", lines[0])
+    assert re.search(
+        r"20 images in 0\.00\d+ MiB for batches of 3: .* augmentation, is fixed, and is in the held-out images", lines[0]
+    )
     monkeypatch.setattr("l2sp_tf.data.given.physical_memory", lambda: 4000)
     with pytest.raises(l2sp.InputError, match="more than the .* GiB that folds in memory may take"):
         collected(stream, str)
