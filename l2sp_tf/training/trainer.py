@@ -17,6 +17,7 @@ from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.files.types import Weights
 from l2sp_tf.models.batch_norm import fuse_batch_norm, keep_statistics, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
+from l2sp_tf.models.inputs import check_inputs
 from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.rescaling import rescaling_of
@@ -167,9 +168,10 @@ def task_for(pretrained, data, recipe, pixels, say):
     """Returns the `Task` of a fine-tuning and its recipe with the mean decided; a network that rescales pixels gets them raw.
 
     Raises:
-        InputError: the pixel format is unknown, or a network that rescales pixels itself would get others and the
-            recipe does not name their mean.
+        InputError: the network cannot be fed with images; the pixel format is unknown; or a network that rescales pixels
+            itself would get others and the recipe does not name their mean.
     """
+    check_inputs(pretrained)
     rescaling = rescaling_of(pretrained)
     if isinstance(data, Dataset) and pixels is None:
         if rescaling is None:
