@@ -58,6 +58,7 @@ def _check_weights(setup):
     crop = setup.recipe.images.crop
     if channels not in (None, 3):
         raise InputError(f"{setup.weights} takes images of {channels} channels, but these have 3: give a model of RGB images.")
+    _ = zoo.side_of(setup.weights)  # raises if the two sides differ
     if any(side not in (None, crop) for side in sides):
         raise InputError(
             f"{setup.weights} takes images of {'x'.join(str(side or 'any') for side in sides)} pixels, but crop is {crop}: "
@@ -109,6 +110,8 @@ def check_head(setup, network, source):
     Raises:
         InputError: it cannot.
     """
+    if len(network.outputs) != 1:
+        raise InputError(f"The model {network.name!r} has {len(network.outputs)} outputs: give a model of one.")
     if not _has_head(setup, network):
         raise InputError(
             f"{setup.weights} has no head, so that it cannot classify the images of {source.name}: give a file with one, or "

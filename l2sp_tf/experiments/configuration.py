@@ -138,7 +138,7 @@ def recipes_of(recipe, values, weights, is_digits):
     """
     recipe = Recipe.digits(recipe) if is_digits else recipe
     given = {name: values[name] for name in RECIPE if values.get(name) is not None}
-    if "crop" not in given and (side := _side_of(weights)) is not None:
+    if "crop" not in given and (side := zoo.side_of(weights)) is not None:
         # keeps the paper's ratio: it resizes to 256 for crops of 224
         given = {"resize": max(side, round(recipe.images.resize * side / recipe.images.crop)), **given, "crop": side}
     if "mean" in given:
@@ -154,16 +154,6 @@ def recipes_of(recipe, values, weights, is_digits):
     if values.get("source_learning_rate") is not None:
         changes["learning_rate"] = fields.number("source_learning_rate", values["source_learning_rate"], above=0)
     return recipe, Recipe.source(recipe).replace(**changes)
-
-
-def _side_of(weights):
-    """Returns the side of the square images that a `.keras` file or a preset takes; None for other weights or for any size."""
-    if not zoo.is_whole_model(weights):
-        return None
-    height, width, _ = zoo.whole_shape(weights) or (None, None, None)
-    if height != width:
-        raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
-    return height or zoo.whole_side(weights)
 
 
 def _frozen(values):

@@ -27,6 +27,7 @@ from l2sp_tf.fisher.diagonal import Fisher
 from l2sp_tf.fisher.estimator import fisher_diagonal
 from l2sp_tf.models import keras_files, zoo
 from l2sp_tf.models.copies import detached_copy
+from l2sp_tf.models.inputs import check_inputs
 from l2sp_tf.models.pixels import PixelFormat
 from l2sp_tf.models.units import unit_count
 from l2sp_tf.penalties.anchors import Anchors
@@ -234,6 +235,7 @@ def outline(plan, *, say=print):
             counts = f"{len(dataset.train)} training and {len(dataset.test)} test images of {len(dataset.classes)} classes"
             say(f"{dataset.name}: {'; '.join((counts, *dataset.notes))}")
     network = _network(plan.setup, source)
+    check_inputs(network)
     check_rescaling(plan.setup, network, pixels)
     if source is not None:
         check_head(plan.setup, network, source)

@@ -128,9 +128,21 @@ def whole_shape(weights):
     return preset_shape(weights) if is_preset(weights) else keras_files.input_shape(weights)
 
 
-def whole_side(weights):
-    """Returns the side of the images that a whole model of any size is made for, in pixels, or None."""
-    return preset_side(weights) if is_preset(weights) else None
+def side_of(weights):
+    """Returns the side in pixels of the square images that a whole model takes or was made for.
+
+    Returns:
+        The side; None for other weights, or if any size will do.
+
+    Raises:
+        InputError: the images are not square.
+    """
+    if not is_whole_model(weights):
+        return None
+    height, width, _ = whole_shape(weights) or (None, None, None)
+    if None not in (height, width) and height != width:
+        raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
+    return height or width or (preset_side(weights) if is_preset(weights) else None)
 
 
 def stored_pixels(weights):

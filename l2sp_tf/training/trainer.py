@@ -18,6 +18,7 @@ from l2sp_tf.files.provenance import RESULTS_VERSION
 from l2sp_tf.files.types import Weights
 from l2sp_tf.models.batch_norm import fuse_batch_norm, keep_statistics, set_moving_statistics
 from l2sp_tf.models.heads import with_new_head
+from l2sp_tf.models.inputs import check_inputs
 from l2sp_tf.models.keras_files import save_model
 from l2sp_tf.models.pixels import PIXELS, Interface, PixelFormat, named_pixels
 from l2sp_tf.models.rescaling import rescaling_of
@@ -221,8 +222,8 @@ def task_for(pretrained, data, recipe, pixels, say, **options):
     Other data than a `Task` or a `Dataset` are taken as they are (see `taken_as_given`, whose `options` are given).
 
     Raises:
-        InputError: the pixel format is unknown, or a network that rescales pixels itself would get others and the
-            recipe does not name their mean; or the options do not fit the data.
+        InputError: the network cannot be fed with images; the pixel format is unknown; a network that rescales pixels itself
+            would get others and the recipe does not name their mean; or the options do not fit the data.
     """
     if isinstance(data, GivenArrays):  # a fold
         return data, recipe
@@ -230,6 +231,7 @@ def task_for(pretrained, data, recipe, pixels, say, **options):
         return taken_as_given(pretrained, data, recipe, pixels, say=say, **options)
     if options.get("num_classes") is not None:
         raise InputError(f"num_classes is {options['num_classes']}, but a {type(data).__name__} has its own: leave it out.")
+    check_inputs(pretrained)
     rescaling = rescaling_of(pretrained)
     if isinstance(data, Dataset) and pixels is None:
         if rescaling is None:

@@ -68,7 +68,7 @@ def test_a_preset_computes_what_its_own_predict_does(kind, tmp_path):
     expected, model = made.predict(x, verbose=0), l2sp.load_pretrained(folder)
     assert np.abs(model.predict(x, verbose=0) - expected).max() <= 1e-5 * np.abs(expected).max()
     assert zoo.is_whole_model(folder) and zoo.whole_shape(folder) == model.input_shape[1:]
-    assert zoo.whole_side(folder) == (sides[0] if converter and sides[0] == sides[1] else None)
+    assert zoo.side_of(folder) == (sides[0] if converter and sides[0] == sides[1] else None)
     if converter is None:
         with pytest.raises(l2sp.InputError, match="The preset .* does not say how its weights see pixels"):
             zoo.pixels_of(folder)

@@ -1,0 +1,31 @@
+"""Whether a network takes batches of images, of any number, as floating-point pixels."""
+
+import keras
+
+from l2sp_tf.files.errors import InputError
+
+
+def check_inputs(model):
+    """Checks that a functional or Sequential model can be fed with batches of images; other models pass.
+
+    Raises:
+        InputError: it takes several inputs, no images, batches of one size, or whole numbers, to which Keras would cut off
+            pixels.
+    """
+    inputs = getattr(model, "inputs", None)
+    if inputs is None:
+        return
+    if len(inputs) != 1:
+        raise InputError(f"The model {model.name!r} takes {len(inputs)} inputs, but an image is one: give a model of one input.")
+    (shape,), (dtype,) = [x.shape for x in inputs], [keras.backend.standardize_dtype(x.dtype) for x in inputs]
+    if len(shape) != 4:
+        raise InputError(f"The model {model.name!r} takes inputs of shape {shape}, not batches of images: give another model.")
+    if shape[0] is not None:
+        raise InputError(
+            f"The model {model.name!r} takes batches of {shape[0]} images alone: give it an input without batch_size."
+        )
+    if not keras.backend.is_float_dtype(dtype):
+        raise InputError(
+            f"The model {model.name!r} takes pixels as {dtype}, to which prepared images would be cut off: give it an input of "
+            "float32."
+        )
