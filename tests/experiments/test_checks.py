@@ -60,7 +60,7 @@ def test_a_mistake_in_any_plan_is_reported(tmp_path, changes, message):
     ("shape", "crop", "message"),
     [
         ((16, 16, 3), 8, "takes images of 16x16 pixels, but crop is 8"),
-        ((16, 20, 3), 16, "takes images of 16x20 pixels, but crop is 16"),
+        ((16, 20, 3), 16, "takes images of 16x20 pixels, but crops are square"),
         ((None, 16, 3), 8, "takes images of anyx16 pixels"),
         ((8, 8, 1), 8, "takes images of 1 channels"),
         ((8, 8, 4), 8, "takes images of 4 channels"),
