@@ -123,8 +123,9 @@ def _recipe_for_network(values, weights, target, per_class, say):
     dataset = load_dataset(target, per_class=per_class, seed=values.get("subset_seed"), data_dir=values.get("data_dir"))
     if zoo.is_whole_model(weights):
         network = zoo.whole_model(weights, values.get("crop"))
-        size = values.get("crop") or zoo.whole_side(weights)
-        return Recipe.for_network(network, dataset, image_size=size if network.input_shape[1] is None else None, say=say)
+        takes_any = network.input_shape[1:3] == (None, None)
+        size = (values.get("crop") or zoo.side_of(weights)) if takes_any else None
+        return Recipe.for_network(network, dataset, image_size=size, say=say)
     stages = {name: _numbers(values, name, int) or getattr(Setup, name) for name in ("widths", "depths")}
     side, block = values.get("crop") or Preprocessing.crop, values.get("block") or Setup.block
     network = zoo.backbone(values.get("backbone") or "small", 2, image_size=side, block=block, **stages)

@@ -10,6 +10,7 @@ import keras
 from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
+from l2sp_tf.models.inputs import check_inputs
 from l2sp_tf.models.pixels import PixelFormat, three_numbers
 from l2sp_tf.penalties.formulas import PENALTIES
 
@@ -342,7 +343,8 @@ class Recipe:
             say: called with a line on what was chosen.
 
         Raises:
-            InputError: the model takes images that are not square or not of `image_size`, or `images` is no number.
+            InputError: the model takes other inputs than images, or images that are not square or not of `image_size`; or
+                `images` is no number.
         """
         side = _side_for(model, image_size)
         count = fields.whole("images", images if isinstance(images, int) else len(images.train))
@@ -396,11 +398,13 @@ def _side_for(model, image_size):
     Raises:
         InputError: as in `Recipe.for_network`.
     """
+    check_inputs(model)
     height, width = model.input_shape[1:3]
-    if height != width:
+    if None not in (height, width) and height != width:
         raise InputError(f"{model.name} takes images of {height}x{width} pixels, but crops are square: give another model.")
-    if height is None:
+    own = height or width
+    if own is None:
         return Preprocessing.crop if image_size is None else fields.whole("image_size", image_size)
-    if image_size not in (None, height):
-        raise InputError(f"image_size is {image_size}, but {model.name} takes images of {height} pixels: leave it out.")
-    return height
+    if image_size not in (None, own):
+        raise InputError(f"image_size is {image_size}, but {model.name} takes images of {own} pixels: leave it out.")
+    return own
