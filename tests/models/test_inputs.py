@@ -5,6 +5,7 @@ import pytest
 from keras import layers
 
 import l2sp_tf as l2sp
+from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.experiments.configuration import plans_of
 from l2sp_tf.experiments.starts import outline
 from l2sp_tf.models import zoo
@@ -35,7 +36,7 @@ WRONG = {
 def test_networks_that_do_not_take_images_are_refused(kind, tmp_path):
     make, words = WRONG[kind]
     with pytest.raises(l2sp.InputError, match=words):
-        l2sp.finetune(make(), None, l2sp.L2SP(0.1))
+        l2sp.finetune(make(), load_dataset("digits/target"), l2sp.L2SP(0.1))
     with pytest.raises(l2sp.InputError, match=words):
         outline(plan_of(make(), tmp_path), say=lambda line: None)
 
