@@ -37,6 +37,7 @@ def labelled_batches(data, model, *, size, crops=1):
         x, y, *weights = with_labels(batch)
         x = keras.tree.map_structure(_tensor, tuple(x) if isinstance(x, list) else x)
         check_shapes(x, model, crops)
+        check_whole(x, model)
         if any(0 in part.shape[:1] for part in tf.nest.flatten(x)):
             continue
         yield x, y, weights[0] if weights else None
@@ -91,7 +92,7 @@ def _is_batched(spec, model, crops):
     if any(part.shape.rank == 0 for part in tf.nest.flatten(spec)):
         return False
     answers = set()
-    for part, shape in _beside_inputs(spec[0], model, crops):
+    for part, shape in _beside_inputs(spec[0], _shapes(model, crops)):
         answers |= {True} if _fits(part.shape, shape) else set()
         answers |= {False} if part.shape.is_compatible_with(shape[1:]) else set()
     if len(answers) == 1:
@@ -110,7 +111,7 @@ def _fits(shape, expected):
 
 def check_shapes(x, model, crops=1):
     """Raises an InputError unless x is a batch of what a model takes."""
-    for part, expected in _beside_inputs(x, model, crops):
+    for part, expected in _beside_inputs(x, _shapes(model, crops)):
         if not _fits(part.shape, expected):
             raise InputError(
                 f"x has the shape {tuple(part.shape)}, but the model {model.name!r} takes {expected}, the batch's axis first: "
@@ -118,15 +119,29 @@ def check_shapes(x, model, crops=1):
             )
 
 
-def _beside_inputs(x, model, crops):
-    """Pairs each part of x with the shape of its model input; returns no pairs if the inputs are unknown."""
-    shapes = {tensor.name: tensor.shape for tensor in getattr(model, "inputs", None) or []}
-    if crops > 1:
-        shapes = {name: (shape[0], crops, *shape[1:]) for name, shape in shapes.items()}
+def check_whole(x, model):
+    """Raises an InputError if an input of whole numbers would get fractions, which Keras cuts off in silence."""
+    for part, dtype in _beside_inputs(x, {tensor.name: tensor.dtype for tensor in _inputs(model)}):
+        takes_whole = keras.backend.is_int_dtype(dtype)
+        if takes_whole and keras.backend.is_float_dtype(keras.backend.standardize_dtype(part.dtype)) and np.any(part % 1):
+            raise InputError(f"x has fractions, but the model {model.name!r} takes whole numbers ({dtype}): give these.")
+
+
+def _inputs(model):
+    return getattr(model, "inputs", None) or []
+
+
+def _shapes(model, crops):
+    """Returns the shape of each input of a model, by name; several crops of an image lie on the second axis."""
+    return {tensor.name: (*tensor.shape[:1], *([crops] * (crops > 1)), *tensor.shape[1:]) for tensor in _inputs(model)}
+
+
+def _beside_inputs(x, values):
+    """Pairs each part of x with the value of its model input; returns no pairs if the inputs are unknown."""
     if isinstance(x, dict):
-        return [(part, shapes[name]) for name, part in x.items() if name in shapes]
+        return [(part, values[name]) for name, part in x.items() if name in values]
     parts = tf.nest.flatten(x)
-    return list(zip(parts, shapes.values(), strict=True)) if len(parts) == len(shapes) else []
+    return list(zip(parts, values.values(), strict=True)) if len(parts) == len(values) else []
 
 
 def are_arrays(data, model):

@@ -642,3 +642,17 @@ def test_the_loss_is_the_formula_of_its_docstring(has_shares):
     smoothed = 0.75 * q + 0.25 / CLASSES
     total = sum(-w[i] * (smoothed[i] * (z[i] - np.log(np.exp(z[i]).sum()))).sum() for i in range(6)) / 6
     assert float(made.loss()(targets, tf.constant(z, tf.float32), sample_weight=weights)) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["arrays", "batched", "PyDataset"])
+def test_fractions_for_a_network_of_whole_numbers_are_refused_and_whole_numbers_are_not(form):
+    image = keras.Input(X.shape[1:], dtype="uint8")
+    x = keras.layers.GlobalAveragePooling2D()(keras.layers.Rescaling(1 / 255)(image))
+    model = keras.Model(image, keras.layers.Dense(CLASSES)(x), name="of_bytes")
+    whole = np.random.default_rng(0).integers(0, 256, X.shape)
+    for good in (whole.astype("uint8"), whole.astype("float32")):
+        given(FORMS[form](good, Y), model, batch_size=4, num_classes=CLASSES)
+        assert l2sp.evaluate(model, FORMS[form](good, Y))["total"] == len(Y)
+    for judge in (l2sp.evaluate, lambda model, data: finetune(model, data, num_classes=CLASSES)):
+        with pytest.raises(l2sp.InputError, match=r"x has fractions, but the model 'of_bytes' takes whole numbers \(uint8\)"):
+            judge(model, FORMS[form]((whole / 255).astype("float32"), Y))
