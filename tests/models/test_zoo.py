@@ -187,7 +187,7 @@ def test_published_weights_give_the_logits_of_keras_own_imagenet_model(name, tmp
     path = tmp_path / "published.h5"
     write_published(path, blank)
     monkeypatch.setattr("keras.src.utils.file_utils.get_file", lambda *arguments, **options: str(path))
-    size = blank.input_shape[1]
+    size = blank.input_shape[1] or 224
     x = rng.uniform(0, 255, (2, size, size, 3)).astype("float32")
     expected = build(weights="imagenet", classifier_activation=None)(x, training=False).numpy()
     for weights in (str(path), "imagenet"):
