@@ -1,4 +1,4 @@
-"""Whether a network takes batches of images, of any number, as floating-point pixels."""
+"""What images a network takes: batches of any number, floating-point pixels, squares of one side."""
 
 import keras
 
@@ -29,3 +29,18 @@ def check_inputs(model):
             f"The model {model.name!r} takes pixels as {dtype}, to which prepared images would be cut off: give it an input of "
             "float32."
         )
+
+
+def square_side(what, height, width):
+    """Returns the side in pixels of the square images that a network takes, or None if any side will do.
+
+    Args:
+        what: the network or its file, for messages.
+        height, width: of its images in pixels, None if any will do; one that is known stands for both.
+
+    Raises:
+        InputError: they differ.
+    """
+    if None not in (height, width) and height != width:
+        raise InputError(f"{what} takes images of {height}x{width} pixels, but crops are square: give another model.")
+    return height or width

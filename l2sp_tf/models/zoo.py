@@ -15,6 +15,7 @@ from l2sp_tf.files.reading import variables_within
 from l2sp_tf.models import keras_files
 from l2sp_tf.models.convert import convert_torch, published_network
 from l2sp_tf.models.efficientnet_lite import LITE
+from l2sp_tf.models.inputs import square_side
 from l2sp_tf.models.keras_files import existing, is_published, load_weights, most_bytes
 from l2sp_tf.models.pixels import PIXELS, PixelFormat, named_pixels
 from l2sp_tf.models.presets import is_preset, load_preset, preset_shape, preset_side
@@ -140,9 +141,7 @@ def side_of(weights):
     if not is_whole_model(weights):
         return None
     height, width, _ = whole_shape(weights) or (None, None, None)
-    if None not in (height, width) and height != width:
-        raise InputError(f"{weights} takes images of {height}x{width} pixels, but crops are square: give another model.")
-    return height or width or (preset_side(weights) if is_preset(weights) else None)
+    return square_side(weights, height, width) or (preset_side(weights) if is_preset(weights) else None)
 
 
 def stored_pixels(weights):

@@ -10,7 +10,7 @@ import keras
 from l2sp_tf.data.pipeline import Preprocessing
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
-from l2sp_tf.models.inputs import check_inputs
+from l2sp_tf.models.inputs import check_inputs, square_side
 from l2sp_tf.models.pixels import PixelFormat, three_numbers
 from l2sp_tf.penalties.formulas import PENALTIES
 
@@ -399,10 +399,7 @@ def _side_for(model, image_size):
         InputError: as in `Recipe.for_network`.
     """
     check_inputs(model)
-    height, width = model.input_shape[1:3]
-    if None not in (height, width) and height != width:
-        raise InputError(f"{model.name} takes images of {height}x{width} pixels, but crops are square: give another model.")
-    own = height or width
+    own = square_side(model.name, *model.input_shape[1:3])
     if own is None:
         return Preprocessing.crop if image_size is None else fields.whole("image_size", image_size)
     if image_size not in (None, own):
