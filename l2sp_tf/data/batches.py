@@ -36,8 +36,7 @@ def labelled_batches(data, model, *, size, crops=1):
             raise InputError(f"A batch is a {describe(batch)}, not images with their labels: {FORMS}.")
         x, y, *weights = with_labels(batch)
         x = keras.tree.map_structure(_tensor, tuple(x) if isinstance(x, list) else x)
-        check_shapes(x, model, crops)
-        check_whole(x, model)
+        check_images(x, model, crops)
         if any(0 in part.shape[:1] for part in tf.nest.flatten(x)):
             continue
         yield x, y, weights[0] if weights else None
@@ -109,18 +108,18 @@ def _fits(shape, expected):
     return dropped or any(shape.is_compatible_with(form) for form in forms)
 
 
-def check_shapes(x, model, crops=1):
-    """Raises an InputError unless x is a batch of what a model takes."""
+def check_images(x, model, crops=1):
+    """Checks that x, arrays or tensors, is a batch of what a model takes.
+
+    Raises:
+        InputError: the shape is another; or x has fractions for an input of whole numbers, which Keras cuts off in silence.
+    """
     for part, expected in _beside_inputs(x, _shapes(model, crops)):
-        if not _fits(part.shape, expected):
+        if not _fits(tf.TensorShape(part.shape), expected):
             raise InputError(
                 f"x has the shape {tuple(part.shape)}, but the model {model.name!r} takes {expected}, the batch's axis first: "
                 "give batches of such images."
             )
-
-
-def check_whole(x, model):
-    """Raises an InputError if an input of whole numbers would get fractions, which Keras cuts off in silence."""
     for part, dtype in _beside_inputs(x, {tensor.name: tensor.dtype for tensor in _inputs(model)}):
         takes_whole = keras.backend.is_int_dtype(dtype)
         if takes_whole and keras.backend.is_float_dtype(keras.backend.standardize_dtype(part.dtype)) and np.any(part % 1):

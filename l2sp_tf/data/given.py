@@ -13,16 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from l2sp_tf.data.batches import (
-    aligned_arrays,
-    are_arrays,
-    check_shapes,
-    check_whole,
-    describe,
-    is_batched,
-    labelled_batches,
-    with_labels,
-)
+from l2sp_tf.data.batches import aligned_arrays, are_arrays, check_images, describe, is_batched, labelled_batches, with_labels
 from l2sp_tf.data.labels import are_shares, classes_of, targets_of, weights_of
 from l2sp_tf.data.pipeline import training_rows
 from l2sp_tf.files import fields
@@ -155,8 +146,7 @@ def _arrays_of(data, model, num_classes, say):
     n = len(leaves[0])
     if not n:
         raise InputError("The arrays hold no images: give at least one.")
-    check_shapes(keras.tree.map_structure(lambda a: tf.TensorSpec(a.shape), x), model)
-    check_whole(x, model)
+    check_images(x, model)
     for start in range(0, n, BLOCK):
         if not are_finite(_rows_of(x, slice(start, start + BLOCK))):
             last = min(start + BLOCK, n) - 1
