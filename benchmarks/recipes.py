@@ -17,18 +17,18 @@ import pathlib
 import l2sp_tf as l2sp
 from benchmarks.common import machine, table
 from l2sp_tf.data.datasets import load_dataset
-from l2sp_tf.data.pipeline import prepare
+from l2sp_tf.data.pipeline import Preprocessing, prepare
 from l2sp_tf.experiments.selection import fold_tasks
 from l2sp_tf.models.pixels import PIXELS
 
-SIZE, RESIZE, BATCH, STEPS = 128, 146, 32, 200
-RELATIVE = {"blur_kernel": 3, "blur_sigma": (0.1 * SIZE / 224, 2 * SIZE / 224)}
-NONE = {"blur": "none"}
+SIZE, BATCH, STEPS = 128, 32, 200
+RELATIVE = Preprocessing.for_size(SIZE)
+NONE, BLUR = {"blur": "none"}, {"blur_kernel": RELATIVE.blur_kernel, "blur_sigma": RELATIVE.blur_sigma}
 KEPT, PROBED = {"batch_norm": "source"}, {"head_steps": 100}
 # the name of each row and its settings, beside SIZE, BATCH and STEPS; written down before any of them was run
 ROWS = {
     "the paper's: blur of 5 pixels, statistics of the batch, rate 0.01": {"learning_rate": 0.01},
-    "blur relative to the size": RELATIVE | {"learning_rate": 0.01},
+    "blur relative to the size": BLUR | {"learning_rate": 0.01},
     "no blur": NONE | {"learning_rate": 0.01},
     "no blur, rate 0.001": NONE | {"learning_rate": 0.001},
     "no blur, head first": NONE | PROBED | {"learning_rate": 0.01},
@@ -37,7 +37,7 @@ ROWS = {
     "no blur, the source's statistics, head first, rate 0.0003": NONE | KEPT | PROBED | {"learning_rate": 0.0003},
     "no blur, the source's statistics, head first, rate 0.001": NONE | KEPT | PROBED | {"learning_rate": 0.001},
     "no blur, the source's statistics, head first, rate 0.003": NONE | KEPT | PROBED | {"learning_rate": 0.003},
-    "relative blur, the source's statistics, head first, rate 0.001": RELATIVE | KEPT | PROBED | {"learning_rate": 0.001},
+    "relative blur, the source's statistics, head first, rate 0.001": BLUR | KEPT | PROBED | {"learning_rate": 0.001},
     "the head alone, 300 steps": NONE | KEPT | PROBED | {"head_steps": 300, "learning_rate": 0.03, "iterations": 1},
 }
 
@@ -53,11 +53,11 @@ def main():
     names = list(ROWS)
     chosen = names if given.rows is None else [names[int(number) - 1] for number in given.rows.split(",")]
     pretrained = l2sp.load_pretrained("efficientnet_lite0", image_size=SIZE)
-    images = l2sp.Recipe().replace(resize=RESIZE, crop=SIZE).images.with_pixels(PIXELS["raw"])
+    images = Preprocessing(resize=RELATIVE.resize, crop=SIZE, pixels=PIXELS["raw"])
     cache = given.workdir / "cache"
     source = prepare(load_dataset(given.source, classes="imagenet", cache_dir=cache), images, mean=(0, 0, 0))
     source = dataclasses.replace(source, test=source.train)
-    before = measured(given.workdir / "before.json", lambda: l2sp.evaluate(pretrained, source))
+    before = measured(given.workdir / "before.json", l2sp.evaluate, pretrained, source)
     found = {}
     for target in given.targets.split(","):
         task = prepare(load_dataset(target, cache_dir=cache), images, mean=(0, 0, 0))
@@ -65,22 +65,21 @@ def main():
         for name in chosen:
             folder = given.workdir / f"{pathlib.Path(target).name}-{given.alpha:g}-{names.index(name) + 1}"
             recipe = l2sp.Recipe(batch_size=BATCH, iterations=STEPS, mean=(0, 0, 0), images=images).replace(**ROWS[name])
-            found[name, target] = measured(
-                folder / "found.json", lambda: result(pretrained, held_out, source, before, recipe, given.alpha, folder)
-            )
+            run = (pretrained, held_out, source, before, recipe, given.alpha, folder)
+            found[name, target] = measured(folder / "found.json", result, *run)
     print(report(found, chosen, given.targets.split(","), before))
 
 
-def measured(path, measure):
+def measured(path, measure, *arguments):
     """Reads what an earlier call measured, or measures it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(measure()))
+        path.write_text(json.dumps(measure(*arguments)))
     return json.loads(path.read_text())
 
 
 def result(pretrained, held_out, source, before, recipe, alpha, folder):
-    task = dataclasses.replace(held_out, preprocessing=dataclasses.replace(recipe.images, pixels=PIXELS["raw"]))
+    task = dataclasses.replace(held_out, preprocessing=recipe.images)
     try:
         run = l2sp.finetune(pretrained, task, l2sp.L2SP(alpha), recipe, run_dir=folder, save=False, verbose=0)
     except FloatingPointError:

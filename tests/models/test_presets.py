@@ -155,8 +155,10 @@ def test_a_named_preset_is_the_folder_that_kagglehub_gives(tmp_path, monkeypatch
 
 
 def test_without_kerashub_one_sentence_says_what_to_install(tmp_path, monkeypatch):
-    def missing(name):
-        raise ImportError("No module named 'keras_hub'")
+    def missing(name, package=None, real=importlib.import_module):
+        if name == "keras_hub":
+            raise ImportError("No module named 'keras_hub'")
+        return real(name, package)
 
     (tmp_path / "config.json").write_text(json.dumps({"registered_name": "keras_hub>ResNetBackbone"}))
     keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name="keras_hub>")]).save(tmp_path / "m.keras")
