@@ -260,9 +260,8 @@ def _pairs(made):
                 two.build_from_config(one.get_build_config())
             ones = [layer for layer in one._flatten_layers() if id(layer) not in found]
             twos = [layer for layer in two._flatten_layers() if id(layer) not in copies]
-            if _is_graph(one) and len(ones) != len(
-                twos
-            ):  # inputs that models share, and layers beside the graph, compute nothing
+            if _is_graph(one) and len(ones) != len(twos):
+                # inputs that models share, and layers beside the graph, compute nothing
                 ones, twos = ([layer for layer in layers if layer.variables] for layers in (ones, twos))
             if len(ones) != len(twos):
                 raise InputError(f"The layer {title(one)} cannot be copied: the copy has other layers inside.")

@@ -153,10 +153,8 @@ def _with_rescaling(network, converter, preset, image_size):
         )
     x = inputs = keras.Input((image_size or shape[1], image_size or shape[2], 3))
     if converter is not None:
-        scale, offset = (
-            (1.0 if converter.scale is None else converter.scale),
-            (0.0 if converter.offset is None else converter.offset),
-        )
+        scale = 1.0 if converter.scale is None else converter.scale
+        offset = 0.0 if converter.offset is None else converter.offset
         rescaling = keras.layers.Rescaling(scale, offset, name="pixels")
         _check_rescaling(rescaling, converter, preset)
         x = rescaling(inputs)

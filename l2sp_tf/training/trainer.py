@@ -257,12 +257,10 @@ def as_task(data, recipe, pixels, say):
         if pixels is not None and not pixels.agrees_with(data.preprocessing.pixels):
             raise InputError(f"pixels is {pixels}, but the task was prepared for {data.preprocessing.pixels}: prepare it again.")
         return data
-    if isinstance(data, Dataset):
-        pixels = pixels or PIXELS["rgb"]
-        if remarks := data.remarks():
-            say(remarks)
-        return prepare(data, recipe.images.with_pixels(pixels), mean=recipe.mean_for(data.name, pixels))
-    raise InputError(f"data is a {type(data).__name__}: give what l2sp_tf.data.load_dataset or prepare returns.")
+    pixels = pixels or PIXELS["rgb"]
+    if remarks := data.remarks():
+        say(remarks)
+    return prepare(data, recipe.images.with_pixels(pixels), mean=recipe.mean_for(data.name, pixels))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

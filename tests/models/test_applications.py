@@ -10,15 +10,11 @@ import l2sp_tf as l2sp
 from l2sp_tf.models.copies import copy_of, detached_copy
 from l2sp_tf.models.heads import head_of
 from l2sp_tf.models.keras_files import load_model
-from l2sp_tf.penalties.weights import keyed_weights
+from l2sp_tf.penalties.weights import keyed_weights, values_of
 
 ALPHA, BETA, RATE, NEW = 0.3, 0.2, 0.01, 3
 SLOW = [pytest.param(make, id=name, marks=pytest.mark.slow) for name, make in ALL.items()]
 SMALL = pytest.param(MAKERS["MobileNet"], id="small MobileNet")
-
-
-def values(model):
-    return {key: weight.variable.numpy() for key, weight in keyed_weights(model).items()}
 
 
 def images(model):
@@ -39,7 +35,7 @@ def stepped_by_hand(model, x, y, anchors):
     with tf.GradientTape() as tape:
         loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, copy(x, training=True)))
     gradients = tape.gradient(loss, [variables[key].value for key in trained_keys])
-    after = values(copy)  # the moving statistics have moved
+    after = values_of(copy)  # the moving statistics have moved
     for key, gradient in zip(trained_keys, gradients, strict=True):
         w = after[key].astype("float64")
         pull = ALPHA * (w - anchors[key]) if key in anchors else BETA * w
@@ -67,7 +63,7 @@ def test_a_network_keeps_its_promises_on_the_whole_way(make, tmp_path):
         if weight.variable.trainable:  # away from the anchors, so that the penalty pulls
             weight.variable.assign(weight.variable * 1.01)
     by_hand = stepped_by_hand(model, x, y, anchors)
-    start = values(model)
+    start = values_of(model)
     coverage = l2sp.attach(model, l2sp.L2SP(ALPHA), anchors, BETA)
     penalty = sum(
         (ALPHA if key in anchors else BETA) / 2 * np.sum((value.astype("float64") - anchors.get(key, 0)) ** 2)
@@ -77,7 +73,7 @@ def test_a_network_keeps_its_promises_on_the_whole_way(make, tmp_path):
     np.testing.assert_allclose(float(sum(model.losses)), penalty, rtol=1e-5)
     model.compile(keras.optimizers.SGD(RATE), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     model.fit(x, y, batch_size=4, shuffle=False, verbose=0, callbacks=[l2sp.AnchorGuard(coverage)])
-    for key, value in values(model).items():
+    for key, value in values_of(model).items():
         rounding = 2**-22 * np.abs(value).max() if value.size else 0  # of float32 weights
         assert_close(value - start[key], by_hand[key] - start[key], 2e-3, key, rounding)
 
