@@ -9,7 +9,7 @@ import pathlib
 
 from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.data.pipeline import Preprocessing
-from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, study
+from l2sp_tf.experiments.plans import FisherPlan, Plan, Setup, cache_of, study
 from l2sp_tf.files import fields
 from l2sp_tf.files.errors import InputError
 from l2sp_tf.models import zoo
@@ -84,9 +84,10 @@ def _plan(values, source, weights, target, targets, say):
     is_digits = target == DIGITS[1]
     if weights == "none" and source is None and not is_digits:  # an unknown target is reported before the missing source
         load_dataset(target, per_class=per_class, protocol=values.get("protocol") or "paper", data_dir=values.get("data_dir"))
+    workdir = pathlib.Path(values.get("workdir") or default_workdir(targets))
     base = Recipe.authors() if values.get("protocol") == "authors" else Recipe.paper()
     if values.get("protocol") == "network":
-        base, values = _recipe_for_network(values, weights, target, per_class, say), {**values, "protocol": "paper"}
+        base, values = _recipe_for_network(values, weights, target, per_class, workdir, say), {**values, "protocol": "paper"}
     recipe, source_recipe = recipes_of(base, values, weights, is_digits)
     penalties, strengths = _penalties(values.get("penalty") or ["l2", "l2_sp"], values.get("experiment"))
     folds = values.get("folds")
@@ -96,7 +97,7 @@ def _plan(values, source, weights, target, targets, say):
         values, plain = ({name: value for name, value in given.items() if name not in OF_BACKBONE} for given in (values, plain))
     return Plan.of(
         **{"backbone": "small", **plain},
-        workdir=pathlib.Path(values.get("workdir") or default_workdir(targets)),
+        workdir=workdir,
         source=source or (DIGITS[0] if is_digits else None),
         target=target,
         weights=weights,
@@ -118,18 +119,25 @@ def _plan(values, source, weights, target, targets, say):
     )
 
 
-def _recipe_for_network(values, weights, target, per_class, say):
-    """Returns `Recipe.for_network` of the network and the training images that the flags name."""
-    dataset = load_dataset(target, per_class=per_class, seed=values.get("subset_seed"), data_dir=values.get("data_dir"))
+def _recipe_for_network(values, weights, target, per_class, workdir, say):
+    """Returns `Recipe.for_network` of the network and the training images that the flags name, and says which flags win."""
+    if target == DIGITS[1]:
+        raise InputError(f"protocol is network, but {target} has settings of its own: leave --protocol out.")
+    places = {"data_dir": values.get("data_dir"), "cache_dir": cache_of(workdir)}
+    dataset = load_dataset(target, per_class=per_class, seed=values.get("subset_seed"), **places)
+    lines, size = [], None
     if zoo.is_whole_model(weights):
         network = zoo.whole_model(weights, values.get("crop"))
-        takes_any = network.input_shape[1:3] == (None, None)
-        size = (values.get("crop") or zoo.side_of(weights)) if takes_any else None
-        return Recipe.for_network(network, dataset, image_size=size, say=say)
-    stages = {name: _numbers(values, name, int) or getattr(Setup, name) for name in ("widths", "depths")}
-    side, block = values.get("crop") or Preprocessing.crop, values.get("block") or Setup.block
-    network = zoo.backbone(values.get("backbone") or "small", 2, image_size=side, block=block, **stages)
-    return Recipe.for_network(network, dataset, say=say)
+        if network.input_shape[1:3] == (None, None):
+            size = values.get("crop") or zoo.side_of(weights)
+    else:
+        stages = {name: _numbers(values, name, int) or getattr(Setup, name) for name in ("widths", "depths")}
+        side, block = values.get("crop") or Preprocessing.crop, values.get("block") or Setup.block
+        network = zoo.backbone(values.get("backbone") or "small", 2, image_size=side, block=block, **stages)
+    recipe = Recipe.for_network(network, dataset, image_size=size, say=lines.append)
+    flags = [f"--{name}" for name in (*RECIPE, "learning_rate") if values.get(name) not in (None, [], [""]) and name != "crop"]
+    say(" ".join(lines + [f"Flags come before this: {', '.join(flags)}."] * bool(flags)))
+    return recipe
 
 
 def recipes_of(recipe, values, weights, is_digits):

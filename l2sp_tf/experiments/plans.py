@@ -78,6 +78,11 @@ class FisherPlan:
         return min(sample_size(available) if self.images is None else self.images, available)
 
 
+def cache_of(workdir):
+    """Returns the folder of decoded pixels and unpacked zips of a workdir."""
+    return workdir / "cache"
+
+
 def needs_fisher(symbol):
     """Whether the penalty of this symbol needs F_jj."""
     return issubclass(PENALTIES[symbol], FisherPenalty)
@@ -203,7 +208,7 @@ class Setup:
     @property
     def cache_dir(self):
         """The folder of decoded pixels."""
-        return self.workdir / "cache"
+        return cache_of(self.workdir)
 
     @property
     def places(self):

@@ -3,13 +3,16 @@
 import dataclasses
 import pathlib
 import tomllib
+import zipfile
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from test_plans import plan
 
 import l2sp_tf as l2sp
+from l2sp_tf.data.datasets import load_dataset
 from l2sp_tf.experiments.configuration import default_workdir, plans_of, text_of, unused, values_of
 from l2sp_tf.experiments.plans import FisherPlan, Setting
 from l2sp_tf.models import zoo
@@ -262,7 +265,21 @@ def test_the_protocol_network_is_the_recipe_for_the_network_with_the_given_flags
         )
         assert made.setup.recipe == Recipe.for_network(model, 2, say=lambda line: None).replace(head_steps=7)
         assert made.setup.protocol == "paper" and made.sweep.learning_rates == (0.0003, 0.001, 0.003)
-        assert len(said) == 1 and "2 training images" in said[0]
+        assert len(said) == 1 and "2 training images" in said[0] and said[0].endswith("Flags come before this: --head_steps.")
         setting = next(iter(made.runs()))
         (again,) = plans_of(values_of(made, setting))
         assert setting.recipe_of(again.setup.recipe) == setting.recipe_of(made.setup.recipe)
+
+
+def test_the_protocol_network_unpacks_a_zip_where_its_plan_does_and_is_not_for_the_digits(tmp_path):
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as file:
+        for split, grey in (("train", 10), ("test", 60)):
+            for name in "ab":
+                image = tf.io.encode_png(np.full((8, 8, 3), grey + ord(name), "uint8")).numpy()
+                file.writestr(f"{split}/{name}/0.png", image)
+    given = {"target": [str(tmp_path / "data.zip")], "weights": ["imagenet"], "backbone": "mobilenetv2", "protocol": "network"}
+    (made,) = plans_of({**BASE, **given, "workdir": str(tmp_path / "w")}, [].append)
+    unpacked = load_dataset(made.setup.target, **made.setup.places).train.files[0]
+    assert [path for path in tmp_path.rglob("0.png") if "train" in path.parts and "a" in path.parts] == [unpacked]
+    with pytest.raises(l2sp.InputError, match="protocol is network, but digits/target has settings of its own"):
+        plans_of({**BASE, "protocol": "network"})
